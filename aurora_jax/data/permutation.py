@@ -1,0 +1,92 @@
+"""Keyed permutations of range(n) that are computed, not stored: a Feistel network with cycle walking.
+
+An affine map (i * a + b mod n) would also be a bijection, but it leaves consecutive outputs correlated; a Feistel network with a good
+mixing function does not.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+ROUNDS = 8  # their keys fill one 64-byte digest; even, so that both halves end where they began
+MINIMUM_BITS = 6  # with fewer, the halves are too narrow to be mixed well
+
+
+def derive_key(*parts: int | str) -> int:
+    """A 64-bit key out of names and numbers; the same on every machine and Python."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+class Permutation:
+    """A bijection of range(n), chosen by `key`; memory O(1), time O(1) an index.
+
+    Raises:
+        ValueError: n is not between 1 and 2**62.
+    """
+
+    def __init__(self, n: int, key: int):
+        if not 1 <= n <= 1 << 62:
+            raise ValueError(f"a permutation of range({n}) is not possible: n must be between 1 and 2**62")
+        self.n = n
+        bits = max(MINIMUM_BITS, (n - 1).bit_length())  # the network permutes range(2**bits), less than twice n unless n is tiny
+        # Halves of unequal width swap places in each round, so that an odd number of bits needs no larger domain.
+        self._widths = (np.uint64(bits // 2), np.uint64(bits - bits // 2))
+        digest = hashlib.blake2b(repr((key, n)).encode(), digest_size=8 * ROUNDS).digest()
+        self._round_keys = np.frombuffer(digest, dtype="<u8")
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Where the permutation sends each index; int64, of the shape of `indices`.
+
+        Raises:
+            IndexError: an index lies outside range(n).
+        """
+        return self._walk(indices, self._forward)
+
+    def inverse(self, indices: np.ndarray) -> np.ndarray:
+        """The indices that the permutation sends to these; int64, of the shape of `indices`.
+
+        Raises:
+            IndexError: an index lies outside range(n).
+        """
+        return self._walk(indices, self._backward)
+
+    def _walk(self, indices: np.ndarray, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        indices = np.asarray(indices)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.n):
+            raise IndexError(f"index {indices.min() if indices.min() < 0 else indices.max()} is outside range({self.n})")
+        values = network(indices.reshape(-1).astype(np.uint64))
+        # Cycle walking: what falls outside range(n) goes through again, until it comes home.
+        outside = np.flatnonzero(values >= self.n)
+        while outside.size:
+            values[outside] = network(values[outside])
+            outside = outside[values[outside] >= self.n]
+        return values.astype(np.int64).reshape(indices.shape)
+
+    def _forward(self, values: np.ndarray) -> np.ndarray:
+        left_width, right_width = self._widths
+        left, right = values >> right_width, values & _mask(right_width)
+        for key in self._round_keys:
+            left, right = right, left ^ (_mix(right, key) & _mask(left_width))
+            left_width, right_width = right_width, left_width
+        return (left << right_width) | right
+
+    def _backward(self, values: np.ndarray) -> np.ndarray:
+        left_width, right_width = self._widths
+        left, right = values >> right_width, values & _mask(right_width)
+        for key in self._round_keys[::-1]:
+            left_width, right_width = right_width, left_width
+            left, right = right ^ (_mix(left, key) & _mask(left_width)), left
+        return (left << right_width) | right
+
+
+def _mask(width: np.uint64) -> np.uint64:
+    return (np.uint64(1) << width) - np.uint64(1)
+
+
+def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+    """The finaliser of SplitMix64: every input bit flips about half of the output bits. uint64 arithmetic wraps, as intended."""
+    values = values + key
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,193 @@
+"""The decoder: GPTBigCode in Flax NNX, its layers stacked on a leading axis and scanned.
+
+B batch, L sequence, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, N layers.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.attention import attention
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.product import Linear, einsum
+from aurora_jax.model.sharding import TABLE, flatten, parameter_shapes
+
+REMATERIALISATION = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Attention(nnx.Module):
+    """Multi-head or multi-query self-attention with learned biases everywhere."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.compute = compute
+        self.dropout_rate = config.attention_dropout
+        D, H, K, C = config.width, config.heads, config.kv_heads, config.head_dim
+        linear = partial(Linear, compute=compute, rngs=rngs)
+        init = nnx.initializers.normal(config.initializer_range)
+        self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), kernel_init=init)
+        self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), kernel_init=init)
+        self.output = linear("blhc,hcd->bld", (H, C, D), (D,), kernel_init=_residual_init(config))
+
+    def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+        key_value_BL2KC = self.key_value(hidden_BLD)
+        context_BLHC = attention(
+            self.compute.attention,
+            self.query(hidden_BLD),
+            key_value_BL2KC[:, :, 0],
+            key_value_BL2KC[:, :, 1],
+            segment_ids_BL=segment_ids_BL,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+            product_dtype=jnp.dtype(self.compute.compute_dtype),
+        )
+        return self.output(context_BLHC)
+
+
+class MLP(nnx.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.approximate = config.activation == "gelu_tanh"
+        linear = partial(Linear, compute=compute, rngs=rngs)
+        D, F = config.width, config.mlp_width
+        self.up = linear("bld,df->blf", (D, F), (F,), kernel_init=nnx.initializers.normal(config.initializer_range))
+        self.down = linear("blf,fd->bld", (F, D), (D,), kernel_init=_residual_init(config))
+
+    def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
+        return self.down(gelu(self.up(hidden_BLD), approximate=self.approximate))
+
+
+class Layer(nnx.Module):
+    """Pre-LayerNorm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.attention_norm = _layer_norm(config, compute, rngs)
+        self.attention = Attention(config, compute, rngs)
+        self.mlp_norm = _layer_norm(config, compute, rngs)
+        self.mlp = MLP(config, compute, rngs)
+        self.dropout = nnx.Dropout(config.residual_dropout)
+
+    def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+        in_attention, after_attention, after_mlp = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        drop = partial(self.dropout, deterministic=dropout_key is None)
+        hidden_BLD += drop(self.attention(self.attention_norm(hidden_BLD), segment_ids_BL, in_attention), rngs=after_attention)
+        return hidden_BLD + drop(self.mlp(self.mlp_norm(hidden_BLD)), rngs=after_mlp)
+
+
+class Decoder(nnx.Module):
+    """The whole model. Parameters are fp32 unless loaded otherwise; see `TABLE` in `sharding.py` for their paths and shapes."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.compute = compute
+        dtype = jnp.dtype(compute.activation_dtype)
+        embed = partial(nnx.Embed, features=config.width, dtype=dtype, rngs=rngs)
+        embedding_init = nnx.initializers.normal(config.initializer_range)
+        self.token_embedding = embed(config.vocabulary_size, embedding_init=embedding_init)
+        self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
+        self.dropout = nnx.Dropout(config.embedding_dropout)
+        self.layers = nnx.vmap(lambda rngs: Layer(config, compute, rngs))(rngs.fork(split=config.layers))
+        self.final_norm = _layer_norm(config, compute, rngs)
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Final hidden states [B, L, D], after the last LayerNorm; `logits` maps them to the vocabulary.
+
+        Args:
+            tokens_BL: token ids.
+            positions_BL: row of the position embedding for each token; 0 .. L-1 without it. Values are the caller's promise to be
+                below `max_positions`: they are data, and cannot be checked in a compiled program.
+            segment_ids_BL: tokens attend within their own segment only. Left padding is a segment of its own.
+            dropout_key: dropout is applied if a key is given.
+
+        Raises:
+            InputError: L is greater than `max_positions`: learned positions do not extrapolate.
+        """
+        B, L = tokens_BL.shape
+        if self.config.max_positions < L:
+            raise InputError(f"The sequence has {L} tokens; this model has learned only {self.config.max_positions} positions.")
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+        embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        hidden_BLD = self.token_embedding(tokens_BL) + self.position_embedding(positions_BL)
+        hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
+
+        structure, stacked = nnx.split(self.layers)
+
+        def apply_layer(hidden_BLD, layer):
+            parameters, index = layer
+            key = None if layers_key is None else jax.random.fold_in(layers_key, index)
+            return nnx.merge(structure, parameters)(hidden_BLD, segment_ids_BL, key), None
+
+        if self.compute.rematerialisation != "nothing":
+            apply_layer = jax.checkpoint(apply_layer, policy=REMATERIALISATION[self.compute.rematerialisation], prevent_cse=False)
+        N = self.config.layers
+        hidden_BLD, _ = jax.lax.scan(apply_layer, hidden_BLD, (stacked, jnp.arange(N)), unroll=N if self.compute.unroll_layers else 1)
+        return self.final_norm(hidden_BLD)
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32."""
+        return einsum("bld,vd->blv", hidden_BLD, self.token_embedding.embedding[...], jnp.dtype(self.compute.compute_dtype))
+
+
+def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+    """GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal distribution function at x, exact or by its tanh approximation.
+
+    Computed in fp32. The exact form goes through erf as PyTorch's does; `jax.nn.gelu` takes erfc, which costs three times as much on CPU.
+    """
+    x_fp32 = x.astype(jnp.float32)
+    if approximate:
+        return jax.nn.gelu(x_fp32, approximate=True).astype(x.dtype)
+    return (0.5 * x_fp32 * (1 + jax.lax.erf(x_fp32 * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def initial_parameters(config: ModelConfig, seed: int) -> dict:
+    """Random parameters as a nested dictionary: GPT-2's scheme (Radford et al. 2019), reproducible from the seed."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param))
+
+
+def structure_of(config: ModelConfig, compute: ComputeConfig) -> nnx.GraphDef:
+    """The decoder without its parameters; nothing is allocated. `merge` joins the two."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0))))[0]
+
+
+def merge(structure: nnx.GraphDef, parameters: dict) -> Decoder:
+    """A decoder that uses the given parameters (nested dictionary of arrays, traced ones included)."""
+    return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, parameters)))
+
+
+def check_parameters(config: ModelConfig, parameters: dict) -> None:
+    """Raises InputError unless the tree has exactly the parameters of this config, each of its shape."""
+    expected, found = parameter_shapes(config), flatten(parameters)
+    for path in [*expected, *found]:
+        if path not in found:
+            raise InputError(f"The checkpoint lacks the parameter {path} {expected[path].shape}.")
+        if path not in expected:
+            raise InputError(f"The checkpoint holds {path} {found[path].shape}, which the model does not have.")
+        if expected[path].shape != found[path].shape:
+            raise InputError(
+                f"{path} has the shape {found[path].shape}; the config asks for {expected[path].shape} ({TABLE[path].letters})."
+            )
+
+
+def _layer_norm(config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(compute.activation_dtype), use_fast_variance=False, rngs=rngs
+    )
+
+
+def _residual_init(config: ModelConfig) -> nnx.Initializer:
+    return nnx.initializers.normal(config.initializer_range / math.sqrt(2 * config.layers))

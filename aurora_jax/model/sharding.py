@@ -1,0 +1,94 @@
+"""The sharding table: every parameter of the decoder, its shape in letters, and the mesh axes that split it.
+
+N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
+Mesh axes: `data` (across slices), `fsdp`, `sequence`, `tensor`. Multi-query keys and values are replicated over `tensor`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from aurora_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One row of the table."""
+
+    letters: str
+    """Shape, a letter a dimension, in the order of the array."""
+    partition: PartitionSpec
+    """Mesh axis of each dimension."""
+
+
+TABLE: dict[str, ParameterRow] = {
+    "token_embedding.embedding": ParameterRow("VD", PartitionSpec("tensor", "fsdp")),
+    "position_embedding.embedding": ParameterRow("PD", PartitionSpec(None, "fsdp")),
+    "layers.attention_norm.scale": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "layers.attention_norm.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "layers.attention.query.kernel": ParameterRow("NDHC", PartitionSpec(None, "fsdp", "tensor", None)),
+    "layers.attention.query.bias": ParameterRow("NHC", PartitionSpec(None, "tensor", None)),
+    "layers.attention.key_value.kernel": ParameterRow("ND2KC", PartitionSpec(None, "fsdp", None, None, None)),
+    "layers.attention.key_value.bias": ParameterRow("N2KC", PartitionSpec(None, None, None, None)),
+    "layers.attention.output.kernel": ParameterRow("NHCD", PartitionSpec(None, "tensor", None, "fsdp")),
+    "layers.attention.output.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "layers.mlp_norm.scale": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "layers.mlp_norm.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "layers.mlp.up.kernel": ParameterRow("NDF", PartitionSpec(None, "fsdp", "tensor")),
+    "layers.mlp.up.bias": ParameterRow("NF", PartitionSpec(None, "tensor")),
+    "layers.mlp.down.kernel": ParameterRow("NFD", PartitionSpec(None, "tensor", "fsdp")),
+    "layers.mlp.down.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
+    "final_norm.scale": ParameterRow("D", PartitionSpec("fsdp")),
+    "final_norm.bias": ParameterRow("D", PartitionSpec("fsdp")),
+}
+
+
+def dimensions(config: ModelConfig) -> dict[str, int]:
+    """Size of each letter of the table for one model."""
+    return {
+        "N": config.layers,
+        "D": config.width,
+        "H": config.heads,
+        "K": config.kv_heads,
+        "C": config.head_dim,
+        "F": config.mlp_width,
+        "V": config.vocabulary_size,
+        "P": config.max_positions,
+        "2": 2,
+    }
+
+
+def parameter_shapes(config: ModelConfig, dtype: jnp.dtype | str = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape of every parameter by its dotted path, in the order of the table; nothing is allocated."""
+    sizes = dimensions(config)
+    return {path: jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in row.letters), jnp.dtype(dtype)) for path, row in TABLE.items()}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters; the tied head is counted once."""
+    return sum(math.prod(shape.shape) for shape in parameter_shapes(config).values())
+
+
+def nest(flat: Mapping[str, object]) -> dict:
+    """Dotted paths to the nested dictionary that checkpoints and `nnx` states use."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *branches, name = path.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[name] = leaf
+    return tree
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Nested dictionary to dotted paths; the inverse of `nest`."""
+    flat: dict = {}
+    for name, leaf in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(leaf, f"{path}.") if isinstance(leaf, Mapping) else {path: leaf})
+    return flat

@@ -1,0 +1,123 @@
+"""The configuration of a training run: a tree of frozen dataclasses, every field of which is a command-line flag."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.train.stages import Stage
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text is and how it becomes batches."""
+
+    corpus: Path
+    """Corpus folder, as `aurora data sample` writes it."""
+    tokenizer: Path | None = None
+    """tokenizer.json, or its folder, or a SentencePiece model; without it, the tokenizer of `initial_checkpoint`."""
+    stores: Path = Path("stores")
+    """Folder of the token stores; those that are missing are built."""
+    batch_size: int = 16
+    """Sequences a step, over all devices and micro-batches."""
+    sequence_length: int = 512
+    """Tokens a sequence."""
+    attend_across_documents: bool = True
+    """Packed documents see each other (StarCoder's own practice), or each is on its own with positions from 0."""
+    prefetch: int = 2
+    """Batches that are made in advance."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101); matrices and embeddings decay, biases and LayerNorm do not."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down to it."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2 a token (PaLM, arXiv 2204.02311), which keeps the logits from drifting."""
+    micro_batches: int = 1
+    """Parts into which a batch is cut to save memory; the gradient is that of the whole batch."""
+    spike_factor: float | None = None
+    """Skip an update whose gradient norm exceeds this many times the running average; a non-finite one is always skipped."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    sequence: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Bits per byte of the held-out text of every language, in the loop."""
+
+    tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
+    every: int = 100
+    """Steps between quick evaluations; the whole held-out text is evaluated before the first step and at the end of each stage."""
+    quick_windows: int = 16
+    """Sequences a task in a quick evaluation."""
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of a run, in OUTPUT/checkpoints; the end of each stage is kept in OUTPUT/stages too."""
+
+    every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The same command again continues it from its newest complete checkpoint."""
+
+    output: Path
+    """The run's folder: checkpoints, stages, metrics.jsonl, TensorBoard files."""
+    stages: tuple[Stage, ...]
+    data: DataConfig
+    model: ModelConfig | None = None
+    """Architecture for random initial weights; the checkpoint's own if there is one."""
+    initial_checkpoint: Path | None = None
+    """Weights to start from: a converted checkpoint, or another run (its newest step). The optimizer starts fresh."""
+    dropout: float = 0.0
+    """Dropout rate, in place of what the checkpoint's config says."""
+    seed: int = 0
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stop_after: int | None = None
+    """Stop, with a checkpoint, after this many steps of the run: for budgets and for tests of resuming."""
+    log_format: Literal["auto", "lines"] = "auto"
+    """A live progress bar on a terminal, or a line every few seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InputError("The stage table is empty: a run needs at least one stage.")
+        if self.data.batch_size % self.optimizer.micro_batches:
+            raise InputError(f"batch_size {self.data.batch_size} is not divisible by micro_batches {self.optimizer.micro_batches}.")
+        if (self.model is None) == (self.initial_checkpoint is None):
+            raise InputError(
+                "Give either `model` (random initial weights) or `initial_checkpoint` (converted or trained weights), not both."
+            )
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise InputError(f"Stage names must differ: {', '.join(names)}.")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)

@@ -1,0 +1,254 @@
+"""The training program, in chapters. `train(config)` runs it from wherever the run stands to its end."""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aurora_jax.data.loader import Batch, Loader
+from aurora_jax.data.loader import Stage as DataStage
+from aurora_jax.data.store import TokenStore
+from aurora_jax.errors import InputError
+from aurora_jax.evaluate.bits_per_byte import Evaluator
+from aurora_jax.model import checkpoint as checkpoint_format
+from aurora_jax.model.checkpoint import CheckpointMetadata
+from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.decoder import initial_parameters, structure_of
+from aurora_jax.model.sharding import TABLE, nest
+from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
+from aurora_jax.train.config import MeshConfig, TrainConfig
+from aurora_jax.train.metrics import MetricsLog
+from aurora_jax.train.stages import learning_rate_schedule
+from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
+
+
+def train(config: TrainConfig) -> TrainState:
+    """Trains until the stage table is done, `stop_after` steps are, or a SIGTERM or Ctrl-C arrives (a checkpoint is written first).
+
+    Returns:
+        The last state.
+
+    Raises:
+        InputError: something in the config, the data or a checkpoint is wrong; nothing has been overwritten.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+
+    # ---------------------------------------------------------------- Start: own run, given checkpoint, or random weights
+    start = choose_start(config)
+    model, tokenizer_files, metadata = _describe_start(config, start.path)
+    print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
+
+    # ---------------------------------------------------------------- Data
+    stages, stores, held_out = _open_data(config, tokenizer_files)
+    if config.data.sequence_length > model.max_positions:
+        raise InputError(
+            f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
+        )
+    _check_vocabulary(model, stores)
+    loader = Loader(
+        stores,
+        stages,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+        attend_across_documents=config.data.attend_across_documents,
+    )
+    fingerprints = {task: store.info.fingerprint for task, store in stores.items()}
+
+    # ---------------------------------------------------------------- Mesh
+    mesh = make_mesh(config.mesh)
+    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
+    replicated = NamedSharding(mesh, PartitionSpec())
+    place = partial(_place, mesh)
+
+    # ---------------------------------------------------------------- Model, optimizer, step
+    compute = config.compute
+    structure = structure_of(model.with_dropout(config.dropout), compute)
+    loss = make_loss(structure, compute, z_loss=config.optimizer.z_loss, isolate_documents=not config.data.attend_across_documents)
+    train_step = jax.jit(
+        make_train_step(
+            loss,
+            config.optimizer,
+            learning_rate_schedule(config.stages),
+            dropout=config.dropout > 0,
+            seed=config.seed,
+            tasks=len(loader.tasks),
+        ),
+        donate_argnums=0,
+    )
+
+    # ---------------------------------------------------------------- State
+    if start.kind == "checkpoint":
+        parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
+    else:
+        parameters = jax.device_put(initial_parameters(model, config.seed), shardings)
+    state = jax.jit(partial(initial_state, optimizer=config.optimizer), donate_argnums=0)(parameters)
+    state = jax.tree.map(lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, replicated), state)
+    metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
+    checkpoints = RunCheckpoints(config, metadata, tokenizer_files, run_facts(config, fingerprints))
+    if start.kind == "resume":
+        state = checkpoints.restore(state)
+    first_step = int(jax.device_get(state.step))
+
+    # ---------------------------------------------------------------- Evaluation
+    evaluator = Evaluator(
+        structure,
+        compute,
+        held_out,
+        batch_size=config.evaluation.batch_size,
+        sequence_length=config.data.sequence_length,
+        place=place,
+    )
+    ends = dict(zip(np.cumsum([stage.steps for stage in config.stages]).tolist(), [stage.name for stage in config.stages], strict=True))
+    last_step = min(config.steps, config.stop_after or config.steps)
+
+    # ---------------------------------------------------------------- Train loop
+    with (
+        MetricsLog(config.output, first_step=first_step, steps=config.steps, lines=config.log_format == "lines") as log,
+        _stop_requested() as stop_requested,
+        jax.transfer_guard("disallow"),
+    ):
+
+        def evaluate(step: int, stage: str, windows: int | None) -> None:
+            begun = time.monotonic()
+            scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
+            log.evaluation(step, stage, scores, complete=windows is None, seconds=time.monotonic() - begun)
+
+        if first_step == 0 and held_out:
+            evaluate(0, "start", None)
+
+        dispatched: tuple[int, str, dict] | None = None
+        for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch):
+            stage = loader.position(step)["stage"]
+            state, metrics = train_step(state, place(batch))
+            # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
+            if dispatched is not None:
+                _record(log, loader.tasks, *dispatched)
+                if dispatched[0] == first_step:
+                    log.restart_clock()
+            dispatched = (step, stage, metrics)
+
+            done = step + 1
+            at_end = done in ends or done == last_step
+            if at_end or stop_requested() or done % config.checkpoint.every == 0 or (held_out and done % config.evaluation.every == 0):
+                _record(log, loader.tasks, *dispatched)
+                dispatched = None
+            if at_end or stop_requested() or done % config.checkpoint.every == 0:
+                checkpoints.save(state, stage)
+            if done in ends:
+                checkpoints.save_stage(state, stage)
+            if held_out and (done in ends or done % config.evaluation.every == 0):
+                evaluate(done, stage, None if done in ends else config.evaluation.quick_windows)
+            if stop_requested():
+                log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
+                break
+
+    # ---------------------------------------------------------------- The end
+    checkpoints.close()
+    return state
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The devices as a mesh with the axes data, fsdp, sequence, tensor. Raises InputError if their product is not the device count."""
+    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = devices // known if devices % known == 0 else 0
+    if min(sizes) < 1 or np.prod(sizes) != devices:
+        raise InputError(f"mesh {config} does not fit {devices} devices: the product of its axes must be that number (one may be -1).")
+    axes = ("data", "fsdp", "sequence", "tensor")
+    return jax.make_mesh(tuple(sizes), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, dict[str, str], CheckpointMetadata]:
+    """Model, tokenizer files and metadata that the run's checkpoints will carry."""
+    if path is None:
+        assert config.model is not None  # TrainConfig checks it
+        tokenizer = _read_tokenizer_files(config.data.tokenizer)
+        metadata = CheckpointMetadata(
+            config.model, "float32", tokenizer_sha256=checkpoint_format.tokenizer_sha256(tokenizer), source={"random_seed": config.seed}
+        )
+        return config.model, tokenizer, metadata
+    found = checkpoint_format.read_metadata(path)
+    tokenizer = checkpoint_format.read_tokenizer(path) or _read_tokenizer_files(config.data.tokenizer)
+    return found.config, tokenizer, replace(found, parameter_dtype="float32", step=0)
+
+
+def _read_tokenizer_files(path: Path | None) -> dict[str, str]:
+    if path is None:
+        raise InputError("There is no tokenizer: give --data.tokenizer (a tokenizer.json, its folder, or a SentencePiece model).")
+    folder = path if path.is_dir() else path.parent
+    return {name: (folder / name).read_text() for name in checkpoint_format.TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def _open_data(
+    config: TrainConfig, tokenizer_files: dict[str, str]
+) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
+    """The stage table with its rates, the training stores and the held-out stores; builds the stores that are missing."""
+    # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
+    from aurora_jax.data.store import build_mixture_stores, build_store
+    from aurora_jax.data.tasks import mixture_rates, register_sample_tasks
+    from aurora_jax.data.vocabulary import vocabulary_from
+
+    tokenizer = config.data.tokenizer
+    if tokenizer is None:
+        tokenizer = config.output / "tokenizer"
+        tokenizer.mkdir(exist_ok=True)
+        for name, text in tokenizer_files.items():
+            (tokenizer / name).write_text(text)
+    register_sample_tasks(config.data.corpus, vocabulary_from(tokenizer))
+    stages = [DataStage(stage.name, mixture_rates(stage.mixture), stage.steps) for stage in config.stages]
+    stores: dict[str, TokenStore] = {}
+    for mixture in dict.fromkeys(stage.mixture for stage in config.stages):
+        stores |= build_mixture_stores(mixture, config.data.stores)
+    held_out = {task: build_store(task, "validation", config.data.stores / task / "validation") for task in config.evaluation.tasks}
+    return stages, stores, held_out
+
+
+def _check_vocabulary(model: ModelConfig, stores: dict[str, TokenStore]) -> None:
+    for task, store in stores.items():
+        if store.info.vocab_size > model.vocabulary_size:
+            raise InputError(
+                f"The store of {task} was made with a tokenizer of {store.info.vocab_size} entries; the model has "
+                f"{model.vocabulary_size}: this is another model's tokenizer."
+            )
+
+
+def _place(mesh: Mesh, batch: Batch) -> Batch:
+    """A host batch on the mesh, its rows split over data and fsdp."""
+    return jax.tree.map(lambda array: jax.device_put(array, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))), batch)
+
+
+def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metrics: dict) -> None:
+    values = jax.device_get(metrics)
+    nll, tokens = values.pop("task_nll"), values.pop("task_tokens")
+    task_loss = {task: float(nll[i] / tokens[i]) for i, task in enumerate(tasks) if tokens[i] > 0}
+    log.step(step, stage, {name: float(value) for name, value in values.items()}, task_loss)
+
+
+@contextmanager
+def _stop_requested():
+    """Yields a function that says whether SIGTERM (a preemption notice) or Ctrl-C has arrived; a second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def remember(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    previous: dict[int, Callable | int | None] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, remember)
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,102 @@
+"""Next-token cross-entropy over a tied head, in chunks, so that the [B, L, V] logits never exist.
+
+B batch, L sequence, D model, V vocabulary; T tokens of the whole batch in one row, S chunks, U tokens of a chunk.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_TOKENS = 1024
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    total_weight: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of weighted negative log-likelihoods over `total_weight`, plus the z-loss.
+
+    `total_weight` is the number of valid tokens of the *global* batch: dividing each part of a batch (a device's, a micro-batch's) by it
+    makes the parts add up to the loss of the whole, whatever their padding. The gradient is computed in the forward pass, while the logits
+    of a chunk are at hand, so the head costs three matrix products instead of four (as in Liger, arXiv 2410.10989).
+
+    Args:
+        dtype: precision of the operands of the head's matrix products; sums and softmax are fp32.
+
+    Returns:
+        The loss (fp32 scalar) and the negative log-likelihood of every token, fp32 [B, L], in nats, without weights and without gradient.
+    """
+    B, L, D = hidden_BLD.shape
+    tokens = B * L
+    padding = -tokens % min(CHUNK_TOKENS, tokens)
+
+    def chunked(array, fill_shape):
+        flat = jnp.concatenate([array.reshape(tokens, *fill_shape), jnp.zeros((padding, *fill_shape), array.dtype)])
+        return flat.reshape(-1, min(CHUNK_TOKENS, tokens), *fill_shape)
+
+    loss, nll_SU = _chunked_loss(
+        chunked(hidden_BLD, (D,)), embedding_VD, chunked(targets_BL, ()), chunked(weights_BL, ()), total_weight, dtype, z_loss
+    )
+    return loss, jax.lax.stop_gradient(nll_SU.reshape(-1)[:tokens].reshape(B, L))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked_loss(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss):
+    embedding_VD = embedding_VD.astype(dtype)
+
+    def one_chunk(loss, chunk):
+        hidden_UD, targets_U, weights_U = chunk
+        _, log_z_U, nll_U = _chunk_nll(hidden_UD.astype(dtype), embedding_VD, targets_U)
+        return loss + _weighted(nll_U, log_z_U, weights_U, z_loss), nll_U
+
+    loss, nll_SU = jax.lax.scan(one_chunk, jnp.zeros((), jnp.float32), (hidden_SUD, targets_SU, weights_SU))
+    return loss / total_weight, nll_SU
+
+
+def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss):
+    rounded_VD = embedding_VD.astype(dtype)
+
+    def one_chunk(carry, chunk):
+        loss, gradient_DV = carry
+        hidden_UD, targets_U, weights_U = chunk
+        hidden_UD = hidden_UD.astype(dtype)
+        logits_UV, log_z_U, nll_U = _chunk_nll(hidden_UD, rounded_VD, targets_U)
+        scale_U = weights_U / total_weight
+        slope_U = scale_U * (1 + 2 * z_loss * log_z_U)
+        is_target_UV = targets_U[:, None] == jnp.arange(logits_UV.shape[1])[None, :]
+        d_logits_UV = jnp.exp(logits_UV - log_z_U[:, None]) * slope_U[:, None] - jnp.where(is_target_UV, scale_U[:, None], 0)
+        d_logits_UV = d_logits_UV.astype(dtype)
+        # [D, V]: the transposed operand of this product is then the small one (see `_einsum_smaller_first` in `product.py`).
+        gradient_DV += jnp.einsum("ud,uv->dv", hidden_UD, d_logits_UV, preferred_element_type=jnp.float32)
+        gradient_UD = jnp.einsum("uv,vd->ud", d_logits_UV, rounded_VD, preferred_element_type=jnp.float32)
+        return (loss + _weighted(nll_U, log_z_U, weights_U, z_loss), gradient_DV), (nll_U, gradient_UD.astype(hidden_SUD.dtype))
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
+    (loss, gradient_DV), (nll_SU, gradient_SUD) = jax.lax.scan(one_chunk, start, (hidden_SUD, targets_SU, weights_SU))
+    return (loss / total_weight, nll_SU), (gradient_SUD, gradient_DV.T.astype(embedding_VD.dtype))
+
+
+def _chunked_loss_backward(dtype, z_loss, gradients, cotangents):
+    gradient_SUD, gradient_VD = gradients
+    d_loss, _ = cotangents
+    return (gradient_SUD * d_loss).astype(gradient_SUD.dtype), (gradient_VD * d_loss).astype(gradient_VD.dtype), None, None, None
+
+
+_chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
+
+
+def _chunk_nll(hidden_UD, embedding_VD, targets_U):
+    logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, embedding_VD, preferred_element_type=jnp.float32)
+    log_z_U = jax.nn.logsumexp(logits_UV, axis=-1)
+    return logits_UV, log_z_U, log_z_U - jnp.take_along_axis(logits_UV, targets_U[:, None], axis=1)[:, 0]
+
+
+def _weighted(nll_U, log_z_U, weights_U, z_loss):
+    return ((nll_U + z_loss * log_z_U**2) * weights_U).sum()

@@ -1,0 +1,107 @@
+"""What a run tells people: a progress bar, metrics.jsonl, TensorBoard."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.summary import Writer
+
+LINE_SECONDS = 10.0
+"""Where there is no terminal: seconds between two lines of progress."""
+
+
+class MetricsLog:
+    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard, and shows progress.
+
+    Lines at and beyond the step that a resumed run starts from are dropped first: the file has each step once, however often it was done.
+    """
+
+    def __init__(self, output: Path, *, first_step: int, steps: int, lines: bool):
+        self.console = Console()
+        self._path = output / "metrics.jsonl"
+        _drop_from(self._path, first_step)
+        self._file = self._path.open("a")
+        self._tensorboard = Writer(str(output / "tensorboard"))
+        self._lines = lines or not self.console.is_terminal
+        self._steps, self._first_step = steps, first_step
+        self._begun = self._last_line = time.monotonic()
+        self._paused = 0.0
+        self._tokens = 0.0
+        self._progress = Progress(
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False, compact=True),
+            console=self.console,
+            disable=self._lines,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=first_step, stage="", loss=float("nan"), rate=0.0)
+
+    def __enter__(self) -> "MetricsLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    def restart_clock(self) -> None:
+        """Call when the first step has been done: compilation is not training speed."""
+        self._begun, self._tokens, self._paused = time.monotonic(), 0.0, 0.0
+
+    def step(self, step: int, stage: str, metrics: Mapping[str, float], task_loss: Mapping[str, float]) -> None:
+        """Records one training step; `metrics` as `train_step` returns them, scalars only."""
+        self._tokens += metrics["tokens"]
+        rate = self._tokens / max(1e-9, time.monotonic() - self._begun - self._paused)
+        self._write({"step": step, "stage": stage, **metrics, "tokens_per_second": rate, "task_loss": dict(task_loss)})
+        for name, value in {**metrics, "tokens_per_second": rate}.items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        self._progress.update(self._task, completed=step + 1, stage=stage, loss=metrics["loss"], rate=rate)
+        now = time.monotonic()
+        if self._lines and (now - self._last_line >= LINE_SECONDS or step + 1 == self._steps):
+            self._last_line = now
+            remaining = (now - self._begun) / max(1, step - self._first_step) * (self._steps - step - 1)
+            self.console.print(
+                f"{stage} step {step + 1}/{self._steps}  loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"{rate:,.0f} tokens/s  ETA {remaining:.0f} s",
+                highlight=False,
+            )
+
+    def evaluation(self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], *, complete: bool, seconds: float) -> None:
+        """Records bits per byte by task after `step` steps; `complete` if all held-out text was read."""
+        self._paused += seconds
+        self._write({"step": step, "stage": stage, "complete": complete, "evaluation": scores})
+        for task, score in scores.items():
+            self._tensorboard.add_scalar(f"bits_per_byte/{task}", score["bits_per_byte"], step)
+        summary = "  ".join(f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}" for task, score in scores.items())
+        self.console.print(f"{stage} step {step}  bits per byte: {summary}", highlight=False)
+
+    def _write(self, row: Mapping) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl; a last line that a dying process left unfinished is ignored."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Keeps the rows before `step` (an evaluation made after `step` steps is made again on resuming)."""
+    if path.exists():
+        kept = [row for row in read_metrics(path) if row["step"] < step or (row["step"] == step and "evaluation" in row)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,0 +1,29 @@
+"""AdamW for the decoder's parameters; the learning rate is the step function's business."""
+
+import jax
+import optax
+
+from aurora_jax.model.sharding import TABLE, flatten, nest
+from aurora_jax.train.config import OptimizerConfig
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies to a parameter: matrices and embeddings, not biases and LayerNorm."""
+    return path.endswith(("kernel", "embedding"))
+
+
+def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction plus decoupled decay, to be multiplied by minus the learning rate.
+
+    The rate is left out so that it follows the run's step, not the number of updates made: a skipped update does not shift the schedule.
+    """
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=nest({path: decays(path) for path in TABLE})),
+    )
+
+
+def clip(gradients: dict, norm: jax.Array, largest: float) -> dict:
+    """Gradients scaled so that their global norm, given as `norm`, is at most `largest` (Pascanu et al. 2013, arXiv 1211.5063)."""
+    scale = jax.numpy.minimum(1.0, largest / jax.numpy.maximum(norm, 1e-12))
+    return nest({path: gradient * scale.astype(gradient.dtype) for path, gradient in flatten(gradients).items()})

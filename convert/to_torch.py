@@ -1,0 +1,209 @@
+"""Our checkpoint into a Hugging Face folder that `transformers` and vLLM load, block by block."""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.checkpoint import (
+    CheckpointMetadata,
+    damage_named,
+    open_parameters,
+    read_metadata,
+    read_tokenizer,
+    require_free,
+    resolve,
+)
+from aurora_jax.model.config import ModelConfig, to_hf_config
+from convert.from_torch import DTYPES, ParameterDtype
+from convert.progress import byte_progress
+from convert.source import SAFETENSORS_DTYPES
+from convert.weight_map import WEIGHT_MAP, Row, hf_tensors
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name, and its tensors in the order in which they lie there."""
+
+    name: str
+    tensors: list[str]
+
+
+def to_torch(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: ParameterDtype | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a checkpoint as safetensors with config, generation config and tokenizer files.
+
+    The head is the token embedding and is not written twice; `transformers` ties it. Memory: some blocks; for checkpoints of
+    training runs also the largest parameter of one layer.
+
+    Args:
+        source: a checkpoint, or a run directory (its newest complete step).
+        destination: the folder to be made; must not exist. It appears only when it is complete.
+        dtype: of the written weights; that of the checkpoint by default.
+        max_shard_size: largest file, such as 5GB or 500MB (decimal); a single larger tensor is a file of its own.
+
+    Raises:
+        InputError: not a checkpoint, a damaged one, or a destination that exists or cannot be written.
+    """
+    limit = parse_size(max_shard_size)
+    folder = Path(require_free(destination))
+    path = resolve(source)
+    metadata = read_metadata(path)
+    config = metadata.config
+    name: ParameterDtype = dtype or metadata.parameter_dtype  # type: ignore[assignment]
+    if name not in DTYPES:
+        raise InputError(f"{path}: parameter_dtype is {name!r}; writable are {', '.join(DTYPES)}.")
+    stores = open_parameters(path)
+    if any(stores[row.ours].chunk_layout.read_chunk.shape != row.chunk_shape(config, _itemsize(stores[row.ours])) for row in WEIGHT_MAP):
+        # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would be read many times.
+        stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in WEIGHT_MAP if row.stacked))
+    shards = plan_shards(config, DTYPES[name].itemsize, limit)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        with (
+            byte_progress(f"{source} -> {destination}", sum(_sizes(config, DTYPES[name].itemsize).values())) as advance,
+            damage_named(path),
+        ):
+            for shard in shards:
+                _write_shard(temporary / shard.name, shard, config, DTYPES[name], stores, advance)
+        _write_text_files(temporary, metadata, name, shards, read_tokenizer(path))
+        temporary.rename(folder)
+    except BaseException as error:  # Ctrl-C included: nothing half-written stays behind
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{folder} cannot be written: {error}.") from error
+        raise
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 1000 (decimal units). Raises InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1)) if match else 0
+    if size < 1:
+        raise InputError(f"{text!r} is no size: write it like 5GB or 500MB.")
+    return size
+
+
+def plan_shards(config: ModelConfig, itemsize: int, limit: int) -> list[Shard]:
+    """Fills files with tensors, in order, up to `limit` bytes of data; named as `transformers` names them."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for tensor, size in _sizes(config, itemsize).items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += size
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, 1)]
+
+
+def _sizes(config: ModelConfig, itemsize: int) -> dict[str, int]:
+    """Bytes of each Hugging Face tensor."""
+    return {tensor: math.prod(parts[0][0].hf_shape(config)) * itemsize for tensor, parts in hf_tensors(config).items()}
+
+
+def _write_shard(
+    file: Path,
+    shard: Shard,
+    config: ModelConfig,
+    dtype: np.dtype,
+    stores: dict[str, ts.TensorStore],
+    advance: Callable[[int], None],
+) -> None:
+    parts = hf_tensors(config)
+    label = next(label for label, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard.tensors:
+        shape = parts[tensor][0][0].hf_shape(config)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[tensor] = {"dtype": label, "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format wants the data aligned
+    data = 8 + len(encoded)
+    with file.open("wb") as opened:
+        opened.write(len(encoded).to_bytes(8, "little") + encoded)
+        opened.truncate(data + end)
+        for tensor in shard.tensors:
+            offset = data + header[tensor]["data_offsets"][0]
+            for row, layer in parts[tensor]:
+                _write_part(opened.fileno(), offset, row, layer, config, dtype, stores[row.ours], advance)
+
+
+def _write_part(
+    descriptor: int,
+    offset: int,
+    row: Row,
+    layer: int,
+    config: ModelConfig,
+    dtype: np.dtype,
+    store: ts.TensorStore,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes what one of our parameters contributes to the tensor that begins at `offset` bytes of the file."""
+    row_bytes = math.prod(row.hf_shape(config)[1:]) * dtype.itemsize
+    for start, stop in row.blocks(config, _itemsize(store)):
+        block = store[row.index(layer, start, stop)].read().result()
+        rows = np.ascontiguousarray(row.to_hf(block.astype(dtype, copy=False), config)).reshape(-1).view(np.uint8)
+        written = 0
+        for first, last in row.spans(config, start, stop):
+            span = rows[written : written + (last - first) * row_bytes]
+            _write_at(descriptor, span, offset + first * row_bytes)
+            written += len(span)
+        advance(written)
+
+
+def _itemsize(store: ts.TensorStore) -> int:
+    return store.dtype.numpy_dtype.itemsize
+
+
+def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
+    remaining = memoryview(values.data)
+    while remaining:  # one write moves at most 2 GiB on Linux
+        count = os.pwrite(descriptor, remaining, offset)
+        remaining, offset = remaining[count:], offset + count
+
+
+def _write_text_files(
+    folder: Path, metadata: CheckpointMetadata, dtype: ParameterDtype, shards: list[Shard], tokenizer: dict[str, str]
+) -> None:
+    config = metadata.config
+    hf_config = {**(metadata.hf_config or {}), **to_hf_config(config), "torch_dtype": dtype}
+    hf_config.pop("dtype", None)  # the newer name of torch_dtype, which every version of transformers reads
+    hf_config["num_key_value_heads"] = config.kv_heads
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    files = {
+        "config.json": _json(hf_config),
+        "generation_config.json": _json({key: value for key, value in generation.items() if value is not None}),
+        **tokenizer,
+    }
+    if len(shards) > 1:
+        itemsize = DTYPES[dtype].itemsize
+        weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
+        files["model.safetensors.index.json"] = _json(
+            {"metadata": {"total_size": sum(_sizes(config, itemsize).values())}, "weight_map": weight_map}
+        )
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,196 @@
+"""Do two models compute the same? Any mix of Hugging Face folders and our checkpoints, both in fp32.
+
+L sequence, V vocabulary.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.checkpoint import is_checkpoint, read_metadata, read_tokenizer, resolve, restore_parameters
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from convert.source import read_folder
+
+WINDOW = 512
+"""Tokens that are read at a time, or the positions of the smaller model."""
+
+RANDOM_TOKENS = 1024
+SEED = 0
+
+DEFAULT_TEXT = """\
+The quick brown fox jumps over the lazy dog. Language models assign a probability to every next token.
+Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan.
+सभी मनुष्य जन्म से स्वतंत्र हैं और गरिमा तथा अधिकारों में समान हैं।
+すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。
+Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.
+def fibonacci(n: int) -> int:
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
+"""
+
+Logits = Callable[[np.ndarray], np.ndarray]
+"""Tokens [L] to logits [L, V], fp32."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far model B is from model A, over all tokens that were read."""
+
+    tokens: int
+    top1: float
+    """Share of positions where both rank the same token first."""
+    top5: float
+    """Mean share of A's five best tokens that are among B's five best."""
+    mean_kl: float
+    """KL(A || B) a position, in nats."""
+    max_kl: float
+    max_logit_difference: float
+
+
+def verify(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | None = None, max_kl: float = 1e-4, console: Console | None = None
+) -> bool:
+    """Runs both models on a text and prints how far they agree.
+
+    Args:
+        a: Hugging Face folder, checkpoint or run directory: the reference.
+        b: the same, for the model that is judged.
+        text: UTF-8 file; a built-in text in five languages and Python by default.
+        max_kl: greatest KL(A || B) at any position, in nats, that still passes.
+        console: where the table goes; standard output by default.
+
+    Returns:
+        Whether they agree. Not-a-number never does.
+
+    Raises:
+        InputError: a path that is no model, a text that cannot be read, models that differ in their vocabulary.
+    """
+    console = console or Console()
+    config_a, config_b = _config(a), _config(b)
+    if config_a.vocabulary_size != config_b.vocabulary_size:
+        raise InputError(
+            f"{a} has a vocabulary of {config_a.vocabulary_size} tokens, {b} of {config_b.vocabulary_size}: nothing to compare."
+        )
+    tokens_L, origin = _tokens(a, b, text, config_a.vocabulary_size)
+    window = min(WINDOW, config_a.max_positions, config_b.max_positions)
+    agreement = compare(_model(a), _model(b), [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)])
+    passed = bool(agreement.max_kl <= max_kl)
+    table = Table("A against B", "", title=f"A: {a}\nB: {b}", title_justify="left")
+    table.add_row("tokens compared", f"{agreement.tokens:,} ({origin})")
+    table.add_row("top-1 agreement", f"{agreement.top1:.3%}")
+    table.add_row("top-5 agreement", f"{agreement.top5:.3%}")
+    table.add_row("mean KL(A || B), nats", f"{agreement.mean_kl:.3e}")
+    table.add_row("max KL(A || B), nats", f"{agreement.max_kl:.3e} ({'within' if passed else 'beyond'} {max_kl:g})")
+    table.add_row("max logit difference", f"{agreement.max_logit_difference:.3e}")
+    console.print(table)
+    return passed
+
+
+def compare(logits_a: Logits, logits_b: Logits, windows: list[np.ndarray]) -> Agreement:
+    """Agreement of two models over windows of tokens, each [L]."""
+    top1, top5, divergences, differences = [], [], [], []
+    for tokens_L in windows:
+        a_LV, b_LV = logits_a(tokens_L).astype(np.float64), logits_b(tokens_L).astype(np.float64)
+        log_a_LV, log_b_LV = _log_softmax(a_LV), _log_softmax(b_LV)
+        divergences.append(np.sum(np.exp(log_a_LV) * (log_a_LV - log_b_LV), axis=-1))
+        differences.append(np.max(np.abs(a_LV - b_LV)))
+        best = min(5, a_LV.shape[-1])
+        best_a, best_b = (np.argsort(-values_LV, axis=-1, kind="stable")[:, :best] for values_LV in (a_LV, b_LV))
+        top1.append(best_a[:, 0] == best_b[:, 0])
+        top5.append(np.mean(np.any(best_a[:, :, None] == best_b[:, None, :], axis=-1), axis=-1))
+    divergence_L = np.concatenate(divergences)
+    return Agreement(
+        tokens=len(divergence_L),
+        top1=float(np.mean(np.concatenate(top1))),
+        top5=float(np.mean(np.concatenate(top5))),
+        mean_kl=float(np.mean(divergence_L)),
+        max_kl=float(np.max(divergence_L)),
+        max_logit_difference=float(np.max(differences)),
+    )
+
+
+def _log_softmax(logits_LV: np.ndarray) -> np.ndarray:
+    shifted_LV = logits_LV - np.max(logits_LV, axis=-1, keepdims=True)
+    return shifted_LV - np.log(np.sum(np.exp(shifted_LV), axis=-1, keepdims=True))
+
+
+def _is_ours(path: str | os.PathLike[str]) -> bool:
+    """A folder with `config.json` is Hugging Face's; anything else must resolve to one of our checkpoints."""
+    return is_checkpoint(path) or not (Path(path) / "config.json").is_file()
+
+
+def _config(path: str | os.PathLike[str]) -> ModelConfig:
+    return read_metadata(path).config if _is_ours(path) else read_folder(path).config
+
+
+def _model(path: str | os.PathLike[str]) -> Logits:
+    return _our_model(path) if _is_ours(path) else _hf_model(path)
+
+
+def _our_model(path: str | os.PathLike[str]) -> Logits:
+    import jax
+
+    from aurora_jax.model.decoder import merge, structure_of
+
+    structure = structure_of(_config(path), ComputeConfig(compute_dtype="float32", attention="xla"))
+    parameters = restore_parameters(path, dtype="float32")
+
+    @jax.jit
+    def logits_1LV(parameters: dict, tokens_1L: jax.Array) -> jax.Array:
+        decoder = merge(structure, parameters)
+        return decoder.logits(decoder(tokens_1L))
+
+    return lambda tokens_L: np.asarray(logits_1LV(parameters, jax.numpy.asarray(tokens_L[None])))[0]
+
+
+def _hf_model(path: str | os.PathLike[str]) -> Logits:
+    try:
+        import torch
+        from transformers import GPTBigCodeForCausalLM
+    except ImportError:
+        raise InputError(f"{path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
+    model = GPTBigCodeForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+    def logits_LV(tokens_L: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(tokens_L.astype(np.int64))[None]).logits[0].numpy()
+
+    return logits_LV
+
+
+def _tokens(a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | None, vocabulary_size: int) -> tuple[np.ndarray, str]:
+    """Tokens [L] of the text, or random ones if neither model has a tokenizer, and where they are from."""
+    try:
+        content, origin = (text.read_text(encoding="utf-8"), text.name) if text else (DEFAULT_TEXT, "built-in text")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{text} cannot be read as UTF-8 text: {error}.") from error
+    for path in (a, b):
+        definition = _tokenizer_json(path)
+        if definition is None:
+            continue
+        from tokenizers import Tokenizer
+
+        tokens_L = np.asarray(Tokenizer.from_str(definition).encode(content, add_special_tokens=False).ids, np.int32)
+        if not len(tokens_L):
+            raise InputError(f"{origin}: no tokens to compare.")
+        if tokens_L.max() >= vocabulary_size:
+            raise InputError(f"{path}: its tokenizer yields the token {tokens_L.max()}, its model has only {vocabulary_size}.")
+        return tokens_L, origin
+    if text:
+        raise InputError(f"Neither {a} nor {b} has a tokenizer.json: {text} cannot be read as tokens.")
+    return np.random.default_rng(SEED).integers(vocabulary_size, size=RANDOM_TOKENS, dtype=np.int32), f"random, seed {SEED}: no tokenizer"
+
+
+def _tokenizer_json(path: str | os.PathLike[str]) -> str | None:
+    if _is_ours(path):
+        return read_tokenizer(resolve(path)).get("tokenizer.json")
+    file = Path(path) / "tokenizer.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None

@@ -1,0 +1,170 @@
+"""The one map between Hugging Face's GPTBigCode weights and ours. It drives both directions.
+
+N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
+A Hugging Face tensor is cut into *units* along its rows (a head, a feature, a token): units are what is read, transposed and written, some
+megabytes at a time, so that no array and no tensor need be whole in memory.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from aurora_jax.model.checkpoint import CHUNK_BYTES
+from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.sharding import TABLE, dimensions
+
+IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+"""Causal-mask buffers that old `.bin` files hold; they are not weights."""
+
+TIED_HEAD = "lm_head.weight"
+TOKEN_EMBEDDING = "transformer.wte.weight"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our parameters and the rows of the Hugging Face tensor (`nn.Linear`: [out, in]) that hold it."""
+
+    ours: str
+    """Dotted path in the sharding table."""
+    hf: str
+    """Name of the tensor; `{layer}` is the layer's number."""
+    letters: str
+    """Its dimensions in Hugging Face's order. The first one counts units, and is streamed over."""
+    fused: Literal["", "query", "key_value"] = ""
+    """Which part of the fused projection `c_attn`.
+
+    For each key/value head in turn, its rows are the queries that share the head, then its key, then its value. Multi-query attention
+    (K = 1) thus has all queries, the key, the value; multi-head attention (K = H) has a query, a key and a value for each head.
+    """
+
+    @property
+    def stacked(self) -> bool:
+        return TABLE[self.ours].letters.startswith("N")
+
+    @property
+    def our_letters(self) -> str:
+        """Dimensions of one layer of our parameter."""
+        return TABLE[self.ours].letters.removeprefix("N")
+
+    @property
+    def unit_axis(self) -> int:
+        """The dimension of `our_letters` that units are counted along."""
+        return self.our_letters.index(self.letters[0])
+
+    def hf_name(self, layer: int) -> str:
+        return self.hf.format(layer=layer)
+
+    def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Shape of the whole Hugging Face tensor: [rows] or [rows, columns]."""
+        sizes = dimensions(config)
+        columns = self._columns(config)
+        if self.fused:
+            return ((sizes["H"] + 2 * sizes["K"]) * sizes["C"], *columns)
+        return (sizes[self.letters[0]], *columns)
+
+    def units(self, config: ModelConfig) -> int:
+        return dimensions(config)[self.letters[0]]
+
+    def block_units(self, config: ModelConfig, itemsize: int) -> int:
+        """Units in a block, at least one: about CHUNK_BYTES, evenly divided."""
+        unit_bytes = math.prod(self._unit_shape(config)) * itemsize
+        blocks = math.ceil(self.units(config) / max(1, CHUNK_BYTES // unit_bytes))
+        return math.ceil(self.units(config) / blocks)
+
+    def blocks(self, config: ModelConfig, itemsize: int) -> Iterator[tuple[int, int]]:
+        """(first, last + 1) unit of each block, in order."""
+        step = self.block_units(config, itemsize)
+        return ((start, min(start + step, self.units(config))) for start in range(0, self.units(config), step))
+
+    def spans(self, config: ModelConfig, start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows (first, last + 1) of the Hugging Face tensor that hold units start .. stop - 1, adjacent ones joined."""
+        if not self.fused:
+            return [(start, stop)]
+        sizes = dimensions(config)
+        queries = sizes["H"] // sizes["K"]
+        spans: list[tuple[int, int]] = []
+        for unit in range(start, stop):
+            if self.fused == "query":
+                group, within, heads = unit // queries, unit % queries, 1
+            else:
+                group, within, heads = unit, queries, 2
+            first = (group * (queries + 2) + within) * sizes["C"]
+            last = first + heads * sizes["C"]
+            if spans and spans[-1][1] == first:
+                first = spans.pop()[0]
+            spans.append((first, last))
+        return spans
+
+    def to_ours(self, rows: np.ndarray, config: ModelConfig) -> np.ndarray:
+        """Rows of some units [rows, ...] as a view in our order of dimensions."""
+        return rows.reshape(-1, *self._unit_shape(config)).transpose([self.letters.index(letter) for letter in self.our_letters])
+
+    def to_hf(self, block: np.ndarray, config: ModelConfig) -> np.ndarray:
+        """The inverse of `to_ours`: rows [rows] or [rows, columns]."""
+        units_first = block.transpose([self.our_letters.index(letter) for letter in self.letters])
+        return units_first.reshape(-1, *self._columns(config))
+
+    def chunk_shape(self, config: ModelConfig, itemsize: int) -> tuple[int, ...]:
+        """Shape of a block in our array, the layer dimension included."""
+        sizes = dimensions(config)
+        shape = [sizes[letter] for letter in self.our_letters]
+        shape[self.unit_axis] = self.block_units(config, itemsize)
+        return (1, *shape) if self.stacked else tuple(shape)
+
+    def index(self, layer: int, start: int, stop: int) -> tuple[int | slice, ...]:
+        """Where units start .. stop - 1 of a layer are in our array."""
+        within = (*(slice(None),) * self.unit_axis, slice(start, stop))
+        return (layer, *within) if self.stacked else within
+
+    def _unit_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        sizes = dimensions(config)
+        return tuple(sizes[letter] for letter in self.letters[1:])
+
+    def _columns(self, config: ModelConfig) -> tuple[int, ...]:
+        """Shape of a row: one number of columns for a matrix, nothing for a vector."""
+        sizes = dimensions(config)
+        rows = {"query": 2, "key_value": 3, "": 1}[self.fused]  # letters that count rows: HC, K2C, or one
+        columns = self.letters[rows:]
+        return (math.prod(sizes[letter] for letter in columns),) if columns else ()
+
+
+WEIGHT_MAP: tuple[Row, ...] = (
+    Row("token_embedding.embedding", TOKEN_EMBEDDING, "VD"),
+    Row("position_embedding.embedding", "transformer.wpe.weight", "PD"),
+    Row("layers.attention_norm.scale", "transformer.h.{layer}.ln_1.weight", "D"),
+    Row("layers.attention_norm.bias", "transformer.h.{layer}.ln_1.bias", "D"),
+    Row("layers.attention.query.kernel", "transformer.h.{layer}.attn.c_attn.weight", "HCD", "query"),
+    Row("layers.attention.query.bias", "transformer.h.{layer}.attn.c_attn.bias", "HC", "query"),
+    Row("layers.attention.key_value.kernel", "transformer.h.{layer}.attn.c_attn.weight", "K2CD", "key_value"),
+    Row("layers.attention.key_value.bias", "transformer.h.{layer}.attn.c_attn.bias", "K2C", "key_value"),
+    Row("layers.attention.output.kernel", "transformer.h.{layer}.attn.c_proj.weight", "DHC"),
+    Row("layers.attention.output.bias", "transformer.h.{layer}.attn.c_proj.bias", "D"),
+    Row("layers.mlp_norm.scale", "transformer.h.{layer}.ln_2.weight", "D"),
+    Row("layers.mlp_norm.bias", "transformer.h.{layer}.ln_2.bias", "D"),
+    Row("layers.mlp.up.kernel", "transformer.h.{layer}.mlp.c_fc.weight", "FD"),
+    Row("layers.mlp.up.bias", "transformer.h.{layer}.mlp.c_fc.bias", "F"),
+    Row("layers.mlp.down.kernel", "transformer.h.{layer}.mlp.c_proj.weight", "DF"),
+    Row("layers.mlp.down.bias", "transformer.h.{layer}.mlp.c_proj.bias", "D"),
+    Row("final_norm.scale", "transformer.ln_f.weight", "D"),
+    Row("final_norm.bias", "transformer.ln_f.bias", "D"),
+)
+
+
+def hf_tensors(config: ModelConfig) -> dict[str, list[tuple[Row, int]]]:
+    """Every Hugging Face tensor of the model, in the order of its layers, with the (row, layer) parts that it consists of."""
+    tensors: dict[str, list[tuple[Row, int]]] = {}
+    before = [row for row in WEIGHT_MAP if not row.stacked and not row.ours.startswith("final_norm")]
+    stacked = [row for row in WEIGHT_MAP if row.stacked]
+    after = [row for row in WEIGHT_MAP if row.ours.startswith("final_norm")]
+    parts = [
+        *((row, 0) for row in before),
+        *((row, layer) for layer in range(config.layers) for row in stacked),
+        *((row, 0) for row in after),
+    ]
+    for row, layer in parts:
+        tensors.setdefault(row.hf_name(layer), []).append((row, layer))
+    return tensors

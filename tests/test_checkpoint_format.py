@@ -1,0 +1,192 @@
+"""The checkpoint format: what is saved comes back, plain Orbax reads it, and what does not fit is refused by name."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from aurora_jax.errors import InputError
+from aurora_jax.model import checkpoint
+from aurora_jax.model.checkpoint import CheckpointMetadata
+from aurora_jax.model.config import ModelConfig, to_hf_config
+from aurora_jax.model.decoder import initial_parameters
+from aurora_jax.model.sharding import flatten, nest
+
+CONFIG = ModelConfig(vocabulary_size=49, max_positions=17, width=12, layers=2, heads=3, mlp_width=20)
+
+
+@pytest.fixture(scope="module")
+def parameters() -> dict:
+    return initial_parameters(CONFIG, seed=0)
+
+
+@pytest.fixture
+def metadata() -> CheckpointMetadata:
+    return CheckpointMetadata(
+        config=CONFIG,
+        parameter_dtype="float32",
+        hf_config={**to_hf_config(CONFIG), "a_key_of_somebody_else": [1, 2]},
+        tokenizer_sha256=checkpoint.tokenizer_sha256({"tokenizer.json": "{}"}),
+        source={"path": "/somewhere", "files": {"model.safetensors": 12}},
+        step=7,
+        stage="cap",
+        data_fingerprints={"fi": "abc"},
+        lineage=[{"stage": "base", "steps": 3}],
+    )
+
+
+def assert_equal_trees(a: dict, b: dict) -> None:
+    assert {*flatten(a)} == {*flatten(b)}
+    for path, leaf in flatten(a).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flatten(b)[path]), err_msg=path)
+
+
+def save_step(run: Path, step: int, parameters: dict, metadata: CheckpointMetadata) -> None:
+    """As a training run saves."""
+    with ocp.CheckpointManager(run / "checkpoints") as manager:
+        items = {
+            "params": ocp.args.StandardSave(parameters, checkpoint.save_args(parameters)),
+            "optimizer": ocp.args.StandardSave({"mu": parameters}),
+            "tokenizer": ocp.args.JsonSave({"tokenizer.json": "{}"}),
+            "metadata": ocp.args.JsonSave(dataclasses.replace(metadata, step=step).to_json()),
+        }
+        manager.save(step, args=ocp.args.Composite(**items))
+
+
+def test_everything_comes_back(tmp_path, parameters, metadata):
+    tokenizer = {"tokenizer.json": '{"a": "ä\\n"}', "merges.txt": "a b\n"}
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata, tokenizer)
+    assert checkpoint.is_checkpoint(tmp_path / "c")
+    assert checkpoint.read_metadata(tmp_path / "c") == metadata
+    assert checkpoint.read_tokenizer(tmp_path / "c") == tokenizer
+    restored = checkpoint.restore_parameters(tmp_path / "c")
+    assert all(isinstance(leaf, jax.Array) for leaf in flatten(restored).values())
+    assert_equal_trees(restored, parameters)
+
+
+def test_plain_orbax_reads_it(tmp_path, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
+    assert_equal_trees(ocp.StandardCheckpointer().restore(tmp_path / "c" / "params"), parameters)
+    assert_equal_trees(ocp.PyTreeCheckpointer().restore(tmp_path / "c" / "params"), parameters)
+
+
+def test_bfloat16_is_rounded_once(tmp_path, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
+    restored = checkpoint.restore_parameters(tmp_path / "c", dtype="bfloat16")
+    assert_equal_trees(restored, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), parameters))
+
+
+def test_restores_into_the_given_shardings(tmp_path, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
+    mesh = jax.make_mesh((1,), ("fsdp",))
+    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()), parameters)
+    restored = checkpoint.restore_parameters(tmp_path / "c", shardings=shardings)
+    assert all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in flatten(restored).values())
+    assert_equal_trees(restored, parameters)
+
+
+@pytest.mark.parametrize("written_by", ["save_checkpoint", "training"])
+def test_slices_are_readable_alone(tmp_path, parameters, metadata, written_by):
+    if written_by == "training":
+        save_step(tmp_path, 3, parameters, metadata)
+    else:
+        checkpoint.save_checkpoint(tmp_path / "checkpoints" / "3", parameters, metadata)
+    stores = checkpoint.open_parameters(tmp_path)
+    for path, leaf in flatten(parameters).items():
+        np.testing.assert_array_equal(stores[path][1].read().result(), np.asarray(leaf)[1])
+        if path.startswith("layers."):
+            assert stores[path].chunk_layout.read_chunk.shape[0] == 1, "a chunk must not span layers"
+
+
+def test_resolve_takes_the_newest_complete_step(tmp_path, parameters, metadata):
+    for step in (2, 10):
+        save_step(tmp_path, step, parameters, metadata)
+    (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "12" / "params").mkdir(parents=True)  # a step whose writing was cut off
+    assert checkpoint.resolve(tmp_path).name == "10"
+    assert checkpoint.read_metadata(tmp_path).step == 10
+    assert checkpoint.resolve(tmp_path / "checkpoints" / "2").name == "2"
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path), parameters)
+
+
+def test_resolve_lists_what_was_found(tmp_path, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / "stages" / "cap", parameters, metadata)
+    assert checkpoint.resolve(tmp_path / "stages" / "cap").name == "cap"
+    with pytest.raises(InputError, match="stages/cap"):
+        checkpoint.resolve(tmp_path)
+    with pytest.raises(InputError, match="nowhere"):
+        checkpoint.resolve(tmp_path / "nowhere")
+
+
+def test_an_existing_destination_is_left_alone(tmp_path, parameters, metadata):
+    (tmp_path / "c").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_an_unwritable_destination_is_named(tmp_path, parameters, metadata):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/c cannot be written"):
+        checkpoint.save_checkpoint(tmp_path / "file" / "c", parameters, metadata)
+
+
+def test_parameters_must_fit_the_metadata(tmp_path, parameters, metadata):
+    wider = dataclasses.replace(metadata, config=dataclasses.replace(CONFIG, mlp_width=21), hf_config=None)
+    with pytest.raises(InputError, match=r"mlp\.up\.kernel.*\(2, 12, 20\).*\(2, 12, 21\)"):
+        checkpoint.save_checkpoint(tmp_path / "c", parameters, wider)
+    with pytest.raises(InputError, match=r"float32.*bfloat16"):
+        checkpoint.save_checkpoint(tmp_path / "c", parameters, dataclasses.replace(metadata, parameter_dtype="bfloat16"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_parameters_that_disagree_with_the_metadata_are_refused(tmp_path, parameters, metadata):
+    flat = flatten(parameters)
+    del flat["final_norm.bias"]
+    handler = ocp.StandardCheckpointHandler()
+    checkpoint.write_checkpoint(tmp_path / "c", handler, ocp.args.StandardSave(nest(flat)), metadata, {})
+    with pytest.raises(InputError, match=r"final_norm\.bias"):
+        checkpoint.restore_parameters(tmp_path / "c")
+
+
+def test_damage_is_named(tmp_path, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
+    (tmp_path / "c" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"c/params.*damaged"):
+        checkpoint.restore_parameters(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format 2"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"step": "7"}, "step is '7'"),
+        ({"step": True}, "step is True"),
+        ({"layer_stacking": "unrolled"}, "unrolled"),
+        ({"config": None}, "config"),
+        ({"config": {**dataclasses.asdict(CONFIG), "activation": "relu"}}, "activation is 'relu'"),
+        ({"config": {**dataclasses.asdict(CONFIG), "heads": 4}}, "heads = 4.*heads = 3"),
+    ],
+)
+def test_bad_metadata_is_refused(metadata, change, message):
+    assert CheckpointMetadata.from_json(metadata.to_json()) == metadata
+    with pytest.raises(InputError, match=message):
+        CheckpointMetadata.from_json({**metadata.to_json(), **change})
+
+
+def test_missing_metadata_keys_are_named(metadata):
+    values = metadata.to_json()
+    del values["parameter_dtype"]
+    with pytest.raises(InputError, match="parameter_dtype"):
+        CheckpointMetadata.from_json(values)
+
+
+def test_dropout_is_not_part_of_the_architecture():
+    checkpoint.require_same_architecture(CONFIG, CONFIG.with_dropout(0.0), "a", "b")
+    with pytest.raises(InputError, match="a has layers = 2, but b has layers = 3"):
+        checkpoint.require_same_architecture(CONFIG, dataclasses.replace(CONFIG, layers=3), "a", "b")
