@@ -1,8 +1,9 @@
 """The command line: `aurora` or `python -m aurora_jax`."""
 
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,28 @@ import tyro
 
 from aurora_jax.errors import InputError
 
+HELP = """usage: aurora COMMAND ...
+
+Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a mesh, PyTorch weights out.
+
+  aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
+  aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
+  aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
+  aurora eval CHECKPOINT            bits per byte of held-out text, language by language
+  aurora report RUN                 report.html: what a run has learnt and what it has kept
+
+Weights come in and go out with `python -m convert from-torch | to-torch | verify`.
+Each command explains itself with --help."""
+
 
 def load_config(path: Path) -> Any:
     """The value of `config()` in a Python file. Raises InputError if there is no such file or function."""
     if not path.is_file():
-        raise InputError(f"{path}: no such config file; there are {', '.join(sorted(str(p) for p in Path('configs').glob('[!_]*.py')))}.")
+        there = ", ".join(sorted(str(config) for config in Path("configs").glob("[!_]*.py")))
+        raise InputError(f"{path}: no such config file{f'; there are {there}' if there else ''}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: a config is a Python file (.py).")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "config"):
@@ -25,27 +40,70 @@ def load_config(path: Path) -> Any:
     return module.config()
 
 
+TRAIN_HELP = """usage: aurora train CONFIG.py [--field value ...]
+
+Trains what a config file describes. The same command again continues the run from its newest checkpoint.
+`aurora train CONFIG.py --help` lists every field, with its meaning and the config's value."""
+
+
 def _train(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        print(
-            "usage: aurora train CONFIG.py [--field value ...]\n\nTrains what a config file describes; `aurora train CONFIG.py --help` lists every field."
-        )
+        print(TRAIN_HELP)
         if arguments and arguments[0] in ("-h", "--help"):
             return
-        raise InputError("aurora train needs a config file, such as configs/nano_cap.py.")
+        raise InputError("aurora train needs a config file first, such as configs/nano_aurora.py.")
     from aurora_jax.train.config import TrainConfig
     from aurora_jax.train.loop import train
 
-    config = tyro.cli(TrainConfig, default=load_config(Path(arguments[0])), args=list(arguments[1:]), prog=f"aurora train {arguments[0]}")
-    train(config)
+    config = load_config(Path(arguments[0]))
+    train(tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"aurora train {arguments[0]}"))
+
+
+def _data(arguments: Sequence[str]) -> None:
+    from aurora_jax.data.sample import SampleCommand
+    from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
+
+    _subcommands("data", {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand}, arguments)
+
+
+def _eval(arguments: Sequence[str]) -> None:
+    from aurora_jax.evaluate.command import EvalCommand
+
+    tyro.cli(EvalCommand, args=list(arguments), prog="aurora eval").run()
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from aurora_jax.evaluate.report import ReportCommand
+
+    tyro.cli(ReportCommand, args=list(arguments), prog="aurora report").run()
+
+
+def _subcommands(name: str, commands: dict[str, Any], arguments: Sequence[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(commands, args=list(arguments), prog=f"aurora {name}").run()
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"data": _data, "train": _train, "eval": _eval, "report": _report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for input that the user can mend)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # TensorFlow (SeqIO's) and absl log start-up notes that mean nothing here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"error: there is no command {arguments[0]!r}\n\n{HELP}", file=sys.stderr)
+        return 2
     try:
-        _train(arguments[1:])
+        COMMANDS[arguments[0]](arguments[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0

@@ -88,7 +88,11 @@ class RunCheckpoints:
         self._facts = dict(facts)
         self._manager = ocp.CheckpointManager(
             self._output / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.checkpoint.keep,
+                # With directories made in the background, a save that fails (a full disk) would hang for minutes.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            ),
         )
 
     @staticmethod
@@ -120,14 +124,14 @@ class RunCheckpoints:
         )
 
     def save_stage(self, state: TrainState, stage: str) -> Path:
-        """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it."""
+        """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it; what is there already stays."""
         path = self._output / "stages" / stage
-        if format.is_checkpoint(path):
-            return path
         step = int(jax.device_get(state.step))
-        lineage = [*self._metadata.lineage, {"stage": stage, "step": step, "run": str(self._output)}]
-        self._metadata = replace(self._metadata, lineage=lineage)
-        format.save_checkpoint(path, state.parameters, replace(self._metadata, step=step, stage=stage), self._tokenizer)
+        entry = {"stage": stage, "step": step, "run": str(self._output)}
+        if entry not in self._metadata.lineage:
+            self._metadata = replace(self._metadata, lineage=[*self._metadata.lineage, entry])
+        if not format.is_checkpoint(path):
+            format.save_checkpoint(path, state.parameters, replace(self._metadata, step=step, stage=stage), self._tokenizer)
         return path
 
     def restore(self, like: TrainState) -> TrainState:

@@ -30,6 +30,14 @@ from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
 
 
+MOST_SKIPPED = 20
+"""Updates skipped in a row after which a run is called diverged."""
+
+
+class Diverged(FloatingPointError):
+    """Loss or gradient stayed non-finite, or kept spiking; the newest checkpoint is from before."""
+
+
 def train(config: TrainConfig) -> TrainState:
     """Trains until the stage table is done, `stop_after` steps are, or a SIGTERM or Ctrl-C arrives (a checkpoint is written first).
 
@@ -38,6 +46,7 @@ def train(config: TrainConfig) -> TrainState:
 
     Raises:
         InputError: something in the config, the data or a checkpoint is wrong; nothing has been overwritten.
+        Diverged: MOST_SKIPPED updates in a row were skipped.
     """
     config.output.mkdir(parents=True, exist_ok=True)
 
@@ -122,8 +131,25 @@ def train(config: TrainConfig) -> TrainState:
             scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
             log.evaluation(step, stage, scores, complete=windows is None, seconds=time.monotonic() - begun)
 
-        if first_step == 0 and held_out:
-            evaluate(0, "start", None)
+        # What comes after a stage's last checkpoint, a stop may have cut off.
+        if first_step in ends:
+            checkpoints.save_stage(state, ends[first_step])
+        if held_out and (first_step in ends or first_step == 0) and first_step not in log.evaluated:
+            evaluate(first_step, ends.get(first_step, "start"), None)
+
+        skipped_in_a_row = 0
+
+        def record(step: int, stage: str, metrics: dict) -> None:
+            nonlocal skipped_in_a_row
+            values = _record(log, loader.tasks, step, stage, metrics)
+            skipped_in_a_row = 0 if values["accepted"] else skipped_in_a_row + 1
+            if skipped_in_a_row:
+                log.console.print(f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']})")
+            if skipped_in_a_row >= MOST_SKIPPED:
+                raise Diverged(
+                    f"The updates of steps {step - MOST_SKIPPED + 1} to {step} were all skipped: loss {values['loss']}, gradient norm "
+                    f"{values['gradient_norm']}. Lower the learning rate, or look at the batches of these steps."
+                )
 
         dispatched: tuple[int, str, dict] | None = None
         for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch):
@@ -131,23 +157,25 @@ def train(config: TrainConfig) -> TrainState:
             state, metrics = train_step(state, place(batch))
             # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
             if dispatched is not None:
-                _record(log, loader.tasks, *dispatched)
+                record(*dispatched)
                 if dispatched[0] == first_step:
                     log.restart_clock()
             dispatched = (step, stage, metrics)
 
             done = step + 1
-            at_end = done in ends or done == last_step
-            if at_end or stop_requested() or done % config.checkpoint.every == 0 or (held_out and done % config.evaluation.every == 0):
-                _record(log, loader.tasks, *dispatched)
+            stopping = stop_requested()
+            saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
+            evaluates = held_out and (done in ends or done % config.evaluation.every == 0) and not stopping
+            if saves or evaluates:
+                record(*dispatched)
                 dispatched = None
-            if at_end or stop_requested() or done % config.checkpoint.every == 0:
+            if saves:
                 checkpoints.save(state, stage)
             if done in ends:
                 checkpoints.save_stage(state, stage)
-            if held_out and (done in ends or done % config.evaluation.every == 0):
+            if evaluates:
                 evaluate(done, stage, None if done in ends else config.evaluation.quick_windows)
-            if stop_requested():
+            if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break
 
@@ -228,11 +256,13 @@ def _place(mesh: Mesh, batch: Batch) -> Batch:
     return jax.tree.map(lambda array: jax.device_put(array, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))), batch)
 
 
-def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metrics: dict) -> None:
+def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metrics: dict) -> dict[str, float]:
     values = jax.device_get(metrics)
     nll, tokens = values.pop("task_nll"), values.pop("task_tokens")
     task_loss = {task: float(nll[i] / tokens[i]) for i, task in enumerate(tasks) if tokens[i] > 0}
-    log.step(step, stage, {name: float(value) for name, value in values.items()}, task_loss)
+    scalars = {name: float(value) for name, value in values.items()}
+    log.step(step, stage, scalars, task_loss)
+    return scalars
 
 
 @contextmanager

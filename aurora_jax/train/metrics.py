@@ -18,12 +18,16 @@ class MetricsLog:
     """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard, and shows progress.
 
     Lines at and beyond the step that a resumed run starts from are dropped first: the file has each step once, however often it was done.
+
+    Attributes:
+        evaluated: steps after which all held-out text has been evaluated.
     """
 
     def __init__(self, output: Path, *, first_step: int, steps: int, lines: bool):
         self.console = Console()
         self._path = output / "metrics.jsonl"
-        _drop_from(self._path, first_step)
+        kept = _drop_from(self._path, first_step)
+        self.evaluated = {row["step"] for row in kept if row.get("complete")}
         self._file = self._path.open("a")
         self._tensorboard = Writer(str(output / "tensorboard"))
         self._lines = lines or not self.console.is_terminal
@@ -100,8 +104,10 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def _drop_from(path: Path, step: int) -> None:
-    """Keeps the rows before `step` (an evaluation made after `step` steps is made again on resuming)."""
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] < step or (row["step"] == step and "evaluation" in row)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+def _drop_from(path: Path, first_step: int) -> list[dict]:
+    """Keeps the rows of the steps before `first_step`, and the evaluations up to it; returns them. A run from step 0 starts a new file."""
+    if not path.exists():
+        return []
+    kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept

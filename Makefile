@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := requirements.txt constraints.txt pyproject.toml
+
+.PHONY: help setup quickstart test test-full lint bench clean
+
+help:
+	@echo "make quickstart   the whole journey on a CPU in under 10 minutes; ends with quickstart/run/report.html"
+	@echo "make test         lint, types and all quick tests"
+	@echo "make test-full    the long proofs too"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        the benchmarks, side by side with their peers"
+	@echo "make setup        the environment alone, in $(VENV) (PYTHON=python3.11 to choose the interpreter)"
+
+# The environment is made once and kept until a pin changes; it is marked as good only when pip has finished.
+setup:
+	@if [ ! -f $(VENV)/pins ] || [ "$$(cat $(PINS) | sha256sum)" != "$$(cat $(VENV)/pins)" ]; then \
+	  $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")' && \
+	  rm -f $(VENV)/pins && $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]' && \
+	  cat $(PINS) | sha256sum > $(VENV)/pins; \
+	fi
+
+quickstart: setup
+	$(BIN)/python examples/quickstart.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/convert_memory.py
+
+clean:
+	rm -rf $(VENV) quickstart

@@ -1,0 +1,58 @@
+"""`aurora eval`: bits per byte of a checkpoint on held-out text."""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from aurora_jax.evaluate.bits_per_byte import Evaluator
+from aurora_jax.model import checkpoint
+from aurora_jax.model.config import ComputeConfig
+from aurora_jax.model.decoder import structure_of
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Prints loss and bits per byte of the held-out text of every language of a sample corpus."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
+    corpus: Path = Path("corpus")
+    """Corpus folder, as `aurora data sample` writes it."""
+    stores: Path = Path("stores")
+    """Folder of the token stores; those that are missing are built."""
+    tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
+    batch_size: int = 16
+    sequence_length: int | None = None
+    """Tokens a sequence; the model's longest, at most 2,048, without it."""
+    compute: ComputeConfig = field(default_factory=lambda: ComputeConfig("float32", "float32", unroll_layers=True))
+
+    def run(self) -> None:
+        """Raises InputError if the checkpoint or the corpus is not one."""
+        from aurora_jax.data.store import build_store
+        from aurora_jax.data.tasks import register_sample_tasks
+        from aurora_jax.data.vocabulary import vocabulary_from
+
+        model = checkpoint.read_metadata(self.checkpoint).config
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in checkpoint.read_tokenizer(self.checkpoint).items():
+                Path(folder, name).write_text(text)
+            register_sample_tasks(self.corpus, vocabulary_from(folder))
+            stores = {task: build_store(task, "validation", self.stores / task / "validation") for task in self.tasks}
+        evaluator = Evaluator(
+            structure_of(model, self.compute),
+            self.compute,
+            stores,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length or min(model.max_positions, 2_048),
+        )
+        scores = evaluator(checkpoint.restore_parameters(self.checkpoint, dtype=jnp.float32))
+
+        table = Table("task", "bits per byte", "nats per token", "tokens", title=str(self.checkpoint))
+        for task, score in scores.items():
+            table.add_row(task, f"{score.bits_per_byte:.4f}", f"{score.loss:.4f}", f"{score.tokens:,}")
+        Console().print(table)
