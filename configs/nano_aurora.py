@@ -21,7 +21,7 @@ def config() -> TrainConfig:
         output=Path("runs/nano_aurora"),
         initial_checkpoint=Path("checkpoints/nano"),
         stages=(
-            Stage("cap", "nano_cap", steps=210, learning_rate=LearningRate(peak=2e-3, warmup_steps=20, final=1e-4, decay_steps=250)),
+            Stage("cap", "nano_cap", steps=210, learning_rate=LearningRate(peak=1.5e-3, warmup_steps=20, final=1e-4, decay_steps=250)),
             Stage("cat", "nano_cat", steps=60),
         ),
         data=DataConfig(corpus=Path("corpus"), batch_size=32, sequence_length=256),

@@ -140,7 +140,7 @@ def _our_model(path: str | os.PathLike[str]) -> Logits:
 
     from aurora_jax.model.decoder import merge, structure_of
 
-    structure = structure_of(_config(path), ComputeConfig(compute_dtype="float32", attention="xla"))
+    structure = structure_of(_config(path), ComputeConfig(compute_dtype="float32", activation_dtype="float32"))
     parameters = restore_parameters(path, dtype="float32")
 
     @jax.jit
@@ -155,8 +155,10 @@ def _hf_model(path: str | os.PathLike[str]) -> Logits:
     try:
         import torch
         from transformers import GPTBigCodeForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise InputError(f"{path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
+    disable_progress_bar()
     model = GPTBigCodeForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
     def logits_LV(tokens_L: np.ndarray) -> np.ndarray:

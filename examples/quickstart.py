@@ -92,7 +92,9 @@ def continuations(heldout: Path, before: Path, after: Path) -> list[dict[str, st
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     samples = [{"language": language, "prompt": _prompt(heldout / f"{language}.jsonl", language)} for language in LANGUAGES]
     for name, folder in (("before", before), ("after", after)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
