@@ -7,7 +7,7 @@ PINS := requirements.txt constraints.txt pyproject.toml
 .PHONY: help setup quickstart test test-full lint bench clean
 
 help:
-	@echo "make quickstart   the whole journey on a CPU in under 10 minutes; ends with quickstart/run/report.html"
+	@echo "make quickstart   the whole journey on a CPU in under 10 minutes; ends with quickstart/report.html"
 	@echo "make test         lint, types and all quick tests"
 	@echo "make test-full    the long proofs too"
 	@echo "make lint         ruff and mypy"

@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.report import before_after, check_expectations, write_report
-from aurora_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("quickstart")
@@ -64,7 +64,7 @@ def main() -> int:
         console.print(f"[cyan]{sample['language']:>4}[/cyan] {sample['prompt']}[green]{sample['after']}[/green]", markup=True)
 
     console.print(f"\n[bold][{len(STEPS) + 2}/{len(STEPS) + 2}] What was learnt, what was kept[/bold]")
-    report = ROOT / RUN / "report.html"
+    report = ROOT / WORK / "report.html"
     write_report(ROOT / RUN, report, samples=samples_file, commands=commands)
     changes = before_after(read_metrics(ROOT / RUN / "metrics.jsonl"))
     table = Table("language", "before", "after", "change")

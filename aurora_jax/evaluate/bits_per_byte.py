@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ class Evaluator:
         self._sequence_length = sequence_length
         self._place = place
 
-        def sums(parameters: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def sums(parameters: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
             decoder = merge(structure, parameters)
             weight = batch.loss_weights_BL.sum()
             loss, _ = cross_entropy(
@@ -80,7 +81,7 @@ class Evaluator:
             self._sums(parameters, self._place(batch))
             for batch in itertools.islice(evaluation_batches(store, self._batch_size, self._sequence_length), batches)
         ]
-        nll, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        nll, tokens = np.asarray(jax.device_get(sums), dtype=np.float64).sum(axis=0)
         text_tokens = store.info.tokens - store.info.documents
         text_bytes = store.info.text_bytes * tokens / text_tokens if windows is not None else store.info.text_bytes
         return Score(loss=float(nll / tokens), bits_per_byte=float(nll / math.log(2) / text_bytes), tokens=int(tokens))

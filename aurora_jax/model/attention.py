@@ -25,7 +25,8 @@ def attention(
 ) -> jax.Array:
     """Causal softmax(q k^T / sqrt(C)) v, with the softmax in fp32.
 
-    Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids are given, only to keys of its own segment.
+    Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids
+    are given, only to keys of its own segment.
 
     Returns:
         [B, L, H, C] in the queries' dtype.

@@ -31,7 +31,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101); matrices and embeddings decay, biases and LayerNorm do not."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): matrices and embeddings decay, biases and LayerNorm do not."""
 
     beta1: float = 0.9
     beta2: float = 0.95

@@ -29,7 +29,6 @@ from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
 
-
 MOST_SKIPPED = 20
 """Updates skipped in a row after which a run is called diverged."""
 
@@ -95,7 +94,7 @@ def train(config: TrainConfig) -> TrainState:
     )
 
     # ---------------------------------------------------------------- State
-    if start.kind == "checkpoint":
+    if start.kind == "checkpoint" and start.path is not None:
         parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
     else:
         parameters = jax.device_put(initial_parameters(model, config.seed), shardings)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.summary import Writer
 
+from aurora_jax.evaluate.metrics_file import read_metrics
+
 LINE_SECONDS = 10.0
 """Where there is no terminal: seconds between two lines of progress."""
 
@@ -91,17 +93,6 @@ class MetricsLog:
     def _write(self, row: Mapping) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl; a last line that a dying process left unfinished is ignored."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _drop_from(path: Path, first_step: int) -> list[dict]:

@@ -39,14 +39,14 @@ class TrainState(NamedTuple):
 
 def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
     """A fresh optimizer around the given parameters."""
-    counts = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return TrainState(parameters, adamw(optimizer).init(parameters), *counts, norm_average=jnp.zeros((), jnp.float32))
+    step, accepted = (jnp.zeros((), jnp.int32) for _ in range(2))
+    return TrainState(parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32))
 
 
 def make_loss(structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy` for both."""
+    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy` for both. The batch is a traced `Batch`."""
 
-    def loss(parameters: dict, batch: Batch, total_weight: jax.Array, dropout_key: jax.Array | None):
+    def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None):
         decoder = merge(structure, parameters)
         # Without isolation there is nothing to mask: positions are 0 .. L-1, and padding lies right of all that is causal to it.
         isolation = {"positions_BL": batch.positions_BL, "segment_ids_BL": batch.segment_ids_BL} if isolate_documents else {}
@@ -67,8 +67,8 @@ def make_loss(structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float,
 def gradient_of(loss: Callable, parameters: dict, batch: Batch, micro_batches: int, dropout_key: jax.Array | None):
     """Loss, per-token nll and gradient of a whole batch, computed in `micro_batches` parts.
 
-    Every part is divided by the number of valid tokens of the whole before its backward pass, so the sum of the parts is the gradient of the
-    large batch, however the padding falls.
+    Every part is divided by the number of valid tokens of the whole before its backward pass, so the sum of the parts is the gradient of
+    the large batch, however the padding falls.
 
     Returns:
         (loss fp32 scalar, nll_BL fp32, gradients like the parameters in fp32).

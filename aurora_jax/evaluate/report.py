@@ -1,0 +1,275 @@
+"""`aurora report`: one self-contained page that says what a run has learnt and what it has kept."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+from aurora_jax.errors import InputError
+from aurora_jax.evaluate.charts import NAMES, before_after_bars, bits_per_byte_curves, learning_rate_curve, loss_curves
+from aurora_jax.evaluate.metrics_file import read_metrics
+
+LEARNT, KEPT = ("fi", "hi", "ja", "vi"), ("en", "code")
+
+CSS = """
+:root { color-scheme: light dark; --text: #1c2024; --faint: #60646c; --line: #e0e1e6; --good: #18794e; --bad: #c62a2f;
+  --page: #fff; --soft: #f6f7f9 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #edeef0; --faint: #b0b4ba; --line: #363a3f; --good: #4cc38a; --bad: #ff8589; --page: #18191b; --soft: #212225 }
+}
+body { font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans Devanagari", "Noto Sans CJK JP", sans-serif;
+  color: var(--text); background: var(--page); max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem }
+p { margin: .4rem 0 } .lead { font-size: 1.1rem } .faint { color: var(--faint); font-size: .9rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { color: var(--faint); font-weight: 600; font-size: .85rem }
+.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
+.kept { font-weight: 600 }
+img { width: 100%; height: auto; background: #fff; border-radius: 8px; margin: .5rem 0 }
+.sample { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; margin: .7rem 0 }
+.sample .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .5rem }
+.pair div { white-space: pre-wrap; overflow-wrap: anywhere }
+.pair b { display: block; color: var(--faint); font-size: .8rem; font-weight: 600 }
+pre { background: var(--soft); padding: .8rem; border-radius: 8px; overflow-x: auto; font-size: .85rem }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } th, td { padding: .35rem .4rem } }
+@media print { body { max-width: none } img { break-inside: avoid } }
+"""
+
+
+@dataclass(frozen=True)
+class LanguageChange:
+    """Bits per byte of one language's held-out text over a run."""
+
+    language: str
+    before: float
+    stages: dict[str, float]
+    """At the end of each stage, in order."""
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.language, self.language)
+
+    @property
+    def after(self) -> float:
+        return next(reversed(self.stages.values()))
+
+    @property
+    def change(self) -> float:
+        """Relative: -0.5 where the bits have halved."""
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Writes report.html for a training run: a table before and after, charts, and continuations if there are any."""
+
+    run_directory: tyro.conf.Positional[Path]
+    """The run's folder (its --output)."""
+    output: Path | None = None
+    """The page to write; RUN_DIRECTORY/report.html without it. Its charts lie beside it as PNG files."""
+    samples: Path | None = None
+    """JSON file with continuations: a list of {"language", "prompt", "before", "after"}."""
+
+    def run(self) -> None:
+        """Raises InputError if the folder is not that of a run."""
+        output = self.output or self.run_directory / "report.html"
+        write_report(self.run_directory, output, samples=self.samples)
+        print(f"wrote {output}")
+
+
+def before_after(rows: Sequence[Mapping]) -> list[LanguageChange]:
+    """What complete evaluations say, language by language: the first against those at the stages' ends; [] if there is no such pair."""
+    complete = [row for row in rows if row.get("complete")]
+    if len(complete) < 2:
+        return []
+    first, *ends = complete
+    return [
+        LanguageChange(
+            language=_language(task),
+            before=score["bits_per_byte"],
+            stages={row["stage"]: row["evaluation"][task]["bits_per_byte"] for row in ends if task in row["evaluation"]},
+        )
+        for task, score in first["evaluation"].items()
+    ]
+
+
+def check_expectations(
+    changes: Sequence[LanguageChange],
+    *,
+    learnt: Sequence[str] = LEARNT,
+    kept: Sequence[str] = KEPT,
+    least_fall: float = 0.25,
+    largest_rise: float = 0.03,
+) -> list[str]:
+    """A sentence for every language that did not do as expected: `learnt` ones fall at least so much, `kept` ones rise at most so much."""
+    found = {change.language: change for change in changes}
+    missed = [
+        f"{NAMES.get(language, language)} was not evaluated before and after." for language in (*learnt, *kept) if language not in found
+    ]
+    for language in learnt:
+        if language in found and not found[language].change <= -least_fall:
+            missed.append(
+                f"{found[language].name} changed by {found[language].change:+.1%}; a fall of at least {least_fall:.0%} was expected."
+            )
+    for language in kept:
+        if language in found and not found[language].change <= largest_rise:
+            missed.append(
+                f"{found[language].name} changed by {found[language].change:+.1%}; a rise of at most {largest_rise:.0%} was expected."
+            )
+    return missed
+
+
+def write_report(run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()) -> None:
+    """Writes the page, and its charts as PNG files beside it.
+
+    Args:
+        samples: JSON list of {"language", "prompt", "before", "after"}.
+        commands: what was typed to make the run; printed for those who want to do it again.
+
+    Raises:
+        InputError: the folder has no metrics, or the samples cannot be read.
+    """
+    rows = read_metrics(run_directory / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise InputError(f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little.")
+    changes = before_after(rows)
+    boundaries = {
+        stage: max(row["step"] for row in steps if row["stage"] == stage) + 1 for stage in dict.fromkeys(r["stage"] for r in steps)
+    }
+    name = run_directory.resolve().name
+    parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
+    charts: dict[str, Figure] = {}
+    if changes:
+        charts["before_after"] = before_after_bars(
+            {change.language: change.before for change in changes}, {change.language: change.after for change in changes}
+        )
+        parts += [f'<p class="lead">{html.escape(summary(changes))}</p>', _table(changes)]
+        parts.append(
+            '<p class="faint">Bits per byte: how many bits the model needs to encode one byte of text that it has never been trained on. '
+            "It can be compared across tokenizers; 8 is what guessing every byte blindly costs.</p>"
+        )
+        parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
+    curves = _evaluation_curves(rows)
+    if curves:
+        charts["bits_per_byte"] = bits_per_byte_curves(curves, boundaries)
+        parts += ["<h2>While it learnt</h2>", _image(charts["bits_per_byte"], "Bits per byte by language over steps")]
+    charts["loss"] = loss_curves(_loss_curves(steps), boundaries)
+    charts["learning_rate"] = learning_rate_curve([row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries)
+    parts += ["<h2>Training</h2>", _image(charts["loss"], "Training loss by language"), _image(charts["learning_rate"], "Learning rate")]
+    parts.append(_facts(steps))
+    if samples is not None:
+        parts += ["<h2>How it goes on with a text</h2>", *_samples(samples)]
+    if commands:
+        parts += ["<h2>To do it again</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for chart, figure in charts.items():
+        figure.savefig(output.parent / f"{chart}.png", dpi=150)
+    title = html.escape(f"{name}: what was learnt, what was kept")
+    output.write_text(
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def summary(changes: Sequence[LanguageChange]) -> str:
+    """One sentence in plain words: who fell, and what became of the others."""
+    fell = [change for change in changes if change.change <= -0.1]
+    others = [change for change in changes if change.change > -0.1]
+    sentences = []
+    if fell:
+        falls = sorted(-change.change for change in fell)
+        span = (
+            f"{falls[0]:.0%}" if len(falls) == 1 or f"{falls[0]:.0%}" == f"{falls[-1]:.0%}" else f"{falls[0] * 100:.0f} to {falls[-1]:.0%}"
+        )
+        sentences.append(f"{_listed([change.name for change in fell])} fell by {span} in bits per byte")
+    if others:
+        sentences.append(_listed([f"{change.name} changed by {change.change:+.1%}".replace("-", "−") for change in others]))
+    return "; ".join(sentences) + "."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _table(changes: Sequence[LanguageChange]) -> str:
+    stages = list(changes[0].stages)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "before", *(f"after {stage}" for stage in stages), "change"))
+    body = ""
+    for change in changes:
+        quality = "good" if change.change <= -0.1 else "kept" if change.change <= 0.03 else "bad"
+        cells = [f"{value:.3f}" for value in (change.before, *change.stages.values())]
+        body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+        body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _facts(steps: Sequence[Mapping]) -> str:
+    tokens = sum(row["tokens"] for row in steps)
+    facts = [
+        f"{len(steps):,} steps",
+        f"{tokens:,.0f} tokens",
+        f"{steps[-1]['tokens_per_second']:,.0f} tokens/s",
+        f"{steps[-1]['skipped']:.0f} updates skipped",
+    ]
+    return f'<p class="faint">{" · ".join(facts)}</p>'
+
+
+def _samples(path: Path) -> list[str]:
+    try:
+        samples = json.loads(path.read_text())
+        return [_sample(**sample) for sample in samples]
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f'{path}: not a list of {{"language", "prompt", "before", "after"}}: {error}') from error
+
+
+def _sample(language: str, prompt: str, before: str, after: str) -> str:
+    code = language == "code"
+    attributes = ' style="font-family: ui-monospace, monospace"' if code else f' lang="{html.escape(language)}"'
+    pair = "".join(f"<div{attributes}><b>{title}</b>{html.escape(text)}</div>" for title, text in (("before", before), ("after", after)))
+    name = html.escape(NAMES.get(language, language))
+    shown = f'<div class="prompt"{attributes}>{html.escape(prompt)}</div><div class="pair">{pair}</div>'
+    return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
+
+
+def _evaluation_curves(rows: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
+    """Quick evaluations only, if there are some: they read the same text, complete ones read more."""
+    evaluations = [row for row in rows if "evaluation" in row]
+    quick = [row for row in evaluations if not row["complete"]]
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in quick or evaluations:
+        for task, score in row["evaluation"].items():
+            at, values = curves.setdefault(_language(task), ([], []))
+            at.append(row["step"])
+            values.append(score["bits_per_byte"])
+    return curves
+
+
+def _loss_curves(steps: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
+    curves: dict[str, tuple[list[float], list[float]]] = {language: ([], []) for language in NAMES}
+    for row in steps:
+        for task, loss in row["task_loss"].items():
+            at, values = curves.setdefault(_language(task), ([], []))
+            at.append(row["step"])
+            values.append(loss)
+    return {language: curve for language, curve in curves.items() if curve[0]}
+
+
+def _language(task: str) -> str:
+    """`sample_clean_fi` and `sample_fi` are both Finnish."""
+    return task.removeprefix("sample_").removeprefix("clean_")
+
+
+def _image(figure: Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
