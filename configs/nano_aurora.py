@@ -12,7 +12,7 @@ rate, as Aurora-M's second stage rode on the tail of its first. `make quickstart
 from pathlib import Path
 
 from aurora_jax.model.config import ComputeConfig
-from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, TrainConfig
+from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
 
 
@@ -26,6 +26,7 @@ def config() -> TrainConfig:
         ),
         data=DataConfig(corpus=Path("corpus"), batch_size=32, sequence_length=256),
         compute=ComputeConfig(activation_dtype="float32", unroll_layers=True),
+        optimizer=OptimizerConfig(micro_batches=2),  # half the working set, which is a fifth faster on CPU
         evaluation=EvaluationConfig(every=30, batch_size=32),
         checkpoint=CheckpointConfig(every=100),
     )

@@ -44,7 +44,7 @@ def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
 
 
 def make_loss(structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy` for both. The batch is a traced `Batch`."""
+    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy`. The batch is a traced `Batch`."""
 
     def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None):
         decoder = merge(structure, parameters)
