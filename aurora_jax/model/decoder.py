@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         self.token_embedding = embed(config.vocabulary_size, embedding_init=embedding_init)
         self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
         self.dropout = nnx.Dropout(config.embedding_dropout)
-        self.layers = nnx.vmap(lambda rngs: Layer(config, compute, rngs))(rngs.fork(split=config.layers))
+        self.layers = nnx.vmap(lambda rngs: Layer(config, compute, rngs))(rngs.split(config.layers))
         self.final_norm = _layer_norm(config, compute, rngs)
 
     def __call__(

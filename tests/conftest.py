@@ -1,0 +1,49 @@
+"""What all tests share: strict JAX, reproducible hypothesis, and a miniature corpus of real sentences with its tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("aurora", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("aurora")
+
+# Article 1 and 2 of the Universal Declaration of Human Rights, and a function.
+SENTENCES = {
+    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience.",
+    "fi": "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja omatunto.",
+    "hi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
+    "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
+    "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền.",
+    "code": "def clamp(value, low, high):\n    return max(low, min(value, high))\n",
+}
+
+
+@pytest.fixture(scope="session")
+def mini_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus folder as `aurora data sample` writes it: 40 short documents a language to train on, 4 held out."""
+    directory = tmp_path_factory.mktemp("corpus")
+    for part, numbers in (("train", range(40)), ("clean", range(20)), ("heldout", range(100, 104))):
+        (directory / part).mkdir()
+        for language, sentence in SENTENCES.items():
+            documents = [{"text": f"{number}: {sentence}", "language": language, "source": "test", "license": "none"} for number in numbers]
+            lines = [json.dumps(document, ensure_ascii=False) for document in documents]
+            (directory / part / f"{language}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mini_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer in StarCoder's layout, trained on the miniature corpus."""
+    from aurora_jax.data.tokenizer_training import save_tokenizer, train_tokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    save_tokenizer(train_tokenizer(list(SENTENCES.values()) * 5, 400), directory)
+    return directory

@@ -1,0 +1,243 @@
+"""The decoder against transformers' GPTBigCode: logits, the gradient of every parameter, greedy decoding.
+
+B batch, L sequence, V vocabulary.
+"""
+
+import copy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aurora_jax.errors import InputError
+from aurora_jax.model import checkpoint
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.model.sharding import flatten
+from aurora_jax.train.loss import cross_entropy
+from convert.__main__ import main as convert
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+FP32 = ComputeConfig("float32", "float32")
+# Odd on purpose: a prime vocabulary, n_inner not 4 x, 3 heads, and sequences that end inside the second block of 128 queries.
+SIZES = {"vocab_size": 199, "n_positions": 211, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_inner": 91, "bos_token_id": 0, "eos_token_id": 0}
+B, L = 2, 177
+
+CASES = [(multi_query, activation) for multi_query in (True, False) for activation in ("gelu", "gelu_pytorch_tanh")]
+
+
+def random_hf_model(multi_query: bool, activation: str):
+    """Weights large enough that attention is far from uniform; dropout off."""
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = transformers.GPTBigCodeConfig(**SIZES, **dropouts, multi_query=multi_query, activation_function=activation)
+    model = transformers.GPTBigCodeForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1 if "ln_" in name and name.endswith("weight") else 0, 0.15)
+    return model
+
+
+def to_ours(model, folder: Path) -> tuple[ModelConfig, dict]:
+    """Config and parameters by way of the converter."""
+    model.save_pretrained(folder / "hf")
+    assert convert(["from-torch", str(folder / "hf"), str(folder / "ours")]) == 0
+    return checkpoint.read_metadata(folder / "ours").config, checkpoint.restore_parameters(folder / "ours")
+
+
+def with_values(model, values: list):
+    """A copy of the model whose parameters are the given tensors: how gradients go through the converter."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(value)
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{'mqa' if case[0] else 'mha'}-{case[1]}")
+def pair(request, tmp_path_factory):
+    """A transformers model, our structure and our parameters of the same model."""
+    model = random_hf_model(*request.param)
+    config, parameters = to_ours(model, tmp_path_factory.mktemp("model"))
+    return model, structure_of(config, FP32), parameters
+
+
+def tokens_BL(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(SIZES["vocab_size"], size=(B, L))
+
+
+def our_logits(structure, parameters, tokens, **inputs) -> np.ndarray:
+    decoder = merge(structure, parameters)
+    return np.asarray(decoder.logits(decoder(jnp.asarray(tokens), **inputs)))
+
+
+def test_logits(pair):
+    model, structure, parameters = pair
+    with torch.inference_mode():
+        expected = model(torch.tensor(tokens_BL())).logits.numpy()
+    assert np.std(expected) > 1  # not a trivial model
+    np.testing.assert_allclose(our_logits(structure, parameters, tokens_BL()), expected, atol=1e-4, rtol=0)
+
+
+def test_given_positions(pair):
+    model, structure, parameters = pair
+    positions_BL = np.random.default_rng(1).integers(SIZES["n_positions"], size=(B, L))
+    with torch.inference_mode():
+        # An explicit mask of ones: without one, transformers takes a jump in position_ids for the start of another packed document.
+        expected = model(torch.tensor(tokens_BL()), position_ids=torch.tensor(positions_BL), attention_mask=torch.ones(B, L)).logits.numpy()
+    ours = our_logits(structure, parameters, tokens_BL(), positions_BL=jnp.asarray(positions_BL))
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_left_padding(pair):
+    model, structure, parameters = pair
+    real_BL = np.arange(L)[None, :] >= np.array([[0], [23]])
+    positions_BL = np.maximum(np.cumsum(real_BL, axis=1) - 1, 0)
+    with torch.inference_mode():
+        expected = model(
+            torch.tensor(tokens_BL()), attention_mask=torch.tensor(real_BL).long(), position_ids=torch.tensor(positions_BL)
+        ).logits.numpy()
+    ours = our_logits(
+        structure, parameters, tokens_BL(), positions_BL=jnp.asarray(positions_BL), segment_ids_BL=jnp.asarray(real_BL.astype(np.int32))
+    )
+    assert np.isfinite(ours).all()
+    np.testing.assert_allclose(ours[real_BL], expected[real_BL], atol=1e-4, rtol=0)
+
+
+def test_gradient_of_every_parameter(pair, tmp_path):
+    model, structure, parameters = pair
+    tokens = tokens_BL()
+    model.zero_grad()
+    expected_loss = model(torch.tensor(tokens), labels=torch.tensor(tokens)).loss
+    expected_loss.backward()
+    _, expected = to_ours(with_values(model, [parameter.grad for parameter in model.parameters()]), tmp_path)
+
+    def loss(parameters):
+        decoder = merge(structure, parameters)
+        weights_BL = jnp.ones((B, L)).at[:, -1].set(0)
+        targets_BL = jnp.roll(jnp.asarray(tokens), -1, axis=1)
+        hidden_BLD = decoder(jnp.asarray(tokens))
+        embedding_VD = decoder.token_embedding.embedding[...]
+        return cross_entropy(hidden_BLD, embedding_VD, targets_BL, weights_BL, weights_BL.sum(), dtype=jnp.float32)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(parameters)
+    assert float(value) == pytest.approx(expected_loss.item(), rel=1e-5)
+    expected, gradients = flatten(expected), flatten(gradients)
+    assert gradients.keys() == expected.keys()
+    for path, gradient in gradients.items():
+        error = np.linalg.norm(gradient - expected[path]) / np.linalg.norm(expected[path])
+        assert error < 1e-4, (path, error)
+
+
+def test_64_greedy_tokens(pair):
+    model, structure, parameters = pair
+    prompt = tokens_BL(2)[:, :30]
+    with torch.inference_mode():
+        expected = model.generate(
+            torch.tensor(prompt), attention_mask=torch.ones(B, 30), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
+        ).numpy()
+
+    @jax.jit
+    def next_token(tokens_BL, length):
+        decoder = merge(structure, parameters)
+        logits_B1V = decoder.logits(jax.lax.dynamic_slice_in_dim(decoder(tokens_BL), length - 1, 1, axis=1))
+        # min_new_tokens forbids the end of text, id 0.
+        return jnp.argmax(logits_B1V[:, 0, 1:], axis=-1) + 1
+
+    tokens = np.zeros((B, 94), np.int32)
+    tokens[:, :30] = prompt
+    for length in range(30, 94):
+        tokens[:, length] = next_token(tokens, length)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+def test_too_long_a_sequence_is_an_error(pair):
+    _, structure, parameters = pair
+    with pytest.raises(InputError, match=r"212 tokens.*211 positions"):
+        merge(structure, parameters)(jnp.zeros((1, 212), jnp.int32))
+
+
+CONFIG = ModelConfig(vocabulary_size=61, max_positions=150, width=24, layers=3, heads=3, mlp_width=40)
+
+
+def value_and_gradients(compute: ComputeConfig):
+    structure = structure_of(CONFIG, compute)
+    tokens = np.random.default_rng(3).integers(CONFIG.vocabulary_size, size=(B, 150))
+
+    def loss(parameters):
+        decoder = merge(structure, parameters)
+        return (decoder.logits(decoder(jnp.asarray(tokens))) ** 2).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(initial_parameters(CONFIG, 0))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        ComputeConfig("float32", "float32", unroll_layers=True),
+        ComputeConfig("float32", "float32", rematerialisation="full"),
+        ComputeConfig("float32", "float32", rematerialisation="products"),
+    ],
+    ids=["unrolled", "remat-full", "remat-products"],
+)
+def test_how_it_is_run_does_not_change_what_it_computes(compute):
+    value, gradients = value_and_gradients(compute)
+    expected_value, expected = value_and_gradients(FP32)
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
+    for path, gradient in flatten(gradients).items():
+        np.testing.assert_allclose(gradient, flatten(expected)[path], atol=1e-6 * float(jnp.abs(gradient).max()), rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("activation_dtype", ["float32", "bfloat16"])
+def test_bf16_products_stay_close_to_fp32(activation_dtype):
+    """bf16 keeps 8 bits: a relative error of 2^-8 for each rounding, some dozens of which lie on a path through three layers."""
+    value, gradients = value_and_gradients(ComputeConfig("bfloat16", activation_dtype))
+    expected_value, expected = value_and_gradients(FP32)
+    assert float(value) == pytest.approx(float(expected_value), rel=2e-2)
+    assert {gradient.dtype for gradient in flatten(gradients).values()} == {jnp.dtype("float32")}
+    for path, gradient in flatten(gradients).items():
+        error = np.linalg.norm(gradient - flatten(expected)[path]) / np.linalg.norm(flatten(expected)[path])
+        assert error < 5e-2, (path, error)
+
+
+def test_initial_weights_are_gpt2s():
+    parameters = flatten(initial_parameters(ModelConfig(997, 101, 64, 5, 4, 200, initializer_range=0.1), 0))
+    for path, array in parameters.items():
+        if path.endswith("bias"):
+            assert not np.any(array)
+        elif path.endswith("scale"):
+            assert np.all(array == 1)
+        else:
+            expected = 0.1 / np.sqrt(10) if "output" in path or "down" in path else 0.1
+            assert np.std(array) == pytest.approx(expected, rel=0.05), path
+    kernels = parameters["layers.mlp.up.kernel"]
+    assert np.any(kernels[0] != kernels[1])  # every layer has its own
+
+
+def test_dropout_is_a_function_of_its_key():
+    structure = structure_of(CONFIG.with_dropout(0.3), FP32)
+    parameters = initial_parameters(CONFIG, 0)
+    tokens = np.random.default_rng(3).integers(CONFIG.vocabulary_size, size=(1, 140))
+
+    @jax.jit
+    def hidden(key):
+        return merge(structure, parameters)(jnp.asarray(tokens), dropout_key=key)
+
+    one, again, other = hidden(jax.random.key(1)), hidden(jax.random.key(1)), hidden(jax.random.key(2))
+    plain = merge(structure, parameters)(jnp.asarray(tokens))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.1
+    assert np.abs(one - plain).max() > 0.1
+
+
+def test_structure_allocates_nothing():
+    """The 15.5B model's structure: 62 GB if anything were allocated."""
+    from aurora_jax.model.config import PRESETS
+
+    structure = structure_of(PRESETS["starcoderplus"], ComputeConfig())
+    assert isinstance(structure, nnx.GraphDef)
