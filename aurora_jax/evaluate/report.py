@@ -115,12 +115,12 @@ def check_expectations(
         f"{NAMES.get(language, language)} was not evaluated before and after." for language in (*learnt, *kept) if language not in found
     ]
     for language in learnt:
-        if language in found and not found[language].change <= -least_fall:
+        if language in found and not found[language].after <= found[language].before * (1 - least_fall):
             missed.append(
                 f"{found[language].name} changed by {found[language].change:+.1%}; a fall of at least {least_fall:.0%} was expected."
             )
     for language in kept:
-        if language in found and not found[language].change <= largest_rise:
+        if language in found and not found[language].after <= found[language].before * (1 + largest_rise):
             missed.append(
                 f"{found[language].name} changed by {found[language].change:+.1%}; a rise of at most {largest_rise:.0%} was expected."
             )

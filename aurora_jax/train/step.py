@@ -109,7 +109,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch):
         dropout_key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         value, nll_BL, gradients = gradient_of(loss, state.parameters, batch, optimizer.micro_batches, dropout_key)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         accept = jnp.isfinite(value) & jnp.isfinite(norm)
         if optimizer.spike_factor is not None:
             accept &= (state.accepted < SPIKE_WARMUP) | (norm <= optimizer.spike_factor * state.norm_average)

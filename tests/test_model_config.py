@@ -1,0 +1,87 @@
+"""ModelConfig: published sizes, and exact inverses between ours and Hugging Face's config."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import PRESETS, ModelConfig, from_hf_config, to_hf_config
+from aurora_jax.model.sharding import parameter_count
+
+# Derived from the shapes of the published checkpoints; the tied head is counted once.
+PARAMETERS = {
+    "starcoderbase-1b": 1_137_207_296,
+    "starcoderbase-3b": 3_043_311_104,
+    "starcoderbase-7b": 7_327_263_232,
+    "starcoderbase-15b": 15_517_456_384,
+    "starcoder": 15_517_456_384,
+    "starcoderplus": 15_517_456_384,
+    "aurora-m": 15_479_707_648,
+    "aurora-m-8k": 15_517_456_384,
+    "tiny_starcoder_py": 164_144_128,
+    "santacoder": 1_124_886_528,
+}
+
+configs = st.builds(
+    lambda heads, head_dim, **fields: ModelConfig(heads=heads, width=heads * head_dim, **fields),
+    heads=st.integers(1, 9),
+    head_dim=st.integers(1, 9),
+    vocabulary_size=st.integers(1, 60_000),
+    max_positions=st.integers(1, 9_000),
+    layers=st.integers(1, 50),
+    mlp_width=st.integers(1, 30_000),
+    multi_query=st.booleans(),
+    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+    layer_norm_epsilon=st.sampled_from([1e-5, 1e-6]),
+    initializer_range=st.floats(0.001, 1),
+    embedding_dropout=st.floats(0, 0.9),
+    attention_dropout=st.floats(0, 0.9),
+    residual_dropout=st.floats(0, 0.9),
+    bos_token_id=st.none() | st.integers(0, 9),
+    eos_token_id=st.none() | st.integers(0, 9),
+    pad_token_id=st.none() | st.integers(0, 9),
+)
+
+
+def test_presets_have_the_published_sizes():
+    assert {name: parameter_count(config) for name, config in PRESETS.items()} == PARAMETERS
+
+
+@given(configs)
+def test_from_hf_inverts_to_hf(config):
+    assert from_hf_config(to_hf_config(config)) == config
+
+
+@given(configs)
+def test_to_hf_inverts_from_hf_through_transformers(config):
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.GPTBigCodeConfig(**to_hf_config(config)).to_dict()
+    again = to_hf_config(from_hf_config(hf))
+    assert again == {key: hf[key] for key in again if key in hf} | {key: again[key] for key in again if key not in hf}
+    assert {key: hf[key] for key in to_hf_config(config) if key in hf} == {key: value for key, value in to_hf_config(config).items() if key in hf}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"activation_function": "relu"}, "relu"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"eos_token_id": [0, 1]}, "eos_token_id"),
+        ({"n_head": 7}, "heads 7"),
+        ({"n_layer": 0}, "layers"),
+    ],
+)
+def test_what_is_not_implemented_is_named(change, said):
+    with pytest.raises(InputError, match=said):
+        from_hf_config(to_hf_config(PRESETS["starcoderplus"]) | change)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
+def test_a_missing_key_is_named(key):
+    hf = to_hf_config(PRESETS["starcoderplus"])
+    del hf[key]
+    with pytest.raises(InputError, match=key):
+        from_hf_config(hf)

@@ -1,0 +1,272 @@
+"""Whole runs: what a stop, a kill or another setting does to them. Undisturbed runs are the reference, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aurora_jax.data.tasks import unregister_sample_tasks
+from aurora_jax.errors import InputError
+from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.model import checkpoint
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.decoder import initial_parameters
+from aurora_jax.train import loop
+from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
+from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from aurora_jax.train.loop import Diverged, train
+from aurora_jax.train.stages import LearningRate, Stage
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24)
+STAGES = (Stage("cap", "nano_cap", 7, LearningRate(peak=1e-2, warmup_steps=2, decay_steps=10)), Stage("cat", "nano_cat", 5))
+
+
+@pytest.fixture(scope="module")
+def base(mini_corpus, mini_tokenizer, tmp_path_factory):
+    """A config for 12 steps in two stages; the token stores are shared by all runs of this file."""
+    folder = tmp_path_factory.mktemp("runs")
+    yield TrainConfig(
+        output=folder / "undisturbed",
+        stages=STAGES,
+        model=MODEL,
+        data=DataConfig(corpus=mini_corpus, tokenizer=mini_tokenizer, stores=folder / "stores", batch_size=8, sequence_length=32),
+        compute=ComputeConfig("float32", "float32"),
+        evaluation=EvaluationConfig(tasks=("sample_en", "sample_fi"), every=4, quick_windows=2, batch_size=2),
+        checkpoint=CheckpointConfig(every=4),
+        log_format="lines",
+    )
+    unregister_sample_tasks()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base):
+    """The reference run and its last state."""
+    return base.output, train(base)
+
+
+def losses(run: Path) -> dict[int, tuple]:
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(len(rows)))  # each step once, in order
+    return {row["step"]: (row["loss"], row["gradient_norm"], row["learning_rate"], tuple(row["task_loss"].items())) for row in rows}
+
+
+def evaluations(run: Path) -> dict[tuple, dict]:
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "evaluation" in row]
+    return {(row["step"], row["complete"]): row["evaluation"] for row in rows}
+
+
+def assert_same_state(one, other) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("stop_after", [5, 7, 8])
+def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path, stop_after):
+    """Stopped inside a stage, at a stage's end, and at a checkpoint."""
+    config = replace(base, output=tmp_path / "run")
+    train(replace(config, stop_after=stop_after))
+    assert len(losses(config.output)) == stop_after
+    state = train(config)
+    assert_same_state(state, undisturbed[1])
+    assert losses(config.output) == losses(undisturbed[0])
+    complete = {step for step, is_complete in evaluations(config.output) if is_complete}
+    assert complete == {0, 7, 12}
+    assert evaluations(config.output)[12, True] == evaluations(undisturbed[0])[12, True]
+
+
+def test_dropout_and_micro_batches_resume_bit_for_bit(base, tmp_path):
+    config = replace(base, output=tmp_path / "whole", dropout=0.2, optimizer=OptimizerConfig(micro_batches=2), stages=STAGES[:1])
+    whole = train(config)
+    config = replace(config, output=tmp_path / "parts")
+    train(replace(config, stop_after=3))
+    assert_same_state(train(config), whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_it_learns(undisturbed):
+    found = losses(undisturbed[0])
+    assert found[11][0] < found[0][0] - 0.5
+    before, after = evaluations(undisturbed[0])[0, True], evaluations(undisturbed[0])[12, True]
+    assert all(after[task]["bits_per_byte"] < before[task]["bits_per_byte"] for task in before)
+
+
+def test_stages_are_kept_with_their_lineage(base, undisturbed, tmp_path):
+    run, state = undisturbed
+    assert [entry["stage"] for entry in checkpoint.read_metadata(run / "stages" / "cat").lineage] == ["cap", "cat"]
+    assert checkpoint.read_metadata(run / "stages" / "cap").step == 7
+    assert_same_state(checkpoint.restore_parameters(run / "stages" / "cat"), state.parameters)
+    assert checkpoint.resolve(run).name == "12"
+    # A run that died between its checkpoint and the stage's makes it up.
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "stages" / "cat")
+    train(replace(base, output=tmp_path / "run"))
+    assert_same_state(checkpoint.restore_parameters(tmp_path / "run" / "stages" / "cat"), state.parameters)
+
+
+def config_file(base: TrainConfig, folder: Path) -> Path:
+    """The base config as a file, for a process of its own."""
+    path = folder / "config.py"
+    path.write_text(
+        "from pathlib import Path, PosixPath\n"
+        "from aurora_jax.model.config import *\nfrom aurora_jax.train.config import *\nfrom aurora_jax.train.stages import *\n"
+        f"def config():\n    return {replace(base, output=folder / 'run')!r}\n"
+    )
+    return path
+
+
+def start(path: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "aurora_jax", "train", str(path)], cwd=ROOT, env=environment)
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    while not condition():
+        assert process.poll() is None, "the process ended before what was waited for"
+        time.sleep(0.01)
+
+
+def steps_recorded(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"gradient_norm"') if path.is_file() else 0
+
+
+def test_a_killed_process_goes_on_bit_for_bit(base, undisturbed, tmp_path):
+    path, run = config_file(base, tmp_path), tmp_path / "run"
+    process = start(path)
+    wait_for(process, lambda: (RunCheckpoints.newest_step(run) or 0) >= 4 and steps_recorded(run) >= 6)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert steps_recorded(run) < 12 or RunCheckpoints.newest_step(run) < 12
+    process = start(path)
+    assert process.wait() == 0
+    assert losses(run) == losses(undisturbed[0])
+    assert_same_state(checkpoint.restore_parameters(run), undisturbed[1].parameters)
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_well(base, undisturbed, tmp_path):
+    path, run = config_file(replace(base, checkpoint=CheckpointConfig(every=1000)), tmp_path), tmp_path / "run"
+    process = start(path)
+    wait_for(process, lambda: steps_recorded(run) >= 2)
+    process.terminate()
+    assert process.wait() == 0
+    stopped = RunCheckpoints.newest_step(run)
+    assert stopped is not None
+    assert stopped == len(losses(run))
+    assert start(path).wait() == 0
+    assert losses(run) == losses(undisturbed[0])
+
+
+def test_the_order_in_which_a_run_looks_for_its_state(base, undisturbed, tmp_path):
+    converted = tmp_path / "converted"
+    metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
+    checkpoint.save_checkpoint(converted, initial_parameters(MODEL, 5), metadata, checkpoint.read_tokenizer(undisturbed[0]))
+    fresh = replace(base, output=tmp_path / "run", model=None, initial_checkpoint=converted)
+    assert choose_start(replace(base, output=tmp_path / "run")).kind == "random"
+    assert (choose_start(fresh).kind, choose_start(fresh).path) == ("checkpoint", converted)
+    state = train(replace(fresh, stop_after=1))
+    assert int(state.moments[0].count) == 1  # a fresh optimizer
+    found = choose_start(fresh)
+    assert (found.kind, found.path) == ("resume", tmp_path / "run" / "checkpoints" / "1")
+    # What was being written when the process died does not count.
+    for step, item in (("9", "params"), ("8.orbax-checkpoint-tmp-0", "metadata")):
+        (tmp_path / "run" / "checkpoints" / step / item).mkdir(parents=True)
+    assert RunCheckpoints.newest_step(tmp_path / "run") == 1
+    with pytest.raises(InputError, match="nowhere"):
+        choose_start(replace(fresh, output=tmp_path / "new", initial_checkpoint=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 1}, "seed = 0.*seed = 1"),
+        ({"optimizer": OptimizerConfig(beta1=0.5)}, "0.9.*0.5"),
+        ({"stages": (replace(STAGES[0], steps=8), STAGES[1])}, "'steps': 7.*'steps': 8"),
+        ({"stages": STAGES[:1]}, "stages"),
+        ({"model": replace(MODEL, width=32)}, "width = 16.*width = 32"),
+    ],
+    ids=["seed", "beta", "steps", "fewer-stages", "model"],
+)
+def test_another_run_is_not_resumed(base, undisturbed, change, said):
+    with pytest.raises(InputError, match=said):
+        train(replace(base, **change))
+
+
+def test_another_batch_size_is_not_resumed(base, undisturbed):
+    with pytest.raises(InputError, match="batch_size = 8.*batch_size = 4"):
+        train(replace(base, data=replace(base.data, batch_size=4)))
+
+
+def test_a_stage_may_be_appended(base, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    more = Stage("more", "nano_base", 2, LearningRate(peak=1e-3))
+    state = train(replace(base, output=tmp_path / "run", stages=(*STAGES, more)))
+    assert int(state.step) == 14
+    assert losses(tmp_path / "run")[11] == losses(undisturbed[0])[11]
+
+
+def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+    broken = initial_parameters(MODEL, 0)
+    broken["final_norm"]["scale"] = jnp.full(16, jnp.nan)
+    metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
+    checkpoint.save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_tokenizer(undisturbed[0]))
+    evaluation = replace(base.evaluation, tasks=())
+    with pytest.raises(Diverged, match="steps 0 to 2"):
+        train(replace(base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "broken", evaluation=evaluation))
+
+
+def test_a_sequence_beyond_the_positions_is_refused(base, tmp_path):
+    with pytest.raises(InputError, match="33.*32 positions"):
+        train(replace(base, output=tmp_path / "run", data=replace(base.data, sequence_length=33)))
+
+
+def test_a_mesh_that_does_not_fit_is_refused(base, tmp_path):
+    with pytest.raises(InputError, match="1 devices"):
+        train(replace(base, output=tmp_path / "run", mesh=replace(base.mesh, tensor=2)))
+
+
+EIGHT_DEVICES = """
+import json, sys
+from dataclasses import replace
+import jax
+from aurora_jax.cli import load_config
+from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.train.config import MeshConfig
+from aurora_jax.train.loop import train
+from pathlib import Path
+
+base = load_config(Path(sys.argv[1]))
+for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
+    output = Path(sys.argv[2]) / f"{data}-{fsdp}-{tensor}"
+    state = train(replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, tensor)))
+    kernel = state.parameters["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor), kernel.sharding
+    assert state.moments[0].mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+"""
+
+
+def test_eight_devices_give_the_losses_of_one(base, undisturbed, tmp_path):
+    path = config_file(replace(base, evaluation=replace(base.evaluation, tasks=())), tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", EIGHT_DEVICES, str(path), str(tmp_path)], env=environment, check=True)
+    expected = [row[:2] for row in losses(undisturbed[0]).values()][:3]
+    for mesh in ("1-8-1", "2-2-2", "8-1-1"):
+        found = [row[:2] for row in losses(tmp_path / mesh).values()]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=mesh)
+
+
+def test_metrics_file_is_json_lines(undisturbed):
+    for line in (undisturbed[0] / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert list((undisturbed[0] / "tensorboard").glob("events*"))
