@@ -206,6 +206,8 @@ def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig
         )
         return config.model, tokenizer, metadata
     found = checkpoint_format.read_metadata(path)
+    if config.model is not None:
+        checkpoint_format.require_same_architecture(found.config, config.model, path, "this run's config")
     tokenizer = checkpoint_format.read_tokenizer(path) or _read_tokenizer_files(config.data.tokenizer)
     return found.config, tokenizer, replace(found, parameter_dtype="float32", step=0)
 
