@@ -20,9 +20,7 @@ L = 16
 def make_store(directory, documents: list[np.ndarray], text_bytes: int) -> TokenStore:
     with StoreWriter(directory, 31) as writer:
         writer.append(documents)
-        writer.finish(
-            task="t", split="validation", fingerprint="f", tokenizer_sha256="s", eos_id=0, language="en", text_bytes=text_bytes
-        )
+        writer.finish(task="t", split="validation", fingerprint="f", tokenizer_sha256="s", eos_id=0, language="en", text_bytes=text_bytes)
     return TokenStore.open(directory)
 
 

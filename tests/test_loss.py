@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from aurora_jax.train import loss as loss_module
-from aurora_jax.train.loss import cross_entropy
+from aurora_jax.model import loss as loss_module
+from aurora_jax.model.loss import cross_entropy
 
 
 def inputs(B: int, L: int, D: int, V: int):

@@ -16,8 +16,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.model.loss import cross_entropy
 from aurora_jax.model.sharding import flatten
-from aurora_jax.train.loss import cross_entropy
 from convert.__main__ import main as convert
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,16 @@ transformers = pytest.importorskip("transformers")
 
 FP32 = ComputeConfig("float32", "float32")
 # Odd on purpose: a prime vocabulary, n_inner not 4 x, 3 heads, and sequences that end inside the second block of 128 queries.
-SIZES = {"vocab_size": 199, "n_positions": 211, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_inner": 91, "bos_token_id": 0, "eos_token_id": 0}
+SIZES = {
+    "vocab_size": 199,
+    "n_positions": 211,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 3,
+    "n_inner": 91,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 B, L = 2, 177
 
 CASES = [(multi_query, activation) for multi_query in (True, False) for activation in ("gelu", "gelu_pytorch_tanh")]

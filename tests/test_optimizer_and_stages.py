@@ -34,7 +34,9 @@ def test_ten_updates_equal_pytorchs_adamw():
     transform = adamw(config)
     state = transform.init(parameters)
     for scale in (0.01, 1, 3, 0.1, 1, 1, 1, 1, 1, 1):
-        gradients = nest({path: jnp.asarray(rng.normal(size=array.shape, scale=scale), jnp.float32) for path, array in flatten(parameters).items()})
+        gradients = nest(
+            {path: jnp.asarray(rng.normal(size=array.shape, scale=scale), jnp.float32) for path, array in flatten(parameters).items()}
+        )
         norm = optax.tree.norm(gradients)
         direction, state = transform.update(clip(gradients, norm, config.clip_norm), state, parameters)
         parameters = jax.tree.map(lambda p, d: p - 1e-2 * d, parameters, direction)

@@ -23,7 +23,13 @@ def evaluation(step: int, stage: str, values: dict[str, float], complete: bool =
 def training(step: int, stage: str, loss: float = 3.0) -> dict:
     prefix = "sample_clean" if stage == "cat" else "sample"
     scalars = {"loss": loss, "gradient_norm": 1.0, "learning_rate": 1e-3, "accepted": 1.0, "tokens": 64.0, "skipped": 0.0}
-    return {"step": step, "stage": stage, **scalars, "tokens_per_second": 100.0, "task_loss": {f"{prefix}_{code}": loss for code in LANGUAGES}}
+    return {
+        "step": step,
+        "stage": stage,
+        **scalars,
+        "tokens_per_second": 100.0,
+        "task_loss": {f"{prefix}_{code}": loss for code in LANGUAGES},
+    }
 
 
 @pytest.fixture
@@ -80,14 +86,14 @@ def test_a_run_without_evaluations_or_with_nan_still_has_a_page(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(InputError, match="metrics.jsonl"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
 def test_samples_that_are_not_samples_are_refused(run, tmp_path):
     (tmp_path / "samples.json").write_text('[{"language": "fi"}]')
-    with pytest.raises(InputError, match="samples.json"):
+    with pytest.raises(InputError, match=r"samples\.json"):
         write_report(run, tmp_path / "report.html", samples=tmp_path / "samples.json")
 
 

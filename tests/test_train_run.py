@@ -203,7 +203,7 @@ def test_another_run_is_not_resumed(base, undisturbed, change, said):
 
 
 def test_another_batch_size_is_not_resumed(base, undisturbed):
-    with pytest.raises(InputError, match="batch_size = 8.*batch_size = 4"):
+    with pytest.raises(InputError, match=r"batch_size = 8.*batch_size = 4"):
         train(replace(base, data=replace(base.data, batch_size=4)))
 
 
@@ -227,7 +227,7 @@ def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbe
 
 
 def test_a_sequence_beyond_the_positions_is_refused(base, tmp_path):
-    with pytest.raises(InputError, match="33.*32 positions"):
+    with pytest.raises(InputError, match=r"33.*32 positions"):
         train(replace(base, output=tmp_path / "run", data=replace(base.data, sequence_length=33)))
 
 

@@ -18,7 +18,7 @@ from aurora_jax.data.loader import Batch, evaluation_batches
 from aurora_jax.data.store import TokenStore
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.decoder import merge
-from aurora_jax.train.loss import cross_entropy
+from aurora_jax.model.loss import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from flax import nnx
 from aurora_jax.data.loader import Batch
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.decoder import merge
+from aurora_jax.model.loss import cross_entropy
 from aurora_jax.train.config import OptimizerConfig
-from aurora_jax.train.loss import cross_entropy
 from aurora_jax.train.optimizer import adamw, clip
 
 AVERAGE_DECAY = 0.99

@@ -1,0 +1,152 @@
+"""Tokens per second of a training step on CPU: ours against transformers and PyTorch, the same model, batch, optimizer and threads.
+
+    python benchmarks/train_cpu.py [--rounds 5] [--json FILE]
+
+The shape is that of `configs/nano_aurora.py`. Each measurement is a process of its own, the two sides take turns, and the median counts.
+PyTorch runs as transformers comes (scaled-dot-product attention) with fused AdamW and gradient clipping, in fp32 and under bf16 autocast;
+we run in fp32 and with bf16 products, sums in fp32. Both have fp32 parameters and moments, and as many threads as there are cores.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP = 4_096, 256, 256, 4, 4, 768
+BATCH = 32
+WARMUP_STEPS, STEPS = 3, 10
+TARGET = 2.0
+
+
+def tokens_BL(seed: int = 0):
+    """Random tokens [B, L + 1]; their values do not matter for speed."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(VOCABULARY, size=(BATCH, POSITIONS + 1)).astype(np.int32)
+
+
+def measure(step: Callable[[], None]) -> float:
+    """Median seconds of a step."""
+    seconds = []
+    for number in range(WARMUP_STEPS + STEPS):
+        begun = time.perf_counter()
+        step()
+        if number >= WARMUP_STEPS:
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def ours(precision: str) -> float:
+    """Seconds of our step, as `aurora train configs/nano_aurora.py` runs it."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import numpy as np
+
+    from aurora_jax.data.loader import Batch
+    from aurora_jax.model.config import ModelConfig
+    from aurora_jax.model.decoder import initial_parameters, structure_of
+    from aurora_jax.train.step import initial_state, make_loss, make_train_step
+    from configs.nano_aurora import config as nano_aurora
+
+    config = nano_aurora()
+    compute = config.compute.__class__(compute_dtype=precision, activation_dtype="float32", unroll_layers=True)
+    model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP).with_dropout(0.0)
+    loss = make_loss(structure_of(model, compute), compute, z_loss=0.0, isolate_documents=False)
+    train_step = jax.jit(make_train_step(loss, config.optimizer, lambda step: 1e-3, dropout=False, seed=0, tasks=1), donate_argnums=0)
+    state = initial_state(initial_parameters(model, 0), config.optimizer)
+    tokens = tokens_BL()
+    ones = np.ones((BATCH, POSITIONS), np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, ones, np.zeros(BATCH, np.int32))
+    batch = jax.device_put(batch)
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return measure(step)
+
+
+def peer(precision: str) -> float:
+    """Seconds of a step of transformers' GPTBigCodeForCausalLM in PyTorch."""
+    import torch
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(
+        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=MLP, activation_function="gelu",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = GPTBigCodeForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.tensor(tokens_BL()[:, :-1], dtype=torch.long)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return measure(step)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Our training step against transformers + PyTorch on this CPU."""
+
+    rounds: int = 5
+    """Processes a side and precision."""
+    json: Path | None = None
+    """Also write the rows to this file: [{name, ours, peer, unit, ratio, target, met}]."""
+
+
+def main(benchmark: Benchmark) -> None:
+    rates: dict[tuple[str, str], list[float]] = {}
+    for number in range(benchmark.rounds):
+        for precision in ("float32", "bfloat16"):
+            for side in ("ours", "peer"):
+                command = [sys.executable, __file__, "--measure", side, precision]
+                environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_VERBOSITY": "error"}
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True).stdout
+                seconds = float(output.splitlines()[-1])
+                rates.setdefault((side, precision), []).append(BATCH * POSITIONS / seconds)
+                print(f"round {number + 1}/{benchmark.rounds} {side} {precision}: {rates[side, precision][-1]:,.0f} tokens/s", flush=True)
+
+    pairs = {
+        "fp32, both": ("float32", "float32"),
+        "bf16 products, both": ("bfloat16", "bfloat16"),
+        "as each comes: our config (bf16 products) / transformers' default (fp32)": ("bfloat16", "float32"),
+    }
+    rows = []
+    for name, (our_precision, peer_precision) in pairs.items():
+        mine, theirs = (statistics.median(rates[key]) for key in (("ours", our_precision), ("peer", peer_precision)))
+        ratio = mine / theirs
+        rows.append(
+            {"name": name, "ours": mine, "peer": theirs, "unit": "tokens/s", "ratio": ratio, "target": TARGET, "met": ratio >= TARGET}
+        )
+    table = Table("training step on CPU", "ours, tokens/s", "PyTorch, tokens/s", "ratio", f"target {TARGET}")
+    for row in rows:
+        table.add_row(row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", f"{row['ratio']:.2f}", "met" if row["met"] else "missed")
+    Console().print(table)
+    if benchmark.json is not None:
+        benchmark.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print({"ours": ours, "peer": peer}[sys.argv[2]](sys.argv[3]))
+    else:
+        main(tyro.cli(Benchmark, description=__doc__))
