@@ -33,11 +33,13 @@ class EvalCommand:
 
     def run(self) -> None:
         """Raises InputError if the checkpoint or the corpus is not one."""
+        model = checkpoint.read_metadata(self.checkpoint).config
+
+        # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
         from aurora_jax.data.store import build_store
         from aurora_jax.data.tasks import register_sample_tasks
         from aurora_jax.data.vocabulary import vocabulary_from
 
-        model = checkpoint.read_metadata(self.checkpoint).config
         with tempfile.TemporaryDirectory() as folder:
             for name, text in checkpoint.read_tokenizer(self.checkpoint).items():
                 Path(folder, name).write_text(text)

@@ -146,6 +146,8 @@ def resolve(path: Location) -> epath.Path:
     complete = [step for step in found if step.name.isdigit() and step.parent.name == "checkpoints" and is_checkpoint(step)]
     if complete:
         return max(complete, key=lambda step: int(step.name))
+    if (directory / "config.json").exists():
+        raise InputError(f"{directory} is a Hugging Face folder: make a checkpoint of it with `python -m convert from-torch {path} DST`.")
     names = sorted(str(entry.relative_to(directory)) for entry in found)
     raise InputError(
         f"{directory}: neither a checkpoint (a directory with {PARAMETERS}/ and {METADATA}/) nor a run with a complete step in "

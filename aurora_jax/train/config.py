@@ -94,6 +94,7 @@ class TrainConfig:
     dropout: float = 0.0
     """Dropout rate, in place of what the checkpoint's config says."""
     seed: int = 0
+    """Of initial weights, of the order of the data and of dropout."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
