@@ -382,6 +382,7 @@ def test_interrupt_leaves_nothing(tmp_path, single, direction):
 import os, signal, sys
 from convert.weight_map import Row
 from convert.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 blocks, calls = Row.blocks, []
 def interrupted(self, *args):
     calls.append(1)
