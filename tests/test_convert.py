@@ -353,7 +353,9 @@ def test_destinations_that_cannot_be(tmp_path, single, capsys, command):
 
 
 def test_to_torch_refuses_what_is_no_checkpoint(tmp_path, single, capsys):
-    assert_refused(single, tmp_path / "back", "neither a checkpoint", capsys, "to-torch")
+    assert_refused(single, tmp_path / "back", "Hugging Face folder.*from-torch", capsys, "to-torch")
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "empty", tmp_path / "back", "neither a checkpoint", capsys, "to-torch")
     assert main(["from-torch", str(single), str(tmp_path / "ours")]) == 0
     chunk = next((tmp_path / "ours" / "params" / "layers.mlp.up.kernel").glob("1.*"))
     chunk.unlink()
