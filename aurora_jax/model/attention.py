@@ -4,11 +4,16 @@ B batch, L sequence, H query heads, K key/value heads, G = H / K heads a group, 
 of queries (or those of a block) over M keys (or those of a tile).
 """
 
+import math
 from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.errors import InputError
+from aurora_jax.kernels.flash_attention import flash_attention, sharded_flash_attention
+
+IMPLEMENTATIONS = ("xla", "flash", "flash_interpreted")
 QUERY_BLOCK = 128
 
 
@@ -28,25 +33,44 @@ def attention(
     Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids
     are given, only to keys of its own segment.
 
+    Args:
+        implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs the
+            kernels' program on a CPU, slowly, for tests.
+
     Returns:
         [B, L, H, C] in the queries' dtype.
 
     Raises:
         ValueError: unknown implementation, or key/value heads that do not divide the query heads.
+        InputError: dropout, which the flash kernels do not have.
     """
     heads, kv_heads = query_BLHC.shape[2], key_BLKC.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads: not divisible.")
-    if implementation != "xla":
-        raise ValueError(f"Unknown attention implementation {implementation!r}; there is 'xla'.")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
     B, L, H, C = query_BLHC.shape
     K, G = kv_heads, heads // kv_heads
+    if implementation != "xla":
+        if dropout_key is not None and dropout_rate:
+            raise InputError(f"Attention {implementation!r} has no dropout (rate {dropout_rate}): set it to 0, or choose attention 'xla'.")
+        return _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, interpret=implementation == "flash_interpreted")
     query_ZRC = jnp.moveaxis(query_BLHC.reshape(B, L, K, G, C), 2, 1).reshape(B * K, L * G, C)
     key_ZMC, value_ZMC = (jnp.moveaxis(array, 2, 1).reshape(B * K, L, C) for array in (key_BLKC, value_BLKC))
     segment_ids_ZM = None if segment_ids_BL is None else jnp.repeat(segment_ids_BL, K, axis=0)
     dropout = (dropout_rate, dropout_key) if dropout_key is not None and dropout_rate else None
     context_ZRC = _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product_dtype)
     return jnp.moveaxis(context_ZRC.reshape(B, K, L, G, C), 1, 2).reshape(B, L, H, C)
+
+
+def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, *, interpret: bool):
+    heads_first = (jnp.moveaxis(array.astype(product_dtype), 2, 1) for array in (query_BLHC, key_BLKC, value_BLKC))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
+        context_BHLC = flash_attention(*heads_first, segment_ids=segment_ids_BL, interpret=interpret)
+    else:
+        context_BHLC = sharded_flash_attention(*heads_first, mesh=mesh, segment_ids=segment_ids_BL, interpret=interpret)
+    return jnp.moveaxis(context_BHLC, 1, 2).astype(query_BLHC.dtype)
 
 
 # The implementation `xla`: blocks of queries, each against the keys up to its own end, so that what lies above the diagonal blocks is never

@@ -120,6 +120,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Train loop
     with (
+        jax.set_mesh(mesh),
         MetricsLog(config.output, first_step=first_step, steps=config.steps, lines=config.log_format == "lines") as log,
         _stop_requested() as stop_requested,
         jax.transfer_guard("disallow"),

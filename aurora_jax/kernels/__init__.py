@@ -1,0 +1,1 @@
+"""Pallas kernels for TPU; each folder has its plain reference beside it."""

@@ -1,0 +1,275 @@
+"""Flash attention as a function: checks, padding, gradients, and its division over a mesh.
+
+B batch, H query heads, K key/value heads, G = H / K query heads that share one, L queries, M keys, C head dim.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from aurora_jax.kernels.flash_attention.backward import backward
+from aurora_jax.kernels.flash_attention.blocks import blocks_for, cores_of, current_generation
+from aurora_jax.kernels.flash_attention.forward import forward
+from aurora_jax.kernels.flash_attention.tiles import LANES, LOG2_E, Blocks, Call, Segments
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def flash_attention(
+    q_BHLC: jax.Array,
+    k_BKMC: jax.Array,
+    v_BKMC: jax.Array,
+    *,
+    causal: bool = True,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    alibi_slopes: jax.Array | None = None,
+    scale: float | None = None,
+    q_offset: int | jax.Array = 0,
+    q_offset_multiple: int = 1,
+    return_lse: bool = False,
+    generation: str | None = None,
+    blocks: tuple[Blocks, Blocks] | None = None,
+    interpret: Any = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale q k^T + ALiBi) v by Pallas TPU kernels, differentiable in q, k and v; fp32 softmax and sums.
+
+    Multi-head, grouped-query and multi-query attention: query heads h G .. h G + G - 1 use key/value head h, which is never repeated in
+    memory. Any L and M; C up to 256. Query l is at place q_offset + l, key m at place m. See `reference.py` for what is computed.
+
+    Args:
+        q_BHLC: queries, bf16 or fp32; k and v are of the same dtype.
+        causal: a query sees keys at its own place and before.
+        segment_ids: [B, L] for queries and keys alike, or a pair ([B, L], [B, M]): a query sees keys of its own segment. Ids below zero are
+            padding, which sees nothing and is not seen: its context is zero, and so are its gradients.
+        alibi_slopes: [H] fp32; slope x (key place - query place) is added to the scores (Press et al. 2022, arXiv 2108.12409). Constants:
+            they get no gradient.
+        scale: of the scores, 1 / sqrt(C) without it.
+        q_offset: place of the first query; may be traced.
+        q_offset_multiple: a traced `q_offset` is known to be a multiple of this; one of 128 or more spares masking work.
+        return_lse: also return the natural logarithm of the softmax's sum [B, H, L], differentiable; -inf for rows that see nothing.
+        generation: TPU generation ('v5e' ...) for the sizes of tiles; that of the current device without it.
+        blocks: sizes of tiles of the forward and the backward kernel, instead of those of `blocks.py`.
+        interpret: True or `pltpu.InterpretParams` to run on a CPU, slowly.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, or a CPU without `interpret`.
+    """
+    B, H, L, C = q_BHLC.shape
+    K, M = _checked(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes)
+    G = H // K
+    if generation is None:
+        generation = current_generation(interpreted=bool(interpret))
+    wide_C = -(-C // LANES) * LANES
+    if blocks is None:
+        facts = (generation, q_BHLC.dtype, wide_C, G, L, M)
+        blocks = blocks_for("forward", *facts), blocks_for("backward", *facts)
+    multiple = math.gcd(q_offset, 1 << 20) if isinstance(q_offset, int) else q_offset_multiple
+    static = _Static(
+        causal=causal,
+        scale=C**-0.5 if scale is None else float(scale),
+        offset_multiple=multiple,
+        blocks=blocks,
+        cores=cores_of(generation),
+        interpret=interpret,
+    )
+    if segment_ids is not None and not isinstance(segment_ids, tuple):
+        segment_ids = segment_ids, segment_ids
+    slopes_KG = None if alibi_slopes is None else alibi_slopes.reshape(K, G)
+    offset_1 = jnp.asarray(q_offset, jnp.int32).reshape(1)
+    query_BKGLC, key_BKMC, value_BKMC = (_padded(array, -1, LANES) for array in (q_BHLC.reshape(B, K, G, L, C), k_BKMC, v_BKMC))
+    context_BKGLC, lse_BKGL = _attend(static, query_BKGLC, key_BKMC, value_BKMC, offset_1, segment_ids, slopes_KG)
+    context_BHLC = context_BKGLC[..., :C].reshape(B, H, L, C)
+    return (context_BHLC, lse_BKGL.reshape(B, H, L)) if return_lse else context_BHLC
+
+
+def sharded_flash_attention(
+    q_BHLC: jax.Array,
+    k_BKMC: jax.Array,
+    v_BKMC: jax.Array,
+    *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    segment_ids: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    sequence_axis: str = "sequence",
+    head_axis: str = "tensor",
+    **options: Any,
+) -> jax.Array:
+    """`flash_attention` of global arrays on a mesh: the compiler cannot divide a kernel, so `shard_map` does.
+
+    The batch is divided over `batch_axes`, heads over `head_axis`, places over `sequence_axis`. The key/value head of multi-query attention
+    is replicated over `head_axis` (its gradient is summed there); along `sequence_axis` keys and values are gathered.
+
+    Args:
+        mesh: has all the named axes.
+        segment_ids: [B, L].
+        alibi_slopes: [H].
+        options: `causal`, `scale`, `generation`, `blocks`, `interpret` of `flash_attention`.
+
+    Raises:
+        ValueError: heads, batch or length that the mesh does not divide.
+    """
+    B, H, L, _ = q_BHLC.shape
+    K = k_BKMC.shape[1]
+    batch_size, sequence_size, head_size = (
+        math.prod(mesh.shape[axis] for axis in axes) for axes in (batch_axes, (sequence_axis,), (head_axis,))
+    )
+    for what, number, axes, size in (
+        ("batch", B, batch_axes, batch_size),
+        ("query heads", H, head_axis, head_size),
+        ("sequence length", L, sequence_axis, sequence_size),
+    ):
+        if number % size:
+            raise ValueError(f"flash attention: {what} {number} cannot be divided over mesh axis {axes} of size {size}.")
+    if K > 1 and K % head_size:
+        raise ValueError(f"flash attention: {K} key/value heads cannot be divided over mesh axis {head_axis} of size {head_size}.")
+    queries = PartitionSpec(batch_axes, head_axis, sequence_axis)
+    keys = PartitionSpec(batch_axes, head_axis if K > 1 else None, sequence_axis)
+
+    def local(query, key, value, segments, slopes):
+        offset, multiple = 0, 1
+        if sequence_size > 1:
+            key, value = (jax.lax.all_gather(array, sequence_axis, axis=2, tiled=True) for array in (key, value))
+            if segments is not None:
+                segments = segments, jax.lax.all_gather(segments, sequence_axis, axis=1, tiled=True)
+            offset, multiple = jax.lax.axis_index(sequence_axis) * (L // sequence_size), L // sequence_size
+        facts = {"segment_ids": segments, "alibi_slopes": slopes, "q_offset": offset, "q_offset_multiple": multiple}
+        return flash_attention(query, key, value, **facts, **options)
+
+    in_specs = (queries, keys, keys, PartitionSpec(batch_axes, sequence_axis), PartitionSpec(head_axis))
+    shard = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return shard(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes)
+
+
+@dataclass(frozen=True)
+class _Static:
+    causal: bool
+    scale: float
+    offset_multiple: int
+    blocks: tuple[Blocks, Blocks]
+    cores: int
+    interpret: Any
+
+    def call(self, blocks: Blocks, length: int, dtype: Any, segments: bool, alibi: bool) -> Call:
+        return Call(
+            causal=self.causal,
+            scale=self.scale,
+            length=length,
+            aligned=self.offset_multiple % blocks.queries == 0,
+            precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
+            segments=segments,
+            alibi=alibi,
+            blocks=blocks,
+            interpret=self.interpret,
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: _Static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG):
+    return _attend_forward(static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG)[0]
+
+
+def _attend_forward(static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG):
+    L, M = q_BKGLC.shape[3], k_BKMC.shape[2]
+    blocks = static.blocks[0]
+    call = static.call(blocks, M, q_BKGLC.dtype, segment_ids is not None, slopes_KG is not None)
+    context_BKGLC, logsumexp_BKG1L = forward(
+        call,
+        _padded(q_BKGLC, 3, blocks.queries),
+        *(_padded(array, 2, blocks.resident_keys) for array in (k_BKMC, v_BKMC)),
+        offset_1,
+        _padded_segments(segment_ids, blocks.queries, blocks.resident_keys),
+        slopes_KG,
+    )
+    # Named, so that a rematerialisation policy may keep what the backward kernel needs.
+    context_BKGLC = checkpoint_name(context_BKGLC[:, :, :, :L], "attention_context")
+    logsumexp_BKGL = checkpoint_name(logsumexp_BKG1L[:, :, :, 0, :L], "attention_logsumexp")
+    lse_BKGL = jnp.where(jnp.isposinf(logsumexp_BKGL), -jnp.inf, logsumexp_BKGL / LOG2_E)
+    residuals = q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG, context_BKGLC, logsumexp_BKGL
+    return (context_BKGLC, lse_BKGL), residuals
+
+
+def _attend_backward(static, residuals, gradients):
+    q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG, context_BKGLC, logsumexp_BKGL = residuals
+    d_context_BKGLC, d_lse_BKGL = gradients
+    B, K, G, L = logsumexp_BKGL.shape
+    M = k_BKMC.shape[2]
+    blocks = static.blocks[1]
+    parts = static.cores if B * K % static.cores and (G // blocks.heads) % static.cores == 0 else 1
+    delta_BKGL = (d_context_BKGLC.astype(jnp.float32) * context_BKGLC.astype(jnp.float32)).sum(axis=-1) - d_lse_BKGL
+    queries = [_padded(array, 3, blocks.queries) for array in (q_BKGLC, d_context_BKGLC)]
+    statistics = [_padded(array, 3, blocks.queries, fill)[:, :, :, None] for array, fill in ((logsumexp_BKGL, jnp.inf), (delta_BKGL, 0.0))]
+    starts = range(0, M, blocks.resident_keys)
+    d_query, d_keys, d_values = 0.0, [], []
+    for start in starts:
+        taken = slice(start, min(start + blocks.resident_keys, M))
+        call = static.call(blocks, taken.stop - start, q_BKGLC.dtype, segment_ids is not None, slopes_KG is not None)
+        part_of_segments = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, taken])
+        part_of_d_query, d_key_PBKMC, d_value_PBKMC = backward(
+            call,
+            parts,
+            queries[0],
+            *(_padded(array[:, :, taken], 2, blocks.resident_keys) for array in (k_BKMC, v_BKMC)),
+            offset_1 - start,
+            _padded_segments(part_of_segments, blocks.queries, blocks.resident_keys),
+            slopes_KG,
+            queries[1],
+            *statistics,
+            q_gradient_dtype=q_BKGLC.dtype if len(starts) == 1 else jnp.float32,
+        )
+        d_query += part_of_d_query
+        for found, array in ((d_keys, d_key_PBKMC), (d_values, d_value_PBKMC)):
+            found.append(array.sum(axis=0)[:, :, : taken.stop - start].astype(k_BKMC.dtype))
+    d_key, d_value = (jnp.concatenate(found, axis=2) for found in (d_keys, d_values))
+    return d_query[:, :, :, :L].astype(q_BKGLC.dtype), d_key, d_value, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _checked(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes) -> tuple[int, int]:
+    """Number of key/value heads and of keys, of arguments that fit together; ValueError otherwise."""
+    if q_BHLC.ndim != 4 or k_BKMC.ndim != 4 or k_BKMC.shape != v_BKMC.shape:
+        raise ValueError(
+            "flash attention: q [B, H, L, C] and k, v [B, K, M, C] of one shape are expected, "
+            f"not {q_BHLC.shape}, {k_BKMC.shape}, {v_BKMC.shape}."
+        )
+    B, H, L, C = q_BHLC.shape
+    K, M = k_BKMC.shape[1:3]
+    if k_BKMC.shape[0] != B or k_BKMC.shape[3] != C:
+        raise ValueError(f"flash attention: q {q_BHLC.shape} and k {k_BKMC.shape} differ in batch or head dimension.")
+    if H % K:
+        raise ValueError(f"flash attention: {H} query heads cannot share {K} key/value heads: not divisible.")
+    if C > 256:
+        raise ValueError(f"flash attention: head dimension {C} is above 256, the largest that the kernels' tiles are made for.")
+    if q_BHLC.dtype not in DTYPES or {k_BKMC.dtype, v_BKMC.dtype} != {q_BHLC.dtype}:
+        raise ValueError(
+            f"flash attention: q, k and v are all bfloat16 or all float32, not {q_BHLC.dtype}, {k_BKMC.dtype}, {v_BKMC.dtype}."
+        )
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if segment_ids is not None and [ids.shape for ids in pair] != [(B, L), (B, M)]:
+        raise ValueError(f"flash attention: segment ids {[ids.shape for ids in pair]} are not [{(B, L)}, {(B, M)}].")
+    if alibi_slopes is not None and alibi_slopes.shape != (H,):
+        raise ValueError(f"flash attention: ALiBi slopes {alibi_slopes.shape} are not one for each of {H} query heads.")
+    return K, M
+
+
+def _padded(array: jax.Array, axis: int, multiple: int, fill: float = 0.0) -> jax.Array:
+    missing = -array.shape[axis] % multiple
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, constant_values=fill)
+
+
+def _padded_segments(segment_ids, queries: int, keys: int) -> Segments | None:
+    if segment_ids is None:
+        return None
+    return Segments.of(_padded(segment_ids[0], 1, queries, -1), _padded(segment_ids[1], 1, keys, -1))

@@ -1,0 +1,1 @@
+"""What can be known about a run on TPUs before one is rented."""

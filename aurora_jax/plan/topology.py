@@ -1,0 +1,55 @@
+"""TPU topologies without TPUs: `libtpu` compiles for them on any x86-64 Linux machine."""
+
+import math
+import os
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from aurora_jax.errors import InputError
+
+# libtpu otherwise asks the cloud's metadata server which TPU it is on, and refuses a second process.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+
+def tpu_topology(name: str) -> topologies.TopologyDescription:
+    """The chips of a topology such as `v5p:4x4x4` or `v6e:16x16`, to compile for.
+
+    v4 and v5p slices of at least 4 x 4 x 4 chips are described as the torus that they are: otherwise gathers of weights are compiled as
+    all-reduces of whole matrices.
+
+    Raises:
+        InputError: libtpu is not installed, or it does not know the topology.
+    """
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    generation, _, sizes = name.partition(":")
+    options: dict = {}
+    if generation in ("v4", "v5p") and all(size.isdigit() and int(size) % 4 == 0 for size in sizes.split("x")) and sizes.count("x") == 2:
+        options = {"chip_config_name": "default", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1, "wrap": (True, True, True)}
+    try:
+        return topologies.get_topology_desc(name, platform="tpu", **options)
+    except Exception as error:
+        raise InputError(
+            f"TPU topology {name!r} cannot be compiled for: {error}\nA topology is named like v5p:4x4x4 or v6e:16x16, and libtpu must be "
+            "installed (pip install 'aurora-jax[tpu]')."
+        ) from error
+
+
+def mesh_of(topology: topologies.TopologyDescription, *, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all chips of a topology (or its first ones, if the sizes ask for fewer), laid along its torus."""
+    shape = (data, fsdp, sequence, tensor)
+    if math.prod(shape) == len(topology.devices):
+        devices = mesh_utils.create_device_mesh(shape, list(topology.devices))
+    else:
+        devices = np.array(topology.devices[: math.prod(shape)]).reshape(shape)
+    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
