@@ -47,7 +47,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Cycles of 1,024 x 1,024 scores of one head, far from the diagonal and on it, and of the whole layer; bytes of keys and values read."""
+    """Cycles of 1,024 x 1,024 scores of a head, far from the diagonal and on it, and of the layer; bytes of keys and values read."""
 
     full: float
     diagonal: float
@@ -178,7 +178,7 @@ def count_ours(job: Job, kernels: dict) -> Cycles:
 
 
 def count_splash(job: Job, kernels: dict) -> Cycles:
-    """Blocks with products run for each tile that the mask does not skip; guarded ones once a tile of outputs, all others each grid step."""
+    """Blocks with products run for each tile that the mask does not skip; guarded ones once a tile of outputs, others each grid step."""
     queries, keys, _ = job.tiles
     blocks = kernels[next(name for name in kernels if ("fwd" if job.direction == "forward" else "dkv") in name)]
     tile = sum(block.bundles for block in blocks if block.products)

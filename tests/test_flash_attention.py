@@ -116,7 +116,7 @@ def test_queries_at_an_offset_and_other_keys(seed, lengths, offset, is_traced, c
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_bf16_is_no_less_accurate_than_splash_attention(generation, is_packed, capsys):
-    """Root-mean-square error against fp64 of ours and of JAX's splash attention, whose queries the caller has to scale, on the same inputs."""
+    """Root-mean-square error against fp64, of ours and of JAX's splash attention (whose caller scales the queries), on the same inputs."""
     L, H, C = SPLASH_LENGTH, SPLASH_HEADS, SPLASH_HEAD_DIM
     given = arrays(5, 1, H, 1, L, L, C, jnp.bfloat16)
     segments_BL = packed(5, 1, L)

@@ -1,53 +1,100 @@
-"""The TPU compiler accepts the kernels: libtpu compiles for a topology on a machine that has no TPU.
+"""The TPU compiler accepts the kernels: libtpu compiles for chips that are not there.
 
-Short cases run in `make test`; all lengths, features and the sharded training step of the 15.5B model in `make test-full`.
+Short cases run in `make test`; all lengths and features, and the sharded training step of the 15.5B model, in `make test-full`.
 """
 
-import itertools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
 from aurora_jax.kernels.flash_attention.blocks import GENERATIONS
 from aurora_jax.model.config import PRESETS, ComputeConfig
-from aurora_jax.model.decoder import structure_of
-from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
+from aurora_jax.plan.step import lower_train_step
+from aurora_jax.plan.topology import mesh_of, tpu_topology
 from aurora_jax.train.config import OptimizerConfig
-from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
-from tests.tpu_compiler import topology
+
+pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-AXES = ("data", "fsdp", "sequence", "tensor")
+KERNELS = {"flash_attention_forward", "flash_attention_backward"}
 
 
-def compiled_attention(generation: str, L: int, *, H: int = 48, K: int = 1, C: int = 128, packed: bool, alibi: bool, dtype=jnp.bfloat16):
-    """Forward and backward of one layer's attention on one chip, compiled."""
-    mesh = Mesh(np.array(topology(TOPOLOGIES[generation]).devices)[:1], ("x",))
+def kernels_of(
+    generation: str, L: int, *, H: int = 48, K: int = 1, C: int = 128, packed: bool, alibi: bool, dtype=jnp.bfloat16
+) -> set[str]:
+    """Compiles the forward and backward pass of one layer's attention for one chip; the kernels in the executable."""
+    mesh = Mesh(np.array(tpu_topology(TOPOLOGIES[generation]).devices)[:1], ("x",))
     here = NamedSharding(mesh, PartitionSpec())
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    def loss(q, k, v, segments, slopes):
-        options = {"segment_ids": segments if packed else None, "alibi_slopes": slopes if alibi else None}
-        return flash_attention(q, k, v, generation=generation, **options).astype(jnp.float32).sum()
+    def gradients(q, k, v, segments, slopes):
+        def loss(q, k, v):
+            options = {"segment_ids": segments if packed else None, "alibi_slopes": slopes if alibi else None}
+            return flash_attention(q, k, v, generation=generation, **options).astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
 
     arguments = struct(1, H, L, C), struct(1, K, L, C), struct(1, K, L, C), struct(1, L, dtype=jnp.int32), struct(H, dtype=jnp.float32)
-    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments).compile()
-
-
-def kernels_in(compiled) -> set[str]:
-    text = compiled.as_text()
-    return {name for name in ("flash_attention_forward", "flash_attention_backward") if name in text}
+    text = jax.jit(gradients).lower(*arguments).compile().as_text()
+    return {name for name in KERNELS if name in text}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_accepted(generation):
-    compiled = compiled_attention(generation, 2048, packed=False, alibi=False)
-    assert kernels_in(compiled) == {"flash_attention_forward", "flash_attention_backward"}
+    assert kernels_of(generation, 2048, packed=False, alibi=False) == KERNELS
+
+
+def test_packed_with_alibi_is_accepted():
+    assert kernels_of("v6e", 2048, packed=True, alibi=True) == KERNELS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("generation", "L", "packed", "alibi"), list(product(GENERATIONS, (2048, 8192), (False, True), (False, True))))
+def test_all_features_are_accepted(generation, L, packed, alibi):
+    assert kernels_of(generation, L, packed=packed, alibi=alibi) == KERNELS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("H", "K", "C"), [(16, 16, 64), (12, 12, 96), (8, 2, 80), (71, 1, 64), (8, 8, 256), (4, 4, 128)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_other_shapes_are_accepted(generation, H, K, C, dtype):
+    assert kernels_of(generation, 1000, H=H, K=K, C=C, packed=True, alibi=K > 1, dtype=dtype) == KERNELS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "tensor", "isolate"),
+    [
+        ("v5p:4x4x4", 64, 1, False),
+        ("v5p:4x4x4", 16, 4, True),
+        ("v6e:16x16", 64, 4, False),
+        ("v4:4x4x8", 32, 4, True),
+        ("v5e:16x16", 64, 4, False),
+    ],
+)
+def test_sharded_step_of_starcoderplus_is_accepted(topology, fsdp, tensor, isolate):
+    """The step that `train` runs, 15.5B parameters, with the kernels inside; the compiler enforces the chips' memory."""
+    compiled = lower_train_step(
+        PRESETS["starcoderplus"].with_dropout(0.0),
+        ComputeConfig(attention="flash", rematerialisation="full"),
+        OptimizerConfig(),
+        mesh_of(tpu_topology(topology), fsdp=fsdp, tensor=tensor),
+        batch_size=fsdp,
+        length=2048,
+        isolate_documents=isolate,
+    ).compile()
+    assert {name for name in KERNELS if name in compiled.as_text()} == KERNELS
+
+
+def test_unknown_topology_says_how_they_are_named():
+    with pytest.raises(InputError, match="named like v5p:4x4x4"):
+        tpu_topology("v5p:3x3x3x3")

@@ -7,6 +7,7 @@ plans them. Stalls on DMA and on a matrix unit that is still busy are left out: 
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*([> ]*)\{(.*)")
@@ -49,7 +50,7 @@ def basic_blocks(path: Path) -> list[BasicBlock]:
     cuts = {0, len(lines)} | {place for place, line in enumerate(lines) if line[1]} | {place + 1 for place, _ in jumps}
     starts = sorted(cuts)
     blocks = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         operations = dict(Counter(operation for line in lines[start:end] for operation in _OPERATION.findall(line[3])))
         depth = max(line[2].count(">") for line in lines[start:end])
         guards = sum(place < start and end <= target for place, target in jumps)

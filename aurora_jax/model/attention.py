@@ -34,8 +34,8 @@ def attention(
     are given, only to keys of its own segment.
 
     Args:
-        implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs the
-            kernels' program on a CPU, slowly, for tests.
+        implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs
+            the kernels' program on a CPU, slowly, for tests.
 
     Returns:
         [B, L, H, C] in the queries' dtype.

@@ -164,8 +164,8 @@ class ComputeConfig:
     activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of what is kept between products (residual stream, GELU); bf16 halves memory traffic on TPU, fp32 is faster on CPU."""
     attention: Literal["xla", "flash", "flash_interpreted"] = "xla"
-    """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow and meant for tests. The choice is
-    explicit and never falls back to another."""
+    """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow and meant for tests. The choice
+    is explicit and never falls back to another."""
     rematerialisation: Literal["nothing", "full", "products"] = "nothing"
     """What a layer's backward pass computes again: nothing, everything (only layer inputs are kept), or all but matrix products."""
     unroll_layers: bool = False

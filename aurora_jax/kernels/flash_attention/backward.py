@@ -7,7 +7,8 @@ B batch, K key/value heads, G query heads that share one, L queries, M keys, C h
 Flash attention 2, algorithm 2: Dao 2023, arXiv 2307.08691.
 """
 
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,15 +112,16 @@ def backward(
 
 def _kernel(call: Call, batches: int, *refs):
     blocks = call.blocks
-    refs = list(refs)
-    offset_ref = refs.pop(0)
-    spans = [refs.pop(0) for _ in range(4)] if call.segments else []
-    q_ref, k_ref, v_ref, d_context_ref, logsumexp_ref, delta_ref = (refs.pop(0) for _ in range(6))
-    q_segments_ref, k_segments_ref = (refs.pop(0), refs.pop(0)) if call.segments else (None, None)
-    slopes_ref = refs.pop(0) if call.alibi else None
-    d_q_ref, d_k_ref, d_v_ref, d_q_sum_ref, k_transposed_ref, d_k_sum_ref, d_v_sum_ref = refs
+    given: list[Any] = list(refs)
+    offset_ref = given.pop(0)
+    spans = [given.pop(0) for _ in range(4)] if call.segments else []
+    q_ref, k_ref, v_ref, d_context_ref, logsumexp_ref, delta_ref = (given.pop(0) for _ in range(6))
+    q_segments_ref: Any = given.pop(0) if call.segments else None
+    k_segments_ref: Any = given.pop(0) if call.segments else None
+    slopes_ref: Any = given.pop(0) if call.alibi else None
+    d_q_ref, d_k_ref, d_v_ref, d_q_sum_ref, k_transposed_ref, d_k_sum_ref, d_v_sum_ref = given
     batch, group, tile = pl.program_id(0), pl.program_id(3), pl.program_id(4)
-    rows_at_once, C = blocks.rows_at_once, d_q_sum_ref.shape[0]
+    rows_at_once = blocks.rows_at_once
     places = min(rows_at_once, blocks.queries)
     first_query = offset_ref[0] + tile * blocks.queries
     dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=call.precision)
@@ -158,22 +160,21 @@ def _kernel(call: Call, batches: int, *refs):
                 return scores_WR
             first_place = row % blocks.queries
             distance = start + key - first_query
-            visible_WQ = None
+            conditions = []
             if unmasked < count:
                 shape = (count - unmasked, places)
                 if width - masked < key + count and call.causal:
                     ahead_WQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-                    visible_WQ = ahead_WQ <= first_place - distance - unmasked
+                    conditions.append(ahead_WQ <= first_place - distance - unmasked)
                 if width - masked < key + count and call.length % blocks.queries:
-                    inside_WQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < call.length - start - key - unmasked
-                    visible_WQ = inside_WQ if visible_WQ is None else visible_WQ & inside_WQ
+                    conditions.append(jax.lax.broadcasted_iota(jnp.int32, shape, 0) < call.length - start - key - unmasked)
                 if by_segment:
                     k_segments_WQ = jnp.tile(k_segments_ref[0, pl.ds(start + key, count)], (1, places // LANES))
-                    same_WQ = k_segments_WQ == q_segments_ref[0, :, pl.ds(first_place, places)]
-                    visible_WQ = same_WQ if visible_WQ is None else visible_WQ & same_WQ
+                    conditions.append(k_segments_WQ == q_segments_ref[0, :, pl.ds(first_place, places)])
             if call.alibi:
                 along_WQ = jax.lax.broadcasted_iota(jnp.int32, (count, LANES), 0) + distance
                 along_WQ = jnp.tile(along_WQ.astype(jnp.float32), (1, places // LANES))
+            visible_WQ = reduce(jnp.logical_and, conditions) if conditions else None
             pieces = []
             for head in range(rows_at_once // places):
                 scores_WQ = scores_WR[:, head * places : (head + 1) * places]

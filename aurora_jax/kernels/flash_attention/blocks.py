@@ -96,13 +96,8 @@ def blocks_for(direction: Direction, generation: str, dtype: Any, head_dim: int,
     chunk = min(sizes.keys, -(-keys // step) * step)
     chunk -= chunk % step
     rows = heads * step
-    at_once = max(
-        count * step if whole else step // count
-        for whole, counts in ((True, range(1, heads + 1)), (False, (1, 2, 4)))
-        for count in counts
-        if (heads % count == 0 if whole else step // count >= LANES)
-        and (count * step if whole else step // count) <= max(sizes.rows_at_once, LANES)
-    )
+    divisor = max((count for count in range(1, heads + 1) if heads % count == 0 and count * step <= sizes.rows_at_once), default=0)
+    at_once = divisor * step or sizes.rows_at_once
     fixed, per_key = _vmem(direction, rows, head_dim, bytes_each, facts.cores)
     room = facts.vmem * 7 // 8 - fixed
     copies = -(-keys * per_key // room)

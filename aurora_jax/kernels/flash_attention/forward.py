@@ -4,7 +4,8 @@ B batch, K key/value heads, G query heads that share one, L queries, M keys, C h
 product. Flash attention: Dao et al. 2022, arXiv 2205.14135; multi-query attention: Shazeer 2019, arXiv 1911.02150.
 """
 
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,13 +99,14 @@ def forward(
 
 def _kernel(call: Call, batches: int, *refs):
     blocks = call.blocks
-    refs = list(refs)
-    offset_ref = refs.pop(0)
-    spans = [refs.pop(0) for _ in range(4)] if call.segments else []
-    q_ref, k_ref, v_ref = (refs.pop(0) for _ in range(3))
-    q_segments_ref, k_segments_ref = (refs.pop(0), refs.pop(0)) if call.segments else (None, None)
-    slopes_ref = refs.pop(0) if call.alibi else None
-    context_ref, logsumexp_ref, largest_ref, total_ref, sum_ref = refs
+    given: list[Any] = list(refs)
+    offset_ref = given.pop(0)
+    spans = [given.pop(0) for _ in range(4)] if call.segments else []
+    q_ref, k_ref, v_ref = (given.pop(0) for _ in range(3))
+    q_segments_ref: Any = given.pop(0) if call.segments else None
+    k_segments_ref: Any = given.pop(0) if call.segments else None
+    slopes_ref: Any = given.pop(0) if call.alibi else None
+    context_ref, logsumexp_ref, largest_ref, total_ref, sum_ref = given
     batch, tile, part = pl.program_id(0), pl.program_id(3), pl.program_id(4)
     rows_at_once, C = blocks.rows_at_once, sum_ref.shape[1]
     first_query = offset_ref[0] + tile * blocks.queries
@@ -137,19 +139,16 @@ def _kernel(call: Call, batches: int, *refs):
                 along_11W = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, count), 2) + distance).astype(jnp.float32)
                 scores_HQW += jnp.tile(slopes_ref[0, heads], (1, 1, count // LANES)) * along_11W
             if unmasked < count:
-                shape = (places, count - unmasked)
-                visible_QW = None
+                shape, conditions = (places, count - unmasked), []
                 if width - masked < key + count and call.causal:
                     ahead_QW = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-                    visible_QW = ahead_QW <= first_place - distance - unmasked
+                    conditions.append(ahead_QW <= first_place - distance - unmasked)
                 if width - masked < key + count and call.length % blocks.queries:
-                    inside_QW = jax.lax.broadcasted_iota(jnp.int32, shape, 1) < call.length - first_key - start - key - unmasked
-                    visible_QW = inside_QW if visible_QW is None else visible_QW & inside_QW
+                    conditions.append(jax.lax.broadcasted_iota(jnp.int32, shape, 1) < call.length - first_key - start - key - unmasked)
                 if by_segment:
                     q_segments_QW = jnp.tile(q_segments_ref[0, pl.ds(first_place, places)], (1, count // LANES))
-                    same_QW = q_segments_QW == k_segments_ref[0, :, pl.ds(start + key, count)]
-                    visible_QW = same_QW if visible_QW is None else visible_QW & same_QW
-                hidden_HQW = jnp.where(visible_QW[None], scores_HQW[:, :, unmasked:], -jnp.inf)
+                    conditions.append(q_segments_QW == k_segments_ref[0, :, pl.ds(start + key, count)])
+                hidden_HQW = jnp.where(reduce(jnp.logical_and, conditions)[None], scores_HQW[:, :, unmasked:], -jnp.inf)
                 scores_HQW = jnp.concatenate([scores_HQW[:, :, :unmasked], hidden_HQW], axis=2) if unmasked else hidden_HQW
             return scores_HQW.reshape(rows_at_once, count)
 
@@ -171,11 +170,9 @@ def _kernel(call: Call, batches: int, *refs):
             if blocks.wide_matrix_unit:
                 value_WC = jnp.concatenate([value_WC, jnp.ones((count, LANES), value_WC.dtype)], axis=1)
             sum_RC = dot(weights_RW.astype(value_WC.dtype), value_WC, (((1,), (0,)), ((), ())))
-            if blocks.wide_matrix_unit:
-                total_R = sum_RC[:, C:]
-            else:
-                # Lane by lane: the 128 partial sums of a row are added up once, at the end.
-                total_R = sum(weights_RW[:, lane : lane + LANES] for lane in range(0, count, LANES))
+            # By the idle half of the matrix unit, or lane by lane: the 128 partial sums of a row are then added up once, at the end.
+            by_lane = (weights_RW[:, lane : lane + LANES] for lane in range(0, count, LANES))
+            total_R = sum_RC[:, C:] if blocks.wide_matrix_unit else sum(by_lane)
             total_ref[rows] = total_ref[rows] * decay_R + total_R
             sum_ref[rows] = sum_ref[rows] * jnp.tile(decay_R, (1, C // LANES)) + sum_RC[:, :C]
 

@@ -36,7 +36,7 @@ def flash_attention(
     generation: str | None = None,
     blocks: tuple[Blocks, Blocks] | None = None,
     interpret: Any = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     """softmax(scale q k^T + ALiBi) v by Pallas TPU kernels, differentiable in q, k and v; fp32 softmax and sums.
 
     Multi-head, grouped-query and multi-query attention: query heads h G .. h G + G - 1 use key/value head h, which is never repeated in
@@ -56,6 +56,9 @@ def flash_attention(
         generation: TPU generation ('v5e' ...) for the sizes of tiles; that of the current device without it.
         blocks: sizes of tiles of the forward and the backward kernel, instead of those of `blocks.py`.
         interpret: True or `pltpu.InterpretParams` to run on a CPU, slowly.
+
+    Returns:
+        The context [B, H, L, C] in the inputs' dtype; with `return_lse` a pair of it and the logarithms.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a CPU without `interpret`.
@@ -182,7 +185,8 @@ def _attend_forward(static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slop
     context_BKGLC, logsumexp_BKG1L = forward(
         call,
         _padded(q_BKGLC, 3, blocks.queries),
-        *(_padded(array, 2, blocks.resident_keys) for array in (k_BKMC, v_BKMC)),
+        _padded(k_BKMC, 2, blocks.resident_keys),
+        _padded(v_BKMC, 2, blocks.resident_keys),
         offset_1,
         _padded_segments(segment_ids, blocks.queries, blocks.resident_keys),
         slopes_KG,
@@ -203,31 +207,31 @@ def _attend_backward(static, residuals, gradients):
     blocks = static.blocks[1]
     parts = static.cores if B * K % static.cores and (G // blocks.heads) % static.cores == 0 else 1
     delta_BKGL = (d_context_BKGLC.astype(jnp.float32) * context_BKGLC.astype(jnp.float32)).sum(axis=-1) - d_lse_BKGL
-    queries = [_padded(array, 3, blocks.queries) for array in (q_BKGLC, d_context_BKGLC)]
-    statistics = [_padded(array, 3, blocks.queries, fill)[:, :, :, None] for array, fill in ((logsumexp_BKGL, jnp.inf), (delta_BKGL, 0.0))]
     starts = range(0, M, blocks.resident_keys)
-    d_query, d_keys, d_values = 0.0, [], []
+    d_queries, d_keys, d_values = [], [], []
     for start in starts:
         taken = slice(start, min(start + blocks.resident_keys, M))
         call = static.call(blocks, taken.stop - start, q_BKGLC.dtype, segment_ids is not None, slopes_KG is not None)
         part_of_segments = None if segment_ids is None else (segment_ids[0], segment_ids[1][:, taken])
-        part_of_d_query, d_key_PBKMC, d_value_PBKMC = backward(
+        d_query_BKGLC, d_key_PBKMC, d_value_PBKMC = backward(
             call,
             parts,
-            queries[0],
-            *(_padded(array[:, :, taken], 2, blocks.resident_keys) for array in (k_BKMC, v_BKMC)),
+            _padded(q_BKGLC, 3, blocks.queries),
+            _padded(k_BKMC[:, :, taken], 2, blocks.resident_keys),
+            _padded(v_BKMC[:, :, taken], 2, blocks.resident_keys),
             offset_1 - start,
             _padded_segments(part_of_segments, blocks.queries, blocks.resident_keys),
             slopes_KG,
-            queries[1],
-            *statistics,
+            _padded(d_context_BKGLC, 3, blocks.queries),
+            _padded(logsumexp_BKGL, 3, blocks.queries, jnp.inf)[:, :, :, None],
+            _padded(delta_BKGL, 3, blocks.queries)[:, :, :, None],
             q_gradient_dtype=q_BKGLC.dtype if len(starts) == 1 else jnp.float32,
         )
-        d_query += part_of_d_query
-        for found, array in ((d_keys, d_key_PBKMC), (d_values, d_value_PBKMC)):
-            found.append(array.sum(axis=0)[:, :, : taken.stop - start].astype(k_BKMC.dtype))
-    d_key, d_value = (jnp.concatenate(found, axis=2) for found in (d_keys, d_values))
-    return d_query[:, :, :, :L].astype(q_BKGLC.dtype), d_key, d_value, None, None, None
+        d_queries.append(d_query_BKGLC)
+        d_keys.append(d_key_PBKMC.sum(axis=0)[:, :, : taken.stop - start].astype(k_BKMC.dtype))
+        d_values.append(d_value_PBKMC.sum(axis=0)[:, :, : taken.stop - start].astype(v_BKMC.dtype))
+    d_query_BKGLC = sum(d_queries[1:], d_queries[0])[:, :, :, :L].astype(q_BKGLC.dtype)
+    return d_query_BKGLC, jnp.concatenate(d_keys, axis=2), jnp.concatenate(d_values, axis=2), None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -7,6 +7,7 @@ head h at place l. It visits keys in chunks of `keys`, which are whole and wholl
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,7 +69,9 @@ class Call:
         return 1 if self.length % self.blocks.queries else 0
 
 
-def visit_chunks(call: Call, first_query: jax.Array, first_key: jax.Array, chunk: Callable, segment_relation: Callable | None) -> None:
+def visit_chunks(
+    call: Call, first_query: jax.Array, first_key: jax.Array | int, chunk: Callable, segment_relation: Callable | None
+) -> None:
     """Runs `chunk` for every chunk of the resident keys that a tile sees.
 
     Args:
@@ -80,12 +83,9 @@ def visit_chunks(call: Call, first_query: jax.Array, first_key: jax.Array, chunk
     """
     blocks = call.blocks
     step, per_chunk, resident = blocks.queries, blocks.keys // blocks.queries, blocks.resident_keys // blocks.queries
+    reach = jnp.asarray(-(-call.length // step) * step - first_key)
     if call.causal:
-        reach = first_query - first_key + step + (0 if call.aligned else step - 1)
-        length = -(-call.length // step) * step - first_key
-        reach = jnp.minimum(reach, length)
-    else:
-        reach = -(-call.length // step) * step - first_key
+        reach = jnp.minimum(reach, first_query - first_key + step + (0 if call.aligned else step - 1))
     visible = jnp.minimum(jax.lax.div(jnp.maximum(reach, 0), jnp.int32(step)), resident)
     whole = jax.lax.div(jnp.maximum(visible - call.diagonal, 0), jnp.int32(per_chunk))
     tail = visible - whole * per_chunk
@@ -97,14 +97,14 @@ def visit_chunks(call: Call, first_query: jax.Array, first_key: jax.Array, chunk
             chunk(start, blocks.keys, 0, False)
         else:
             some, every = segment_relation(j)
-            pl.when(every)(lambda: chunk(start, blocks.keys, 0, False))
-            pl.when(some & ~every)(lambda: chunk(start, blocks.keys, 0, True))
+            pl.when(every)(partial(chunk, start, blocks.keys, 0, False))
+            pl.when(some & ~every)(partial(chunk, start, blocks.keys, 0, True))
 
     tail_start = pl.multiple_of(whole * blocks.keys, blocks.keys)
     for count in range(1, per_chunk + max(call.diagonal, 1)):
         if count > resident:
             break
-        pl.when(tail == count)(lambda count=count: chunk(tail_start, count * step, min(count, call.diagonal) * step, call.segments))
+        pl.when(tail == count)(partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments))
 
 
 def products(blocks: Blocks, width: int) -> list[tuple[int, int, int]]:
@@ -147,7 +147,7 @@ def in_sublanes(ids_BX: jax.Array) -> jax.Array:
     return jnp.broadcast_to(ids_BX[:, :, None], (*ids_BX.shape, LANES))
 
 
-def segment_relation(span_refs: list, batch: jax.Array, batches: int, tile: jax.Array, first_chunk: jax.Array) -> Callable:
+def segment_relation(span_refs: list, batch: jax.Array, batches: int, tile: jax.Array, first_chunk: jax.Array | int) -> Callable:
     """The `segment_relation` that `visit_chunks` asks for, read from the spans in scalar memory."""
     q_low_ref, q_high_ref, k_low_ref, k_high_ref = span_refs
     q_place = batch * (q_low_ref.shape[0] // batches) + tile
