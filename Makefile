@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := requirements.txt constraints.txt pyproject.toml
+# libtpu is installed for its compiler; without this, JAX would look for a TPU.
+export JAX_PLATFORMS := cpu
 
 .PHONY: help setup quickstart test test-full lint bench clean
 
@@ -19,7 +21,7 @@ setup:
 	@if [ ! -f $(VENV)/pins ] || [ "$$(cat $(PINS) | sha256sum)" != "$$(cat $(VENV)/pins)" ]; then \
 	  $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")' && \
 	  rm -f $(VENV)/pins && $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]' && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,tpu]' && \
 	  cat $(PINS) | sha256sum > $(VENV)/pins; \
 	fi
 
@@ -40,6 +42,7 @@ test-full: lint
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/convert_memory.py
+	$(BIN)/python benchmarks/flash_attention.py
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -79,6 +79,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Model, optimizer, step
     compute = config.compute
+    print(f"mesh: {dict(mesh.shape)}; attention: {compute.attention}; products: {compute.compute_dtype}", flush=True)
     structure = structure_of(model.with_dropout(config.dropout), compute)
     loss = make_loss(structure, compute, z_loss=config.optimizer.z_loss, isolate_documents=not config.data.attend_across_documents)
     train_step = jax.jit(

@@ -65,7 +65,9 @@ SIZES: dict[tuple[Direction, int], Sizes] = {
 }
 
 
-def blocks_for(direction: Direction, generation: str, dtype: Any, head_dim: int, group: int, queries: int, keys: int) -> Blocks:
+def blocks_for(
+    direction: Direction, generation: str, dtype: Any, head_dim: int, group: int, queries: int, keys: int, sizes: Sizes | None = None
+) -> Blocks:
     """Tile sizes for a call.
 
     Args:
@@ -73,6 +75,7 @@ def blocks_for(direction: Direction, generation: str, dtype: Any, head_dim: int,
         group: query heads that share a key/value head.
         queries: places of queries (L).
         keys: places of keys (M).
+        sizes: instead of those of `SIZES`, for the script that compares them.
 
     Raises:
         ValueError: an unknown generation.
@@ -80,7 +83,7 @@ def blocks_for(direction: Direction, generation: str, dtype: Any, head_dim: int,
     if generation not in GENERATIONS:
         raise ValueError(f"No tile sizes for TPU generation {generation!r}; there are {', '.join(GENERATIONS)}.")
     facts = GENERATIONS[generation]
-    sizes = SIZES[direction, facts.matrix_columns]
+    sizes = sizes or SIZES[direction, facts.matrix_columns]
     bytes_each = jnp.dtype(dtype).itemsize
     if bytes_each * head_dim > 2 * LANES:
         sizes = replace(sizes, rows=sizes.rows // 2, keys=max(sizes.keys // 2, 256), keys_at_once=min(sizes.keys_at_once, 256))
