@@ -260,7 +260,9 @@ def main(benchmark: Benchmark) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(jobs, track(pool.map(measure, jobs), total=len(jobs), description="compiling"), strict=True))
 
-    table = Table("chip, length, direction", "kernel", "full tile", "diagonal tile", "layer", "of splash", "K/V read", title="cycles")
+    table = Table(title="cycles: 1,024 x 1,024 scores of a head, and a layer", caption="tiles of the peers: queries/keys/keys of a product")
+    for column in ("case", "kernel", "full tile", "diagonal", "layer", "of splash", "K/V read"):
+        table.add_column(column, no_wrap=True)
     figures = []
     for case in cases:
         best = {}
@@ -275,8 +277,8 @@ def main(benchmark: Benchmark) -> None:
         for side, (_, tiles, cycles) in best.items():
             ratio = cycles.layer / best["splash"][0]
             table.add_row(
-                ", ".join(map(str, case)) if side == "ours" else "",
-                side + (f" {'x'.join(map(str, tiles))}" if tiles else ""),
+                " ".join(map(str, case)) if side == "ours" else "",
+                side + (f" {'/'.join(map(str, tiles))}" if tiles else ""),
                 f"{cycles.full:,.0f}",
                 f"{cycles.diagonal:,.0f}",
                 f"{cycles.layer / 1e6:,.3f} M",
@@ -297,7 +299,7 @@ def main(benchmark: Benchmark) -> None:
                 {"name": name, "ours": mine, "peer": theirs, "unit": unit, "ratio": ratio, "target": target, "met": ratio <= target}
             )
         table.add_section()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     missed = [figure["name"] for figure in figures if not figure["met"]]
     console.print(f"{len(figures) - len(missed)} of {len(figures)} targets met" + (f"; missed: {', '.join(missed)}" if missed else ""))
