@@ -74,6 +74,7 @@ def lower_train_step(
     """
     loss = make_loss(structure_of(model, compute), compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents)
     step = make_train_step(loss, optimizer, lambda step: 1e-4, dropout=False, seed=0, tasks=tasks)
+    # Outside the mesh's context: optax makes a small array on the way, which no absent TPU can hold.
+    arguments = abstract_state(model, optimizer, mesh), abstract_batch(batch_size, length, mesh)
     with jax.set_mesh(mesh):
-        arguments = abstract_state(model, optimizer, mesh), abstract_batch(batch_size, length, mesh)
         return jax.jit(step, donate_argnums=0).lower(*arguments)

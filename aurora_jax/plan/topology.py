@@ -49,7 +49,7 @@ def mesh_of(topology: topologies.TopologyDescription, *, data: int = 1, fsdp: in
     """A mesh over all chips of a topology (or its first ones, if the sizes ask for fewer), laid along its torus."""
     shape = (data, fsdp, sequence, tensor)
     if math.prod(shape) == len(topology.devices):
-        devices = mesh_utils.create_device_mesh(shape, list(topology.devices))
+        devices = mesh_utils.create_device_mesh(shape, list(topology.devices), allow_split_physical_axes=True)
     else:
         devices = np.array(topology.devices[: math.prod(shape)]).reshape(shape)
     return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
