@@ -26,7 +26,7 @@ from aurora_jax.kernels.flash_attention.blocks import GENERATIONS, SIZES, Sizes
 class Search:
     """Ranks tile sizes for one generation and direction."""
 
-    generation: Literal["v4", "v5e", "v5p", "v6e"] = "v6e"
+    generation: Literal["v5e", "v5p", "v6e"] = "v6e"
     """TPU generation."""
     direction: Literal["forward", "backward"] = "forward"
     """Which kernel."""

@@ -55,14 +55,19 @@ def ours(precision: str) -> float:
     from aurora_jax.data.loader import Batch
     from aurora_jax.model.config import ModelConfig
     from aurora_jax.model.decoder import initial_parameters, structure_of
-    from aurora_jax.train.step import initial_state, make_loss, make_train_step
+    from aurora_jax.train.step import initial_state, make_gradient, make_loss, make_train_step
     from configs.nano_aurora import config as nano_aurora
 
     config = nano_aurora()
     compute = config.compute.__class__(compute_dtype=precision, activation_dtype="float32", unroll_layers=True)
     model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP).with_dropout(0.0)
     loss = make_loss(structure_of(model, compute), compute, z_loss=0.0, isolate_documents=False)
-    train_step = jax.jit(make_train_step(loss, config.optimizer, lambda step: 1e-3, dropout=False, seed=0, tasks=1), donate_argnums=0)
+    train_step = jax.jit(
+        make_train_step(
+            make_gradient(loss, config.optimizer.micro_batches), config.optimizer, lambda step: 1e-3, dropout=False, seed=0, tasks=1
+        ),
+        donate_argnums=0,
+    )
     state = initial_state(initial_parameters(model, 0), config.optimizer)
     tokens = tokens_BL()
     ones = np.ones((BATCH, POSITIONS), np.int32)

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from aurora_jax.kernels.flash_attention import sharded_flash_attention
 from aurora_jax.kernels.flash_attention.reference import reference_attention
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "fsdp_inner", "sequence", "tensor")
 
 
 def compare(shape: tuple[int, ...], *, K: int = 1, packed: bool = False, alibi: bool = False) -> None:
@@ -18,7 +18,7 @@ def compare(shape: tuple[int, ...], *, K: int = 1, packed: bool = False, alibi: 
     key, value = (jnp.asarray(rng.normal(size=(B, K, L, C)), jnp.float32) for _ in range(2))
     segments = jnp.asarray(np.cumsum(rng.random((B, L)) < 3 / L, axis=1), jnp.int32) if packed else None
     slopes = jnp.asarray(2.0 ** -np.arange(1, H + 1), jnp.float32) if alibi else None
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5)
 
     def ours(*arrays):
         return sharded_flash_attention(*arrays, mesh=mesh, segment_ids=segments, alibi_slopes=slopes, interpret=True)
@@ -35,8 +35,8 @@ def compare(shape: tuple[int, ...], *, K: int = 1, packed: bool = False, alibi: 
     print(f"{dict(zip(AXES, shape, strict=True))} K={K} packed={packed} alibi={alibi}: equal", flush=True)
 
 
-compare((2, 2, 1, 2))
-compare((1, 2, 1, 4), alibi=True)
-compare((1, 1, 4, 2), packed=True)
-compare((1, 4, 2, 1), K=8, packed=True, alibi=True)
-compare((2, 1, 1, 4), K=4)
+compare((2, 2, 1, 1, 2))
+compare((1, 1, 2, 1, 4), alibi=True)
+compare((1, 1, 1, 4, 2), packed=True)
+compare((1, 2, 2, 2, 1), K=8, packed=True, alibi=True)
+compare((2, 1, 1, 1, 4), K=4)

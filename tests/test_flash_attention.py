@@ -28,9 +28,9 @@ from aurora_jax.model.attention import attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.train.config import OptimizerConfig
-from aurora_jax.train.step import initial_state, make_loss, make_train_step
+from aurora_jax.train.step import initial_state, make_gradient, make_loss, make_train_step
 
-HEADS = [(1, 1), (4, 1), (12, 1), (6, 2), (3, 3)]
+HEADS = [(1, 1), (4, 1), (16, 1), (6, 2), (3, 3)]
 SPLASH_LENGTH, SPLASH_HEADS, SPLASH_HEAD_DIM = 512, 4, 128
 
 
@@ -86,12 +86,13 @@ def assert_equal(found, expected, tolerance: float):
     alibi=st.booleans(),
     generation=st.sampled_from(list(GENERATIONS)),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    B=st.integers(1, 2),
 )
-def test_self_attention(seed, heads, length, C, is_packed, alibi, generation, dtype):
-    given = arrays(seed, 2, *heads, length, length, C, dtype)
+def test_self_attention(seed, heads, length, C, is_packed, alibi, generation, dtype, B):
+    given = arrays(seed, B, *heads, length, length, C, dtype)
     options = {}
     if is_packed:
-        options["segment_ids"] = (packed(seed, 2, length, padding=length // 7),) * 2
+        options["segment_ids"] = (packed(seed, B, length, padding=length // 7),) * 2
     if alibi:
         options["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, heads[0] + 1), jnp.float32)
     tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
@@ -213,6 +214,25 @@ def test_padding_gives_zeros_everywhere():
         np.testing.assert_array_equal(np.moveaxis(np.asarray(array), 1, 2)[np.asarray(segments_BL) < 0], 0)
 
 
+def test_gradients_of_empty_rows_are_zero_whatever_comes_back_for_their_logsumexp():
+    given = arrays(3, 1, 4, 1, 200, 200, 64)
+    segments_BL = packed(3, 1, 200, padding=60)
+
+    def loss(q, k, v):
+        context, lse = flash_attention(q, k, v, segment_ids=segments_BL, return_lse=True, interpret=True)
+        return context.sum() + (lse**2).sum()  # minus infinity squared: its gradient is not finite
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(given["q"], given["k"], given["v"]):
+        assert np.all(np.isfinite(gradient))
+        assert not np.any(gradient[:, :, 140:])
+
+
+def test_two_cores_add_up():
+    """v4 and v5p divide the heads of a single sequence between their two cores."""
+    given = arrays(7, 1, 32, 1, 256, 256, 128)
+    assert_equal(ours(given, generation="v5p"), results(reference_attention, given), 2e-5)
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_no_race_and_no_uninitialised_memory(is_packed):
     """Pallas' TPU interpreter, which models copies and memory spaces, with its race detector on and scratch memory that starts as NaN."""
@@ -248,6 +268,7 @@ def test_eight_devices():
         ({"q": (2, 4, 8, 64)}, "differ in batch"),
         ({"q": (1, 4, 8, 320), "k": (1, 1, 8, 320), "v": (1, 1, 8, 320)}, "320 is above 256"),
         ({"segment_ids": (1, 7)}, "segment ids"),
+        ({"k": (1, 1, 0, 64), "v": (1, 1, 0, 64)}, "an empty array"),
         ({"alibi_slopes": (3,)}, "one for each of 4 query heads"),
     ],
 )
@@ -303,7 +324,7 @@ def test_twenty_steps_of_training_agree_with_xla(is_packed):
     for implementation in ("xla", "flash_interpreted"):
         compute = ComputeConfig("float32", "float32", attention=implementation)
         loss = make_loss(structure_of(model, compute), compute, z_loss=0.0, isolate_documents=is_packed)
-        step = jax.jit(make_train_step(loss, optimizer, lambda step: 3e-3, dropout=False, seed=0, tasks=1))
+        step = jax.jit(make_train_step(make_gradient(loss, 1), optimizer, lambda step: 3e-3, dropout=False, seed=0, tasks=1))
         state = initial_state(initial_parameters(model, 0), optimizer)
         losses[implementation] = []
         for tokens_BL, segments_BL in zip(tokens_SBL.astype(np.int32), segments_SBL.astype(np.int32), strict=True):

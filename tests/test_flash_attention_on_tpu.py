@@ -16,8 +16,9 @@ from aurora_jax.kernels.flash_attention import flash_attention
 from aurora_jax.kernels.flash_attention.blocks import GENERATIONS
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.plan.step import lower_train_step
-from aurora_jax.plan.topology import mesh_of, tpu_topology
-from aurora_jax.train.config import OptimizerConfig
+from aurora_jax.plan.topology import tpu_topology
+from aurora_jax.train.config import MeshConfig, OptimizerConfig
+from aurora_jax.train.mesh import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 
@@ -87,7 +88,7 @@ def test_sharded_step_of_starcoderplus_is_accepted(topology, fsdp, tensor, isola
         PRESETS["starcoderplus"].with_dropout(0.0),
         ComputeConfig(attention="flash", rematerialisation="full"),
         OptimizerConfig(),
-        mesh_of(tpu_topology(topology), fsdp=fsdp, tensor=tensor),
+        make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), tpu_topology(topology).devices),
         batch_size=fsdp,
         length=2048,
         isolate_documents=isolate,

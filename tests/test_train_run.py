@@ -249,7 +249,7 @@ from pathlib import Path
 base = load_config(Path(sys.argv[1]))
 for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
     output = Path(sys.argv[2]) / f"{data}-{fsdp}-{tensor}"
-    state = train(replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, tensor)))
+    state = train(replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, 1, tensor)))
     kernel = state.parameters["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor), kernel.sharding
     assert state.moments[0].mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding

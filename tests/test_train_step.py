@@ -11,7 +11,7 @@ from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.sharding import flatten
 from aurora_jax.train import step as step_module
 from aurora_jax.train.config import OptimizerConfig
-from aurora_jax.train.step import gradient_of, initial_state, make_loss, make_train_step
+from aurora_jax.train.step import gradient_of, initial_state, make_gradient, make_loss, make_train_step
 
 CONFIG = ModelConfig(vocabulary_size=31, max_positions=16, width=16, layers=2, heads=2, mlp_width=24).with_dropout(0.0)
 FP32 = ComputeConfig("float32", "float32")
@@ -29,9 +29,9 @@ def make_batch(seed: int = 0, B: int = 8, L: int = 16) -> Batch:
 
 def test_micro_batches_equal_the_large_batch():
     parameters = initial_parameters(CONFIG, 0)
-    expected_loss, expected_nll, expected = gradient_of(LOSS, parameters, make_batch(), 1, None)
+    expected_loss, expected_nll, expected = gradient_of(LOSS, parameters, make_batch(), None, micro_batches=1)
     for micro_batches in (2, 4, 8):
-        loss, nll_BL, gradients = gradient_of(LOSS, parameters, make_batch(), micro_batches, None)
+        loss, nll_BL, gradients = gradient_of(LOSS, parameters, make_batch(), None, micro_batches=micro_batches)
         assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
         np.testing.assert_allclose(nll_BL, expected_nll, rtol=1e-5, atol=1e-6)
         for path, gradient in flatten(gradients).items():
@@ -48,7 +48,11 @@ def test_isolated_documents_change_the_loss_and_positions_are_used():
 
 
 def jitted_step(optimizer: OptimizerConfig):
-    return jax.jit(make_train_step(LOSS, optimizer, lambda step: 1e-2 / (step + 1), dropout=False, seed=0, tasks=3))
+    return jax.jit(
+        make_train_step(
+            make_gradient(LOSS, optimizer.micro_batches), optimizer, lambda step: 1e-2 / (step + 1), dropout=False, seed=0, tasks=3
+        )
+    )
 
 
 def test_metrics_say_what_happened():
@@ -107,7 +111,7 @@ def test_a_spike_is_not_made_once_the_average_is_known(monkeypatch):
 def test_dropout_follows_the_step():
     config = CONFIG.with_dropout(0.5)
     loss = make_loss(structure_of(config, FP32), FP32, z_loss=0.0, isolate_documents=False)
-    step = jax.jit(make_train_step(loss, OptimizerConfig(), lambda step: 0.0, dropout=True, seed=0, tasks=3))
+    step = jax.jit(make_train_step(make_gradient(loss, 1), OptimizerConfig(), lambda step: 0.0, dropout=True, seed=0, tasks=3))
     state = initial_state(initial_parameters(config, 0), OptimizerConfig())
     _, one = step(state, make_batch())
     _, again = step(state, make_batch())

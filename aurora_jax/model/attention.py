@@ -27,15 +27,17 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     product_dtype: jnp.dtype = jnp.float32,
+    sequence_axis: str | None = None,
 ) -> jax.Array:
     """Causal softmax(q k^T / sqrt(C)) v, with the softmax in fp32.
 
     Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids
-    are given, only to keys of its own segment.
+    (0 and above) are given, only to keys of its own segment.
 
     Args:
         implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs
             the kernels' program on a CPU, slowly, for tests.
+        sequence_axis: inside `shard_map`, the mesh axis over which L is divided: keys and values are gathered along it.
 
     Returns:
         [B, L, H, C] in the queries' dtype.
@@ -54,7 +56,19 @@ def attention(
     if implementation != "xla":
         if dropout_key is not None and dropout_rate:
             raise InputError(f"Attention {implementation!r} has no dropout (rate {dropout_rate}): set it to 0, or choose attention 'xla'.")
-        return _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, interpret=implementation == "flash_interpreted")
+        interpret = implementation == "flash_interpreted"
+        return _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, sequence_axis, interpret=interpret)
+    if sequence_axis is not None:
+        # Queries too, for simplicity: this implementation is for CPUs, where a divided sequence is only tested.
+        whole_BLHC = attention(
+            implementation,
+            *(_gathered(array, sequence_axis) for array in (query_BLHC, key_BLKC, value_BLKC)),
+            segment_ids_BL=None if segment_ids_BL is None else _gathered(segment_ids_BL, sequence_axis),
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+            product_dtype=product_dtype,
+        )
+        return jax.lax.dynamic_slice_in_dim(whole_BLHC, jax.lax.axis_index(sequence_axis) * L, L, axis=1)
     query_ZRC = jnp.moveaxis(query_BLHC.reshape(B, L, K, G, C), 2, 1).reshape(B * K, L * G, C)
     key_ZMC, value_ZMC = (jnp.moveaxis(array, 2, 1).reshape(B * K, L, C) for array in (key_BLKC, value_BLKC))
     segment_ids_ZM = None if segment_ids_BL is None else jnp.repeat(segment_ids_BL, K, axis=0)
@@ -63,13 +77,24 @@ def attention(
     return jnp.moveaxis(context_ZRC.reshape(B, K, L, G, C), 1, 2).reshape(B, L, H, C)
 
 
-def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, *, interpret: bool):
+def _gathered(array_BL, axis: str):
+    return jax.lax.all_gather(array_BL, axis, axis=1, tiled=True)
+
+
+def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, sequence_axis, *, interpret: bool):
+    options: dict = {"segment_ids": segment_ids_BL, "interpret": interpret}
+    if sequence_axis is not None:
+        length = query_BLHC.shape[1]
+        key_BLKC, value_BLKC = (_gathered(array.astype(product_dtype), sequence_axis) for array in (key_BLKC, value_BLKC))
+        options |= {"q_offset": jax.lax.axis_index(sequence_axis) * length, "q_offset_multiple": length}
+        if segment_ids_BL is not None:
+            options["segment_ids"] = segment_ids_BL, _gathered(segment_ids_BL, sequence_axis)
     heads_first = (jnp.moveaxis(array.astype(product_dtype), 2, 1) for array in (query_BLHC, key_BLKC, value_BLKC))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
-        context_BHLC = flash_attention(*heads_first, segment_ids=segment_ids_BL, interpret=interpret)
+        context_BHLC = flash_attention(*heads_first, **options)
     else:
-        context_BHLC = sharded_flash_attention(*heads_first, mesh=mesh, segment_ids=segment_ids_BL, interpret=interpret)
+        context_BHLC = sharded_flash_attention(*heads_first, mesh=mesh, **options)
     return jnp.moveaxis(context_BHLC, 1, 2).astype(query_BLHC.dtype)
 
 

@@ -166,7 +166,8 @@ class ComputeConfig:
     attention: Literal["xla", "flash", "flash_interpreted"] = "xla"
     """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow and meant for tests. The choice
     is explicit and never falls back to another."""
-    rematerialisation: Literal["nothing", "full", "products"] = "nothing"
-    """What a layer's backward pass computes again: nothing, everything (only layer inputs are kept), or all but matrix products."""
+    rematerialisation: Literal["nothing", "full", "attention", "products"] = "nothing"
+    """What a layer's backward pass computes again: nothing, everything (only layer inputs are kept), all but the attention's output, or all
+    but matrix products and the attention's output."""
     unroll_layers: bool = False
     """Compile each layer on its own instead of one scanned body: faster on CPU, slower to compile (time grows with depth)."""

@@ -13,39 +13,47 @@ from flax import nnx
 from aurora_jax.errors import InputError
 from aurora_jax.model.attention import attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.division import WHOLE, Division
 from aurora_jax.model.product import Linear, einsum
 from aurora_jax.model.sharding import TABLE, flatten, parameter_shapes
 
 REMATERIALISATION = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_context", "attention_logsumexp"),
+    "products": jax.checkpoint_policies.save_only_these_names("product", "attention_context", "attention_logsumexp"),
 }
 
 
 class Attention(nnx.Module):
     """Multi-head or multi-query self-attention with learned biases everywhere."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
         self.compute = compute
+        self.division = division
         self.dropout_rate = config.attention_dropout
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_dim
         linear = partial(Linear, compute=compute, rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
         self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), kernel_init=init)
         self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), kernel_init=init)
-        self.output = linear("blhc,hcd->bld", (H, C, D), (D,), kernel_init=_residual_init(config))
+        self.output = linear("blhc,hcd->bld", (H, C, D), (D,), kernel_init=_residual_init(config), sums=division)
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
-        key_value_BL2KC = self.key_value(hidden_BLD)
+        hidden_BLD = self.division.enter(hidden_BLD)
+        query_BLHC, key_value_BL2KC = self.query(hidden_BLD), self.key_value(hidden_BLD)
+        if self.division.tensor is not None:
+            key_value_BL2KC = self.division.own_heads(key_value_BL2KC, axis=3)
+            dropout_key = None if dropout_key is None else jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
         context_BLHC = attention(
             self.compute.attention,
-            self.query(hidden_BLD),
+            query_BLHC,
             key_value_BL2KC[:, :, 0],
             key_value_BL2KC[:, :, 1],
             segment_ids_BL=segment_ids_BL,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             product_dtype=jnp.dtype(self.compute.compute_dtype),
+            sequence_axis=self.division.sequence,
         )
         return self.output(context_BLHC)
 
@@ -53,25 +61,26 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two linear maps with a GELU between them."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
+        self.division = division
         self.approximate = config.activation == "gelu_tanh"
         linear = partial(Linear, compute=compute, rngs=rngs)
         D, F = config.width, config.mlp_width
         self.up = linear("bld,df->blf", (D, F), (F,), kernel_init=nnx.initializers.normal(config.initializer_range))
-        self.down = linear("blf,fd->bld", (F, D), (D,), kernel_init=_residual_init(config))
+        self.down = linear("blf,fd->bld", (F, D), (D,), kernel_init=_residual_init(config), sums=division)
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(hidden_BLD), approximate=self.approximate))
+        return self.down(gelu(self.up(self.division.enter(hidden_BLD)), approximate=self.approximate))
 
 
 class Layer(nnx.Module):
     """Pre-LayerNorm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
         self.attention_norm = _layer_norm(config, compute, rngs)
-        self.attention = Attention(config, compute, rngs)
+        self.attention = Attention(config, compute, division, rngs)
         self.mlp_norm = _layer_norm(config, compute, rngs)
-        self.mlp = MLP(config, compute, rngs)
+        self.mlp = MLP(config, compute, division, rngs)
         self.dropout = nnx.Dropout(config.residual_dropout)
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
@@ -84,16 +93,17 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """The whole model. Parameters are fp32 unless loaded otherwise; see `TABLE` in `sharding.py` for their paths and shapes."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, division: Division = WHOLE):
         self.config = config
         self.compute = compute
+        self.division = division
         dtype = jnp.dtype(compute.activation_dtype)
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, rngs=rngs)
         embedding_init = nnx.initializers.normal(config.initializer_range)
         self.token_embedding = embed(config.vocabulary_size, embedding_init=embedding_init)
         self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
         self.dropout = nnx.Dropout(config.embedding_dropout)
-        self.layers = nnx.vmap(lambda rngs: Layer(config, compute, rngs))(rngs.split(config.layers))
+        self.layers = nnx.vmap(lambda rngs: Layer(config, compute, division, rngs))(rngs.split(config.layers))
         self.final_norm = _layer_norm(config, compute, rngs)
 
     def __call__(
@@ -117,18 +127,24 @@ class Decoder(nnx.Module):
             InputError: L is greater than `max_positions`: learned positions do not extrapolate.
         """
         B, L = tokens_BL.shape
-        if self.config.max_positions < L:
-            raise InputError(f"The sequence has {L} tokens; this model has learned only {self.config.max_positions} positions.")
+        whole_L = L if self.division.sequence is None else L * jax.lax.axis_size(self.division.sequence)
+        if self.config.max_positions < whole_L:
+            raise InputError(f"The sequence has {whole_L} tokens; this model has learned only {self.config.max_positions} positions.")
         if positions_BL is None:
-            positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+            positions_BL = jnp.broadcast_to(jnp.arange(L) + self.division.place(L), (B, L))
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        hidden_BLD = self.token_embedding(tokens_BL) + self.position_embedding(positions_BL)
+        dtype = jnp.dtype(self.compute.activation_dtype)
+        token_BLD = self.division.embed(self.token_embedding.embedding[...], tokens_BL).astype(dtype)
+        hidden_BLD = token_BLD + jnp.take(self.position_embedding.embedding[...], positions_BL, axis=0).astype(dtype)
         hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
 
         structure, stacked = nnx.split(self.layers)
 
         def apply_layer(hidden_BLD, layer):
             parameters, index = layer
+            if self.division.fsdp:
+                whole = self.division.gather(nnx.to_pure_dict(parameters), dtype=jnp.dtype(self.compute.compute_dtype), prefix="layers.")
+                parameters = nnx.State(jax.tree.map(nnx.Param, whole))
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             return nnx.merge(structure, parameters)(hidden_BLD, segment_ids_BL, key), None
 
@@ -159,9 +175,9 @@ def initial_parameters(config: ModelConfig, seed: int) -> dict:
     return nnx.to_pure_dict(nnx.state(Decoder(config, ComputeConfig(), rngs=nnx.Rngs(seed)), nnx.Param))
 
 
-def structure_of(config: ModelConfig, compute: ComputeConfig) -> nnx.GraphDef:
+def structure_of(config: ModelConfig, compute: ComputeConfig, division: Division = WHOLE) -> nnx.GraphDef:
     """The decoder without its parameters; nothing is allocated. `merge` joins the two."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0), division=division)))[0]
 
 
 def merge(structure: nnx.GraphDef, parameters: dict) -> Decoder:

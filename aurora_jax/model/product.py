@@ -8,8 +8,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from aurora_jax.model.config import ComputeConfig
+from aurora_jax.model.division import WHOLE, Division
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -50,7 +52,10 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 class Linear(nnx.Module):
-    """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H, C), ...)`."""
+    """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H, C), ...)`.
+
+    With `sums`, what it contracts is divided over the tensor axis, and the parts are added up before the bias.
+    """
 
     def __init__(
         self,
@@ -61,8 +66,10 @@ class Linear(nnx.Module):
         kernel_init: nnx.Initializer,
         compute: ComputeConfig,
         rngs: nnx.Rngs,
+        sums: Division = WHOLE,
     ):
         self.equation = equation
+        self.sums = sums
         self.product_dtype = jnp.dtype(compute.compute_dtype)
         self.output_dtype = jnp.dtype(compute.activation_dtype)
         self.kernel = nnx.Param(kernel_init(rngs.params(), kernel_shape, jnp.float32))
@@ -71,5 +78,8 @@ class Linear(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `inputs`; the bias is added in fp32, before the one rounding to the activations' dtype."""
         outputs = einsum(self.equation, inputs, self.kernel[...], self.product_dtype)
+        if self.sums.tensor is not None:
+            outputs = self.sums.leave(outputs.astype(self.output_dtype))
         bias = jnp.expand_dims(self.bias[...], tuple(range(outputs.ndim - self.bias.ndim)))
-        return (outputs + bias).astype(self.output_dtype)
+        # Named after rounding, so that a rematerialisation policy that keeps products keeps the smaller array.
+        return checkpoint_name((outputs + bias).astype(self.output_dtype), "product")

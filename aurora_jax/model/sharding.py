@@ -1,7 +1,8 @@
 """The sharding table: every parameter of the decoder, its shape in letters, and the mesh axes that split it.
 
 N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
-Mesh axes: `data` (across slices), `fsdp`, `sequence`, `tensor`. Multi-query keys and values are replicated over `tensor`.
+Mesh axes: `data` (across slices), `fsdp` and `fsdp_inner` (weights are stored in parts along both; two axes that follow the torus let the
+TPU compiler reduce-scatter gradients), `sequence`, `tensor`. Keys and values are replicated over `tensor`, biases and LayerNorms over fsdp.
 """
 
 import math
@@ -13,6 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from aurora_jax.model.config import ModelConfig
+
+FSDP_AXES = ("fsdp", "fsdp_inner")
+BATCH_AXES = ("data", *FSDP_AXES)
+SEQUENCE_AXIS = "sequence"
+TENSOR_AXIS = "tensor"
+MESH_AXES = (*BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS)
 
 
 @dataclass(frozen=True)
@@ -26,25 +33,29 @@ class ParameterRow:
 
 
 TABLE: dict[str, ParameterRow] = {
-    "token_embedding.embedding": ParameterRow("VD", PartitionSpec("tensor", "fsdp")),
-    "position_embedding.embedding": ParameterRow("PD", PartitionSpec(None, "fsdp")),
-    "layers.attention_norm.scale": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "layers.attention_norm.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "layers.attention.query.kernel": ParameterRow("NDHC", PartitionSpec(None, "fsdp", "tensor", None)),
+    "token_embedding.embedding": ParameterRow("VD", PartitionSpec("tensor", FSDP_AXES)),
+    "position_embedding.embedding": ParameterRow("PD", PartitionSpec(None, FSDP_AXES)),
+    "layers.attention_norm.scale": ParameterRow("ND", PartitionSpec(None, None)),
+    "layers.attention_norm.bias": ParameterRow("ND", PartitionSpec(None, None)),
+    "layers.attention.query.kernel": ParameterRow("NDHC", PartitionSpec(None, FSDP_AXES, "tensor", None)),
     "layers.attention.query.bias": ParameterRow("NHC", PartitionSpec(None, "tensor", None)),
-    "layers.attention.key_value.kernel": ParameterRow("ND2KC", PartitionSpec(None, "fsdp", None, None, None)),
+    "layers.attention.key_value.kernel": ParameterRow("ND2KC", PartitionSpec(None, FSDP_AXES, None, None, None)),
     "layers.attention.key_value.bias": ParameterRow("N2KC", PartitionSpec(None, None, None, None)),
-    "layers.attention.output.kernel": ParameterRow("NHCD", PartitionSpec(None, "tensor", None, "fsdp")),
-    "layers.attention.output.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "layers.mlp_norm.scale": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "layers.mlp_norm.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "layers.mlp.up.kernel": ParameterRow("NDF", PartitionSpec(None, "fsdp", "tensor")),
+    "layers.attention.output.kernel": ParameterRow("NHCD", PartitionSpec(None, "tensor", None, FSDP_AXES)),
+    "layers.attention.output.bias": ParameterRow("ND", PartitionSpec(None, None)),
+    "layers.mlp_norm.scale": ParameterRow("ND", PartitionSpec(None, None)),
+    "layers.mlp_norm.bias": ParameterRow("ND", PartitionSpec(None, None)),
+    "layers.mlp.up.kernel": ParameterRow("NDF", PartitionSpec(None, FSDP_AXES, "tensor")),
     "layers.mlp.up.bias": ParameterRow("NF", PartitionSpec(None, "tensor")),
-    "layers.mlp.down.kernel": ParameterRow("NFD", PartitionSpec(None, "tensor", "fsdp")),
-    "layers.mlp.down.bias": ParameterRow("ND", PartitionSpec(None, "fsdp")),
-    "final_norm.scale": ParameterRow("D", PartitionSpec("fsdp")),
-    "final_norm.bias": ParameterRow("D", PartitionSpec("fsdp")),
+    "layers.mlp.down.kernel": ParameterRow("NFD", PartitionSpec(None, "tensor", FSDP_AXES)),
+    "layers.mlp.down.bias": ParameterRow("ND", PartitionSpec(None, None)),
+    "final_norm.scale": ParameterRow("D", PartitionSpec(None)),
+    "final_norm.bias": ParameterRow("D", PartitionSpec(None)),
 }
+
+
+TENSOR_PARTIAL = ("layers.attention.key_value.kernel", "layers.attention.key_value.bias")
+"""Parameters that are replicated over `tensor` but used by each device for its own heads: their gradients are summed over it."""
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:

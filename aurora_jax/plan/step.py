@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aurora_jax.data.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import structure_of
-from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
+from aurora_jax.model.division import Division
+from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, nest, parameter_shapes
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw
-from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
+from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
 
 
 def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
@@ -37,11 +38,11 @@ def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -
 
 
 def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> Batch:
-    """A global batch as shapes, its rows over `data` and `fsdp`."""
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """A global batch as shapes, its rows over data and fsdp, its places over `sequence`."""
 
     def struct(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        partition = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS) if len(shape) == 2 else PartitionSpec(BATCH_AXES)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition))
 
     grid = (batch_size, length)
     return Batch(
@@ -72,8 +73,12 @@ def lower_train_step(
         length: tokens of a sequence (L).
         tasks: of the mixture, for the metrics.
     """
-    loss = make_loss(structure_of(model, compute), compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents)
-    step = make_train_step(loss, optimizer, lambda step: 1e-4, dropout=False, seed=0, tasks=tasks)
+    division = Division.of(mesh)
+    structure = structure_of(model, compute, division)
+    loss = make_loss(structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division)
+    step = make_train_step(
+        make_gradient(loss, optimizer.micro_batches, mesh), optimizer, lambda step: 1e-4, dropout=False, seed=0, tasks=tasks
+    )
     # Outside the mesh's context: optax makes a small array on the way, which no absent TPU can hold.
     arguments = abstract_state(model, optimizer, mesh), abstract_batch(batch_size, length, mesh)
     with jax.set_mesh(mesh):

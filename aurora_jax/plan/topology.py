@@ -1,12 +1,8 @@
 """TPU topologies without TPUs: `libtpu` compiles for them on any x86-64 Linux machine."""
 
-import math
 import os
 
-import jax
-import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
 
 from aurora_jax.errors import InputError
 
@@ -18,7 +14,6 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 def tpu_topology(name: str) -> topologies.TopologyDescription:
@@ -43,13 +38,3 @@ def tpu_topology(name: str) -> topologies.TopologyDescription:
             f"TPU topology {name!r} cannot be compiled for: {error}\nA topology is named like v5p:4x4x4 or v6e:16x16, and libtpu must be "
             "installed (pip install 'aurora-jax[tpu]')."
         ) from error
-
-
-def mesh_of(topology: topologies.TopologyDescription, *, data: int = 1, fsdp: int = 1, sequence: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all chips of a topology (or its first ones, if the sizes ask for fewer), laid along its torus."""
-    shape = (data, fsdp, sequence, tensor)
-    if math.prod(shape) == len(topology.devices):
-        devices = mesh_utils.create_device_mesh(shape, list(topology.devices), allow_split_physical_axes=True)
-    else:
-        devices = np.array(topology.devices[: math.prod(shape)]).reshape(shape)
-    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -52,9 +52,15 @@ class MeshConfig:
     """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
 
     data: int = 1
+    """Across slices: everything is replicated, gradients are added up over the data-center network."""
     fsdp: int = -1
+    """Weights are stored in parts and gathered where they are used."""
+    fsdp_inner: int = 1
+    """A second axis of the same kind: two that follow the torus (16 x 16 on v5e, 4 x 16 on 64 v5p) let the compiler reduce-scatter."""
     sequence: int = 1
+    """Divides the places of a sequence; keys and values are gathered along it."""
     tensor: int = 1
+    """Divides heads, feed-forward columns and the vocabulary."""
 
 
 @dataclass(frozen=True)

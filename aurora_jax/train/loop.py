@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from aurora_jax.data.loader import Batch, Loader
+from aurora_jax.data.loader import Loader
 from aurora_jax.data.loader import Stage as DataStage
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
@@ -22,12 +22,14 @@ from aurora_jax.model import checkpoint as checkpoint_format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
+from aurora_jax.model.division import Division
 from aurora_jax.model.sharding import TABLE, nest
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
-from aurora_jax.train.config import MeshConfig, TrainConfig
+from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.mesh import make_mesh, place
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.stages import learning_rate_schedule
-from aurora_jax.train.step import TrainState, initial_state, make_loss, make_train_step
+from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
 
 MOST_SKIPPED = 20
 """Updates skipped in a row after which a run is called diverged."""
@@ -75,16 +77,19 @@ def train(config: TrainConfig) -> TrainState:
     mesh = make_mesh(config.mesh)
     shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
     replicated = NamedSharding(mesh, PartitionSpec())
-    place = partial(_place, mesh)
+    place_here = partial(place, mesh)
 
     # ---------------------------------------------------------------- Model, optimizer, step
     compute = config.compute
     print(f"mesh: {dict(mesh.shape)}; attention: {compute.attention}; products: {compute.compute_dtype}", flush=True)
+    division = Division.of(mesh)
     structure = structure_of(model.with_dropout(config.dropout), compute)
-    loss = make_loss(structure, compute, z_loss=config.optimizer.z_loss, isolate_documents=not config.data.attend_across_documents)
+    divided = structure_of(model.with_dropout(config.dropout), compute, division)
+    isolate = not config.data.attend_across_documents
+    loss = make_loss(divided, compute, z_loss=config.optimizer.z_loss, isolate_documents=isolate, division=division)
     train_step = jax.jit(
         make_train_step(
-            loss,
+            make_gradient(loss, config.optimizer.micro_batches, mesh),
             config.optimizer,
             learning_rate_schedule(config.stages),
             dropout=config.dropout > 0,
@@ -114,7 +119,7 @@ def train(config: TrainConfig) -> TrainState:
         held_out,
         batch_size=config.evaluation.batch_size,
         sequence_length=config.data.sequence_length,
-        place=place,
+        place=place_here,
     )
     ends = dict(zip(np.cumsum([stage.steps for stage in config.stages]).tolist(), [stage.name for stage in config.stages], strict=True))
     last_step = min(config.steps, config.stop_after or config.steps)
@@ -155,7 +160,7 @@ def train(config: TrainConfig) -> TrainState:
         dispatched: tuple[int, str, dict] | None = None
         for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch):
             stage = loader.position(step)["stage"]
-            state, metrics = train_step(state, place(batch))
+            state, metrics = train_step(state, place_here(batch))
             # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
             if dispatched is not None:
                 record(*dispatched)
@@ -183,19 +188,6 @@ def train(config: TrainConfig) -> TrainState:
     # ---------------------------------------------------------------- The end
     checkpoints.close()
     return state
-
-
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The devices as a mesh with the axes data, fsdp, sequence, tensor. Raises InputError if their product is not the device count."""
-    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
-    devices = jax.device_count()
-    if sizes.count(-1) == 1:
-        known = -int(np.prod(sizes))
-        sizes[sizes.index(-1)] = devices // known if devices % known == 0 else 0
-    if min(sizes) < 1 or np.prod(sizes) != devices:
-        raise InputError(f"mesh {config} does not fit {devices} devices: the product of its axes must be that number (one may be -1).")
-    axes = ("data", "fsdp", "sequence", "tensor")
-    return jax.make_mesh(tuple(sizes), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, dict[str, str], CheckpointMetadata]:
@@ -252,11 +244,6 @@ def _check_vocabulary(model: ModelConfig, stores: dict[str, TokenStore]) -> None
                 f"The store of {task} was made with a tokenizer of {store.info.vocab_size} entries; the model has "
                 f"{model.vocabulary_size}: this is another model's tokenizer."
             )
-
-
-def _place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch on the mesh, its rows split over data and fsdp."""
-    return jax.tree.map(lambda array: jax.device_put(array, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))), batch)
 
 
 def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metrics: dict) -> dict[str, float]:

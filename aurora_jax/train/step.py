@@ -4,17 +4,21 @@ B batch, L sequence, A micro-batches, T tasks.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from aurora_jax.data.loader import Batch
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.decoder import merge
+from aurora_jax.model.division import WHOLE, Division
 from aurora_jax.model.loss import cross_entropy
+from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, TENSOR_AXIS, TENSOR_PARTIAL, flatten, nest
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw, clip
 
@@ -43,37 +47,62 @@ def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
     return TrainState(parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32))
 
 
-def make_loss(structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy`. The batch is a traced `Batch`."""
+def make_loss(
+    structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool, division: Division = WHOLE
+) -> Callable:
+    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy`. The batch is a traced `Batch`.
+
+    With a division the function runs inside `shard_map`, on one device's part of the parameters and of the batch, and its loss is that part
+    of the whole.
+    """
+    product_dtype = jnp.dtype(compute.compute_dtype)
 
     def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None):
+        if division.fsdp:
+            # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
+            outside = {name: tree for name, tree in parameters.items() if name != "layers"}
+            gathered = division.gather(outside, dtype=product_dtype)
+            parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
         decoder = merge(structure, parameters)
         # Without isolation there is nothing to mask: positions are 0 .. L-1, and padding lies right of all that is causal to it.
         isolation = {"positions_BL": batch.positions_BL, "segment_ids_BL": batch.segment_ids_BL} if isolate_documents else {}
         hidden_BLD = decoder(batch.tokens_BL, dropout_key=dropout_key, **isolation)
         return cross_entropy(
-            hidden_BLD,
+            division.enter(hidden_BLD),
             decoder.token_embedding.embedding[...],
             batch.targets_BL,
             batch.loss_weights_BL,
             total_weight,
-            dtype=jnp.dtype(compute.compute_dtype),
+            dtype=product_dtype,
             z_loss=z_loss,
+            vocabulary_axis=division.tensor,
         )
 
     return loss
 
 
-def gradient_of(loss: Callable, parameters: dict, batch: Batch, micro_batches: int, dropout_key: jax.Array | None):
-    """Loss, per-token nll and gradient of a whole batch, computed in `micro_batches` parts.
+def gradient_of(
+    loss: Callable,
+    parameters: dict,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    *,
+    micro_batches: int,
+    total_weight: jax.Array | None = None,
+):
+    """Loss, per-token nll and gradient of a batch, computed in `micro_batches` parts.
 
     Every part is divided by the number of valid tokens of the whole before its backward pass, so the sum of the parts is the gradient of
     the large batch, however the padding falls.
 
+    Args:
+        total_weight: valid tokens of the whole batch, where this is a part of it.
+
     Returns:
         (loss fp32 scalar, nll_BL fp32, gradients like the parameters in fp32).
     """
-    total_weight = jnp.maximum(batch.loss_weights_BL.sum(), 1.0)
+    if total_weight is None:
+        total_weight = jnp.maximum(batch.loss_weights_BL.sum(), 1.0)
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
         (value, nll_BL), gradients = value_and_gradient(parameters, batch, total_weight, dropout_key)
@@ -93,8 +122,45 @@ def gradient_of(loss: Callable, parameters: dict, batch: Batch, micro_batches: i
     return value, nll.swapaxes(0, 1).reshape(batch.tokens_BL.shape), gradients
 
 
+def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None) -> Callable:
+    """`gradient(parameters, batch, dropout_key)`: `gradient_of` global arrays, on a mesh in one `shard_map`.
+
+    Rows are divided over data and fsdp, places over `sequence`. Inside, each device gathers the weights that it multiplies with; gradients
+    leave as they came: reduce-scattered along fsdp, added up over the axes along which a parameter is not divided.
+
+    Args:
+        loss: from `make_loss`, with `Division.of(mesh)`.
+        mesh: None, or one device, for the program as it is.
+    """
+    if mesh is None or mesh.size == 1:
+        return partial(gradient_of, loss, micro_batches=micro_batches)
+    division = Division.of(mesh)
+    parameters_spec = nest({path: row.partition for path, row in TABLE.items()})
+    rows, grid = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
+    batch_spec = Batch._make(rows if name == "task_ids_B" else grid for name in Batch._fields)
+    everywhere = (*BATCH_AXES, SEQUENCE_AXIS)
+
+    def local(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
+        total_weight = jnp.maximum(jax.lax.psum(batch.loss_weights_BL.sum(), everywhere), 1.0)
+        key = None if dropout_key is None else division.dropout_key(dropout_key)
+        value, nll_BL, gradients = gradient_of(loss, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight)
+        flat = {path: jax.lax.psum(gradient, _summed_axes(path)) for path, gradient in flatten(gradients).items()}
+        return jax.lax.psum(value, everywhere), nll_BL, nest(flat)
+
+    specs = (parameters_spec, batch_spec, PartitionSpec())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False)
+
+
+def _summed_axes(path: str) -> tuple[str, ...]:
+    """Mesh axes over which a parameter's gradient is still to be added up when its layer's backward pass is done."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in TABLE[path].partition)
+    scattered = {axis for entry in entries for axis in entry}
+    axes = tuple(axis for axis in (*BATCH_AXES, SEQUENCE_AXIS) if axis not in scattered)
+    return (*axes, TENSOR_AXIS) if path in TENSOR_PARTIAL else axes
+
+
 def make_train_step(
-    loss: Callable, optimizer: OptimizerConfig, schedule: optax.Schedule, *, dropout: bool, seed: int, tasks: int
+    gradient: Callable, optimizer: OptimizerConfig, schedule: optax.Schedule, *, dropout: bool, seed: int, tasks: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The function to compile: `train_step(state, batch) -> (state, metrics)`.
 
@@ -108,7 +174,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         dropout_key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-        value, nll_BL, gradients = gradient_of(loss, state.parameters, batch, optimizer.micro_batches, dropout_key)
+        value, nll_BL, gradients = gradient(state.parameters, batch, dropout_key)
         norm = optax.tree.norm(gradients)
         accept = jnp.isfinite(value) & jnp.isfinite(norm)
         if optimizer.spike_factor is not None:

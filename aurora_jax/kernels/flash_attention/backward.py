@@ -78,7 +78,7 @@ def backward(
         arguments.append(slopes_by_lane(slopes_KG))
     gradient_dtype = k_BKMC.dtype if parts == 1 else jnp.float32
     key_sums = (C, M) if blocks.wide_matrix_unit else (M, C)
-    pairs = L * min(L, M) * (0.5 if call.causal and L == M else 1)
+    pairs = L * call.length * (0.5 if call.causal and call.length <= L else 1)
     return pl.pallas_call(
         partial(_kernel, call, B),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -1,7 +1,8 @@
 """Sizes of the kernels' tiles, by TPU generation, direction, dtype, head dimension and length.
 
-Chosen by `benchmarks/flash_attention_blocks.py`, which compiles candidates for each generation and counts the cycles of a causal layer in
-the compiler's own schedule, within the VMEM of a core. Nothing is read from the environment.
+The table was chosen by `benchmarks/flash_attention_blocks.py`, which compiles candidates and counts the cycles of a causal layer in the
+compiler's own schedule; other dtypes, head dimensions, groups and lengths follow from it by the rules of `blocks_for`, within the VMEM of a
+core. Nothing is read from the environment.
 """
 
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ class Sizes:
     keys_at_once: int
 
 
-# In bf16 with a head dimension of 128 (measured: benchmarks/README.md). Wider heads and fp32 take half the keys.
+# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows and keys.
 SIZES: dict[tuple[Direction, int], Sizes] = {
     ("forward", 128): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
     ("forward", 256): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
@@ -93,7 +94,7 @@ def blocks_for(
     heads = max(count for count in range(1, group + 1) if group % count == 0 and count * LANES <= sizes.rows)
     step = max(
         places
-        for places in (LANES, 2 * LANES, 4 * LANES)
+        for places in (LANES, 2 * LANES)
         if places == LANES or (length % places == 0 and heads * places <= sizes.rows and places <= sizes.keys // 2)
     )
     chunk = min(sizes.keys, -(-keys // step) * step)
@@ -103,9 +104,7 @@ def blocks_for(
     at_once = divisor * step or sizes.rows_at_once
     fixed, per_key = _vmem(direction, rows, head_dim, bytes_each, facts.cores)
     room = facts.vmem * 7 // 8 - fixed
-    copies = -(-keys * per_key // room)
-    resident = -(-keys // copies)
-    resident = -(-resident // chunk) * chunk
+    resident = max(min(-(-keys // chunk), room // per_key // chunk), 1) * chunk
     limit = min(facts.vmem * 15 // 16, fixed + resident * per_key + 8 * MIB)
     return Blocks(
         heads=heads,
@@ -147,6 +146,6 @@ def current_generation(*, interpreted: bool) -> str:
     if interpreted:
         return "v5e"
     raise ValueError(
-        f"Flash attention is a TPU kernel, and the device is {kind!r}. On other devices choose the attention implementation 'xla' "
-        "(or 'flash_interpreted', which is slow and meant for tests)."
+        f"Flash attention has tiles for TPU {', '.join(GENERATIONS)}, and the device is {kind!r}. Elsewhere choose the attention "
+        "implementation 'xla' (or 'flash_interpreted', which is slow and meant for tests)."
     )

@@ -71,7 +71,7 @@ def forward(
     if slopes_KG is not None:
         in_specs.append(pl.BlockSpec((1, blocks.heads, 1, LANES), lambda b, k, g, i, s, *_: (k, g, 0, 0)))
         arguments.append(slopes_by_lane(slopes_KG))
-    pairs = L * min(L, M) * (0.5 if call.causal and L == M else 1)
+    pairs = L * call.length * (0.5 if call.causal and call.length <= L else 1)
     return pl.pallas_call(
         partial(_kernel, call, B),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -68,9 +68,8 @@ def flash_attention(
     G = H // K
     if generation is None:
         generation = current_generation(interpreted=bool(interpret))
-    wide_C = -(-C // LANES) * LANES
     if blocks is None:
-        facts = (generation, q_BHLC.dtype, wide_C, G, L, M)
+        facts = (generation, q_BHLC.dtype, -(-C // LANES) * LANES, G, L, M)
         blocks = blocks_for("forward", *facts), blocks_for("backward", *facts)
     multiple = math.gcd(q_offset, 1 << 20) if isinstance(q_offset, int) else q_offset_multiple
     static = _Static(
@@ -85,9 +84,9 @@ def flash_attention(
         segment_ids = segment_ids, segment_ids
     slopes_KG = None if alibi_slopes is None else alibi_slopes.reshape(K, G)
     offset_1 = jnp.asarray(q_offset, jnp.int32).reshape(1)
-    query_BKGLC, key_BKMC, value_BKMC = (_padded(array, -1, LANES) for array in (q_BHLC.reshape(B, K, G, L, C), k_BKMC, v_BKMC))
-    context_BKGLC, lse_BKGL = _attend(static, query_BKGLC, key_BKMC, value_BKMC, offset_1, segment_ids, slopes_KG)
-    context_BHLC = context_BKGLC[..., :C].reshape(B, H, L, C)
+    queries_BKGLC = q_BHLC.reshape(B, K, G, L, C)
+    context_BKGLC, lse_BKGL = _attend(static, queries_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG)
+    context_BHLC = context_BKGLC.reshape(B, H, L, C)
     return (context_BHLC, lse_BKGL.reshape(B, H, L)) if return_lse else context_BHLC
 
 
@@ -99,7 +98,7 @@ def sharded_flash_attention(
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     segment_ids: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
-    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    batch_axes: tuple[str, ...] = ("data", "fsdp", "fsdp_inner"),
     sequence_axis: str = "sequence",
     head_axis: str = "tensor",
     **options: Any,
@@ -179,20 +178,20 @@ def _attend(static: _Static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slo
 
 
 def _attend_forward(static, q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG):
-    L, M = q_BKGLC.shape[3], k_BKMC.shape[2]
+    (L, C), M = q_BKGLC.shape[3:], k_BKMC.shape[2]
     blocks = static.blocks[0]
     call = static.call(blocks, M, q_BKGLC.dtype, segment_ids is not None, slopes_KG is not None)
     context_BKGLC, logsumexp_BKG1L = forward(
         call,
-        _padded(q_BKGLC, 3, blocks.queries),
-        _padded(k_BKMC, 2, blocks.resident_keys),
-        _padded(v_BKMC, 2, blocks.resident_keys),
+        _whole_blocks(q_BKGLC, blocks.queries),
+        _whole_blocks(k_BKMC, blocks.resident_keys),
+        _whole_blocks(v_BKMC, blocks.resident_keys),
         offset_1,
         _padded_segments(segment_ids, blocks.queries, blocks.resident_keys),
         slopes_KG,
     )
     # Named, so that a rematerialisation policy may keep what the backward kernel needs.
-    context_BKGLC = checkpoint_name(context_BKGLC[:, :, :, :L], "attention_context")
+    context_BKGLC = checkpoint_name(context_BKGLC[:, :, :, :L, :C], "attention_context")
     logsumexp_BKGL = checkpoint_name(logsumexp_BKG1L[:, :, :, 0, :L], "attention_logsumexp")
     lse_BKGL = jnp.where(jnp.isposinf(logsumexp_BKGL), -jnp.inf, logsumexp_BKGL / LOG2_E)
     residuals = q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG, context_BKGLC, logsumexp_BKGL
@@ -203,10 +202,12 @@ def _attend_backward(static, residuals, gradients):
     q_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG, context_BKGLC, logsumexp_BKGL = residuals
     d_context_BKGLC, d_lse_BKGL = gradients
     B, K, G, L = logsumexp_BKGL.shape
-    M = k_BKMC.shape[2]
+    M, C = k_BKMC.shape[2:]
     blocks = static.blocks[1]
     parts = static.cores if B * K % static.cores and (G // blocks.heads) % static.cores == 0 else 1
     delta_BKGL = (d_context_BKGLC.astype(jnp.float32) * context_BKGLC.astype(jnp.float32)).sum(axis=-1) - d_lse_BKGL
+    # A row that sees nothing has no gradient, whatever comes for its logsumexp of minus infinity.
+    delta_BKGL = jnp.where(jnp.isposinf(logsumexp_BKGL), 0.0, delta_BKGL)
     starts = range(0, M, blocks.resident_keys)
     d_queries, d_keys, d_values = [], [], []
     for start in starts:
@@ -216,21 +217,21 @@ def _attend_backward(static, residuals, gradients):
         d_query_BKGLC, d_key_PBKMC, d_value_PBKMC = backward(
             call,
             parts,
-            _padded(q_BKGLC, 3, blocks.queries),
-            _padded(k_BKMC[:, :, taken], 2, blocks.resident_keys),
-            _padded(v_BKMC[:, :, taken], 2, blocks.resident_keys),
+            _whole_blocks(q_BKGLC, blocks.queries),
+            _whole_blocks(k_BKMC[:, :, taken], blocks.resident_keys),
+            _whole_blocks(v_BKMC[:, :, taken], blocks.resident_keys),
             offset_1 - start,
             _padded_segments(part_of_segments, blocks.queries, blocks.resident_keys),
             slopes_KG,
-            _padded(d_context_BKGLC, 3, blocks.queries),
+            _whole_blocks(d_context_BKGLC, blocks.queries),
             _padded(logsumexp_BKGL, 3, blocks.queries, jnp.inf)[:, :, :, None],
             _padded(delta_BKGL, 3, blocks.queries)[:, :, :, None],
             q_gradient_dtype=q_BKGLC.dtype if len(starts) == 1 else jnp.float32,
         )
         d_queries.append(d_query_BKGLC)
-        d_keys.append(d_key_PBKMC.sum(axis=0)[:, :, : taken.stop - start].astype(k_BKMC.dtype))
-        d_values.append(d_value_PBKMC.sum(axis=0)[:, :, : taken.stop - start].astype(v_BKMC.dtype))
-    d_query_BKGLC = sum(d_queries[1:], d_queries[0])[:, :, :, :L].astype(q_BKGLC.dtype)
+        d_keys.append(d_key_PBKMC.sum(axis=0)[:, :, : taken.stop - start, :C].astype(k_BKMC.dtype))
+        d_values.append(d_value_PBKMC.sum(axis=0)[:, :, : taken.stop - start, :C].astype(v_BKMC.dtype))
+    d_query_BKGLC = sum(d_queries[1:], d_queries[0])[:, :, :, :L, :C].astype(q_BKGLC.dtype)
     return d_query_BKGLC, jnp.concatenate(d_keys, axis=2), jnp.concatenate(d_values, axis=2), None, None, None
 
 
@@ -256,9 +257,13 @@ def _checked(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes) -> tuple[int, in
         raise ValueError(
             f"flash attention: q, k and v are all bfloat16 or all float32, not {q_BHLC.dtype}, {k_BKMC.dtype}, {v_BKMC.dtype}."
         )
+    if 0 in (*q_BHLC.shape, *k_BKMC.shape):
+        raise ValueError(f"flash attention: an empty array, q {q_BHLC.shape} or k {k_BKMC.shape}.")
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     if segment_ids is not None and [ids.shape for ids in pair] != [(B, L), (B, M)]:
         raise ValueError(f"flash attention: segment ids {[ids.shape for ids in pair]} are not [{(B, L)}, {(B, M)}].")
+    if segment_ids is not None and not all(jnp.issubdtype(ids.dtype, jnp.integer) for ids in pair):
+        raise ValueError(f"flash attention: segment ids are integers, not {pair[0].dtype}.")
     if alibi_slopes is not None and alibi_slopes.shape != (H,):
         raise ValueError(f"flash attention: ALiBi slopes {alibi_slopes.shape} are not one for each of {H} query heads.")
     return K, M
@@ -271,6 +276,11 @@ def _padded(array: jax.Array, axis: int, multiple: int, fill: float = 0.0) -> ja
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths, constant_values=fill)
+
+
+def _whole_blocks(array_LC: jax.Array, places: int) -> jax.Array:
+    """Padded to whole blocks of places, and to whole vectors of 128 lanes."""
+    return _padded(_padded(array_LC, array_LC.ndim - 2, places), array_LC.ndim - 1, LANES)
 
 
 def _padded_segments(segment_ids, queries: int, keys: int) -> Segments | None:

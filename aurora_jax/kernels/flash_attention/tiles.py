@@ -101,7 +101,7 @@ def visit_chunks(
             pl.when(some & ~every)(partial(chunk, start, blocks.keys, 0, True))
 
     tail_start = pl.multiple_of(whole * blocks.keys, blocks.keys)
-    for count in range(1, per_chunk + max(call.diagonal, 1)):
+    for count in range(1, per_chunk + call.diagonal):
         if count > resident:
             break
         pl.when(tail == count)(partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments))

@@ -1,0 +1,158 @@
+"""What a compiled TPU program does in one run: cycles, collectives and kernels, read from its optimized HLO with loop trip counts.
+
+The compiler writes its own estimate of cycles beside each instruction, except for collectives and custom calls. A loop body stands once in
+the text; here it counts as often as it runs.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from aurora_jax.errors import InputError
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
+_COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\(")
+_CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|branch_computations=\{)=?%?([\w.\-]+)")
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
+_KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?/(\w+)/pallas_call"')
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+_UNKNOWN = 1 << 50
+"""Estimates above this are the compiler's way of saying that it has none."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program."""
+
+    kind: str
+    """all-gather, all-reduce, reduce-scatter ..."""
+    group: int
+    """Devices that take part together."""
+    bytes: int
+    """Size of the whole array on one device: the result of a gather, the operand of a scatter or reduction."""
+    times: int
+    """How often it runs in a step."""
+    hidden_cycles: int
+    """Estimated cycles of what runs between its start and its end, each time; 0 if it is synchronous."""
+    operation: str
+    """Where in the program it comes from."""
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a chip sends, each time, by the ring algorithm: (n - 1) / n of the array, twice that for an all-reduce."""
+        factor = {"all-reduce": 2.0, "collective-permute": self.group / max(self.group - 1, 1)}.get(self.kind, 1.0)
+        return factor * self.bytes * (self.group - 1) / self.group
+
+
+@dataclass
+class Program:
+    """The work of one run on one chip."""
+
+    cycles: int = 0
+    """The compiler's estimate for everything but collectives and kernels."""
+    collectives: list[Collective] = field(default_factory=list)
+    kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """How often each Pallas kernel runs."""
+
+    def wire_bytes(self, *kinds: str) -> float:
+        """Bytes that a chip sends in a step, for some kinds of collectives or all."""
+        return sum(each.wire_bytes * each.times for each in self.collectives if not kinds or each.kind in kinds)
+
+
+def read_program(text: str) -> Program:
+    """Reads an optimized HLO module (`compiled.as_text()`).
+
+    Raises:
+        InputError: a loop whose trip count is not a constant of its condition.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = name = None
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif line.startswith("}"):
+            name = None
+        elif name and " = " in line:
+            computations[name].append(line)
+    program = Program()
+    if entry is None:
+        raise InputError("This is no HLO module: it has no ENTRY computation.")
+    _walk(computations, entry, 1, program)
+    return program
+
+
+def _walk(computations: dict[str, list[str]], name: str, times: int, program: Program) -> None:
+    lines = computations[name]
+    cycles = [_own_cycles(line) for line in lines]
+    program.cycles += times * sum(cycles)
+    for place, line in enumerate(lines):
+        if " while(" in line:
+            trips = _trips(computations, line)
+            _walk(computations, _named(line, "body"), times * trips, program)
+        elif re.search(r" (call|conditional)\(", line):
+            for called in _CALLED.findall(line):
+                _walk(computations, called, times, program)
+        elif kernel := _KERNEL.search(line):
+            program.kernels[kernel[1]] += times
+        elif found := _COLLECTIVE.search(line):
+            program.collectives.append(_collective(lines, cycles, place, found, times))
+
+
+def _own_cycles(line: str) -> int:
+    estimate = _ESTIMATE.search(line)
+    return int(estimate[1]) if estimate and int(estimate[1]) < _UNKNOWN else 0
+
+
+def _collective(lines: list[str], cycles: list[int], place: int, found: re.Match, times: int) -> Collective:
+    line = lines[place]
+    groups = _GROUPS.search(line)
+    group = (int(groups[2]) if groups[2] else len(groups[3].split(","))) if groups else 1
+    kind, is_asynchronous = found[1], bool(found[2])
+    result, operands = line.split(" = ", 1)[1][: found.start()], line[found.end() :]
+    sizes = [_bytes(array) for array in _arrays(line.split(" = ", 1)[1].split(found[0])[0])]
+    size = max(sizes, default=0) if is_asynchronous else sum(sizes)
+    if kind == "reduce-scatter":
+        size = max(size, sum(sizes) * group if not is_asynchronous else size)
+    hidden = 0
+    if is_asynchronous:
+        started = line.split(" = ")[0].strip().removeprefix("ROOT ").strip()
+        end = next((i for i in range(place + 1, len(lines)) if f"{kind}-done({started})" in lines[i].replace("%%", "%")), place)
+        hidden = sum(cycles[place + 1 : end])
+    operation = re.search(r'op_name="([^"]*)"', line)
+    del result, operands
+    return Collective(kind, group, size, times, hidden, operation[1] if operation else "")
+
+
+def _arrays(text: str) -> Iterator[tuple[str, str]]:
+    yield from _ARRAY.findall(text)
+
+
+def _bytes(array: tuple[str, str]) -> int:
+    dtype, dimensions = array
+    each = _BYTES.get(dtype) or (1 if dtype.startswith("f8") else int(dtype[1:]) // 8)
+    count = 1
+    for dimension in dimensions.split(","):
+        count *= int(dimension) if dimension else 1
+    return count * each
+
+
+def _named(line: str, what: str) -> str:
+    found = re.search(rf"{what}=%?([\w.\-]+)", line)
+    assert found is not None, line
+    return found[1]
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+    """Trip count of a loop that counts from 0 up to the constant that its condition compares with."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    constants = [int(value) for each in computations[_named(line, "condition")] for value in re.findall(r" constant\((\d+)\)", each)]
+    if len(constants) != 1:
+        raise InputError(f"The trip count of a loop is not a constant of its condition: {line[:120]}")
+    return constants[0]

@@ -1,0 +1,43 @@
+"""The mesh of a run: its devices along the axes of the sharding table."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aurora_jax.data.loader import Batch
+from aurora_jax.errors import InputError
+from aurora_jax.model.sharding import BATCH_AXES, MESH_AXES, SEQUENCE_AXIS
+from aurora_jax.train.config import MeshConfig
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices as a mesh, laid along their torus.
+
+    Args:
+        devices: those of this run, or of a topology that is only compiled for; `jax.devices()` without them.
+
+    Raises:
+        InputError: the product of the axes is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    if sizes.count(-1) == 1:
+        known = -math.prod(sizes)
+        sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise InputError(f"mesh {config} does not fit {len(devices)} devices: the product of its axes must be that number (one may be -1).")
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """A host batch on the mesh: rows over data and fsdp, places over `sequence`."""
+
+    def put(array):
+        partition = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS) if array.ndim == 2 else PartitionSpec(BATCH_AXES)
+        return jax.device_put(array, NamedSharding(mesh, partition))
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,74 @@
+"""Run by test_divided_step.py in a process with eight CPU devices: one step on every mesh against the step on one device."""
+
+import itertools
+import sys
+
+import jax
+import numpy as np
+
+from aurora_jax.data.loader import Batch
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.decoder import initial_parameters, structure_of
+from aurora_jax.model.division import WHOLE, Division
+from aurora_jax.model.sharding import MESH_AXES, TABLE, flatten, nest
+from aurora_jax.train.config import MeshConfig
+from aurora_jax.train.mesh import make_mesh, place
+from aurora_jax.train.step import make_gradient, make_loss
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+V, L, B, MICRO_BATCHES = 64, 64, 16, 2
+MODELS = {
+    "multi-query": ModelConfig(V, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2).with_dropout(0.0),
+    "multi-head": ModelConfig(V, L, 64, 2, 8, 128, multi_query=False, layer_norm_epsilon=1e-2).with_dropout(0.0),
+}
+
+
+def make_batch() -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(V, size=(B, L + 1)).astype(np.int32)
+    segments = np.cumsum(rng.random((B, L)) < 3 / L, axis=1).astype(np.int32)
+    positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+    weights = (rng.random((B, L)) < 0.8).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions, np.zeros(B, np.int32))
+
+
+def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.sharding.Mesh | None):
+    compute = ComputeConfig("float32", "float32", attention=attention, rematerialisation="full")  # type: ignore[arg-type]
+    division = WHOLE if mesh is None else Division.of(mesh)
+    loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=isolate, division=division)
+    # Larger than initial weights, so that every part of the model matters.
+    parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
+    batch = make_batch()
+    if mesh is not None:
+        shardings = nest({path: jax.sharding.NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
+        parameters, batch = jax.device_put(parameters, shardings), place(mesh, batch)
+    value, nll_BL, gradients = jax.jit(make_gradient(loss, MICRO_BATCHES, mesh))(parameters, batch, None)
+    return float(value), np.asarray(nll_BL), {path: np.asarray(array) for path, array in flatten(gradients).items()}
+
+
+def compare(expected, found, label: str) -> None:
+    assert abs(found[0] / expected[0] - 1) < 1e-5, (label, found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5, err_msg=label)
+    for path, array in expected[2].items():
+        error = np.abs(found[2][path] - array).max() / np.abs(array).max()
+        assert error < 1e-5, (label, path, error)
+    print(f"{label}: equal", flush=True)
+
+
+QUICK = ((2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (1, 1, 1, 2, 4), (1, 4, 1, 1, 2), (4, 1, 1, 2, 1))
+
+
+def main(attention: str, which: str) -> None:
+    shapes = [shape for shape in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if np.prod(shape) == 8]
+    for name, model in MODELS.items():
+        for isolate in (False, True) if which == "all" else (True,):
+            expected = gradient(model, attention, isolate, None)
+            for shape in shapes if which == "all" else QUICK[:: 1 if name == "multi-query" else 2]:
+                sizes = dict(zip(MESH_AXES, shape, strict=True))
+                compare(
+                    expected, gradient(model, attention, isolate, make_mesh(MeshConfig(**sizes))), f"{name} {attention} {isolate} {sizes}"
+                )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
