@@ -18,6 +18,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
+  aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
   aurora report RUN                 report.html: what a run has learnt and what it has kept
 
@@ -59,6 +60,32 @@ def _train(arguments: Sequence[str]) -> None:
     train(tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"aurora train {arguments[0]}"))
 
 
+PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] [--tokens 435e9] [--price USD] [--picture FILE]
+                             [--json FILE]
+       aurora plan --list
+
+Compiles the step that `aurora train CONFIG.py` runs for a TPU topology, without a TPU, and says what it needs: memory, time, collectives,
+cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    from rich.console import Console
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "--list" in arguments:
+        from aurora_jax.plan.command import list_topologies
+
+        return list_topologies(Console())
+    if not arguments or arguments[0].startswith("-"):
+        print(PLAN_HELP)
+        if arguments and arguments[0] in ("-h", "--help"):
+            return None
+        raise InputError("aurora plan needs a config file first, such as configs/starcoderplus_v5p_128.py.")
+    from aurora_jax.plan.command import main
+
+    return main(load_config(Path(arguments[0])), list(arguments[1:]), f"aurora plan {arguments[0]}")
+
+
 def _data(arguments: Sequence[str]) -> None:
     from aurora_jax.data.sample import SampleCommand
     from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
@@ -82,7 +109,7 @@ def _subcommands(name: str, commands: dict[str, Any], arguments: Sequence[str]) 
     tyro.extras.subcommand_cli_from_dict(commands, args=list(arguments), prog=f"aurora {name}").run()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"data": _data, "train": _train, "eval": _eval, "report": _report}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"data": _data, "train": _train, "plan": _plan, "eval": _eval, "report": _report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

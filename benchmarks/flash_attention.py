@@ -166,29 +166,23 @@ def worker(job: Job) -> None:
 
 
 def count_ours(job: Job, kernels: dict) -> Cycles:
-    """The first block with products is a whole chunk, those after it are tails of 1, 2 ... blocks of queries (`tiles.visit_chunks`).
+    """As `aurora_jax.plan.attention_cycles` counts."""
+    from aurora_jax.plan.attention_cycles import causal_cycles, tile_cycles
 
-    Other blocks run once a tile, except for the long guarded ones of the backward kernel, which start and finish the sums over all tiles.
-    """
     sizes = our_blocks(job, job.direction)
     blocks = kernels[next(name for name in kernels if f"flash_attention_{job.direction}" in name)]
-    whole, *tails = [block.bundles for block in blocks if block.products]
-    others = [block for block in blocks if not block.products and block.depth]
-    a_tile = sum(block.bundles for block in others if job.direction == "forward" or block.guards < 2 or block.bundles < 100)
-    once = sum(block.bundles for block in others) - a_tile
+    whole, tails, *_ = tile_cycles(blocks, sizes, job.direction)
     per_chunk = sizes.keys // sizes.queries
 
-    def tile(keys: int) -> int:
+    def visit(keys: int) -> int:
         chunks = (keys // sizes.queries - 1) // per_chunk
         return chunks * whole + tails[keys // sizes.queries - chunks * per_chunk - 1]
 
-    rows = range(sizes.queries, job.length + 1, sizes.queries)
-    groups = HEADS // sizes.heads
-    layer = groups * sum(tile(keys) + a_tile for keys in rows) + once
-    corner = sum(tile(keys) for keys in range(sizes.queries, SQUARE + 1, sizes.queries)) / sizes.heads
+    corner = sum(visit(keys) for keys in range(sizes.queries, SQUARE + 1, sizes.queries)) / sizes.heads
     assert sizes.resident_keys >= job.length, "keys that are read in parts are not counted here"
     # Keys and values stay in VMEM for all tiles of their head.
     full = whole * SQUARE**2 / (sizes.rows * sizes.keys)
+    layer = causal_cycles(blocks, sizes, job.direction, HEADS, job.length)
     return Cycles(full, corner, layer, KEYS_ONCE * job.length, bytes_of(job, queries=job.length, keys=job.length, gradients=job.length))
 
 

@@ -169,5 +169,7 @@ class ComputeConfig:
     rematerialisation: Literal["nothing", "full", "attention", "products"] = "nothing"
     """What a layer's backward pass computes again: nothing, everything (only layer inputs are kept), all but the attention's output, or all
     but matrix products and the attention's output."""
+    compiler_options: tuple[tuple[str, str], ...] = ()
+    """Options for the TPU compiler's training step, as pairs: (("xla_tpu_scoped_vmem_limit_kib", "98304"),)."""
     unroll_layers: bool = False
     """Compile each layer on its own instead of one scanned body: faster on CPU, slower to compile (time grows with depth)."""

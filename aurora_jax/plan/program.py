@@ -6,8 +6,7 @@ the text; here it counts as often as it runs.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aurora_jax.errors import InputError
 
@@ -90,13 +89,29 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
     lines = computations[name]
     cycles = [_own_cycles(line) for line in lines]
     program.cycles += times * sum(cycles)
+    # A collective that the compiler merges with computation stands in several fusions, from its start to its end, under one channel.
+    merged: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for place, line in enumerate(lines):
+        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
+        for inner in computations[called[1]] if called else ():
+            if _COLLECTIVE.search(inner) and (channel := re.search(r"channel_id=(\d+)", inner)):
+                merged[channel[1]].append((place, inner))
+    for places in merged.values():
+        (first, inner), (last, _) = places[0], places[-1]
+        found = _COLLECTIVE.search(inner)
+        assert found is not None
+        hidden = sum(cycles[first + 1 : last])
+        collective = replace(_collective([inner], [0], 0, found, times), hidden_cycles=hidden)
+        if "calls=%all-reduce-scatter" in lines[first]:
+            collective = replace(collective, kind="reduce-scatter")  # written as an all-reduce and a slice, run as one
+        program.collectives.append(collective)
     for place, line in enumerate(lines):
         if " while(" in line:
             trips = _trips(computations, line)
             _walk(computations, _named(line, "body"), times * trips, program)
         elif re.search(r" (call|conditional)\(", line):
-            for called in _CALLED.findall(line):
-                _walk(computations, called, times, program)
+            for branch in _CALLED.findall(line):
+                _walk(computations, branch, times, program)
         elif kernel := _KERNEL.search(line):
             program.kernels[kernel[1]] += times
         elif found := _COLLECTIVE.search(line):
@@ -113,23 +128,19 @@ def _collective(lines: list[str], cycles: list[int], place: int, found: re.Match
     groups = _GROUPS.search(line)
     group = (int(groups[2]) if groups[2] else len(groups[3].split(","))) if groups else 1
     kind, is_asynchronous = found[1], bool(found[2])
-    result, operands = line.split(" = ", 1)[1][: found.start()], line[found.end() :]
-    sizes = [_bytes(array) for array in _arrays(line.split(" = ", 1)[1].split(found[0])[0])]
-    size = max(sizes, default=0) if is_asynchronous else sum(sizes)
-    if kind == "reduce-scatter":
-        size = max(size, sum(sizes) * group if not is_asynchronous else size)
+    name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+    # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all; the result of a start has
+    # its operands first.
+    sizes = [_bytes(array) for array in _ARRAY.findall(rest.split(found[0])[0])]
+    size = max(sizes) if is_asynchronous else sum(sizes)
+    if kind == "reduce-scatter" and not is_asynchronous:
+        size *= group
     hidden = 0
     if is_asynchronous:
-        started = line.split(" = ")[0].strip().removeprefix("ROOT ").strip()
-        end = next((i for i in range(place + 1, len(lines)) if f"{kind}-done({started})" in lines[i].replace("%%", "%")), place)
-        hidden = sum(cycles[place + 1 : end])
+        ends = (later for later in range(place + 1, len(lines)) if f"{kind}-done({name})" in lines[later])
+        hidden = sum(cycles[place + 1 : next(ends, place + 1)])
     operation = re.search(r'op_name="([^"]*)"', line)
-    del result, operands
     return Collective(kind, group, size, times, hidden, operation[1] if operation else "")
-
-
-def _arrays(text: str) -> Iterator[tuple[str, str]]:
-    yield from _ARRAY.findall(text)
 
 
 def _bytes(array: tuple[str, str]) -> int:

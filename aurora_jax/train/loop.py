@@ -97,6 +97,7 @@ def train(config: TrainConfig) -> TrainState:
             tasks=len(loader.tasks),
         ),
         donate_argnums=0,
+        compiler_options=dict(compute.compiler_options),
     )
 
     # ---------------------------------------------------------------- State

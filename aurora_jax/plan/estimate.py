@@ -1,0 +1,267 @@
+"""What a run needs on a topology: the step that `train` runs, compiled for it, and read.
+
+An estimate, and called one: it leaves out stalls on memory that the compiler does not foresee, contention in the network and the input.
+"""
+
+import re
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.sharding import MESH_AXES, parameter_count
+from aurora_jax.plan.attention_cycles import attention_cycles
+from aurora_jax.plan.chips import CHIPS, GIB, Chip
+from aurora_jax.plan.program import Collective, Program, read_program
+from aurora_jax.plan.step import abstract_state, lower_train_step
+from aurora_jax.plan.topology import tpu_topology
+from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.mesh import make_mesh
+
+
+class DoesNotFit(InputError):
+    """The compiler found that the step needs more memory than a chip has."""
+
+    def __init__(self, needed: float, available: float):
+        self.needed, self.available = needed, available
+        super().__init__(
+            f"does not fit: a chip would need {needed / GIB:.1f} GiB of {available / GIB:.1f}, {(needed - available) / GIB:.1f} GiB over."
+        )
+
+
+@dataclass(frozen=True)
+class CollectiveRow:
+    """One kind of collective over one group of devices, all of a step together."""
+
+    kind: str
+    axis: str
+    count: int
+    gigabytes: float
+    """Sent by a chip."""
+    seconds: float
+    """At the chip's published bandwidth."""
+    exposed_seconds: float
+    """Of these, not hidden behind computation."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found; sizes in bytes a chip, times in seconds a step."""
+
+    topology: str
+    slices: int
+    chips: int
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int
+    """Of a step, on all chips."""
+    memory_capacity: int
+    memory_peak: int
+    memory_parameters: int
+    memory_optimizer: int
+    memory_gradients: int
+    memory_activations: int
+    """Activations and the compiler's temporaries: what is left of the peak."""
+    cycles: int
+    """The compiler's, without kernels and collectives."""
+    compute_seconds: float
+    kernel_seconds: float
+    exposed_seconds: float
+    """Of collectives that nothing hides."""
+    collectives: tuple[CollectiveRow, ...]
+    mfu: float
+    """Model FLOP/s over peak: 6 FLOPs a parameter and token, and attention's products with a causal triangle counted once."""
+    compile_seconds: float
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + self.kernel_seconds + self.exposed_seconds
+
+    @property
+    def tokens_per_second_per_chip(self) -> float:
+        return self.tokens / self.step_seconds / self.chips
+
+    def as_dict(self) -> dict:
+        """All fields and what follows from them, for JSON."""
+        return {**asdict(self), "step_seconds": self.step_seconds, "tokens_per_second_per_chip": self.tokens_per_second_per_chip}
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Training FLOPs a token: 6 N + 6 layers H C L (Chowdhery et al. 2022, arXiv 2204.02311, with the causal half of attention)."""
+    return 6.0 * parameter_count(model) + 6.0 * model.layers * model.heads * model.head_dim * length
+
+
+def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
+    """Raises InputError for what cannot be divided, before anything is compiled."""
+    rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
+    parts = rows * config.optimizer.micro_batches
+    if config.data.batch_size % parts:
+        raise InputError(
+            f"data.batch_size {config.data.batch_size} cannot be divided over {rows} devices of data and fsdp in "
+            f"{config.optimizer.micro_batches} micro-batches: it must be a multiple of {parts}."
+        )
+    for what, size, axis in (
+        ("heads", model.heads, "tensor"),
+        ("mlp_width", model.mlp_width, "tensor"),
+        ("vocabulary_size", model.vocabulary_size, "tensor"),
+        ("data.sequence_length", config.data.sequence_length, "sequence"),
+    ):
+        if size % mesh.shape[axis]:
+            raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.")
+    if model.width % (mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]):
+        raise InputError(f"width {model.width} cannot be divided over fsdp x fsdp_inner = {mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}.")
+    if config.data.sequence_length > model.max_positions:
+        raise InputError(f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions.")
+
+
+def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> Plan:
+    """Compiles a config's step for a topology and reads what it needs.
+
+    Raises:
+        InputError: unknown topology, or sizes that the mesh does not divide.
+        DoesNotFit: more memory than a chip has.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in CHIPS:
+        raise InputError(f"Topology {topology!r}: there is no chip {generation!r}; there are {', '.join(CHIPS)} (`aurora plan --list`).")
+    chip = CHIPS[generation]
+    mesh = make_mesh(config.mesh, tpu_topology(topology, slices).devices)
+    check(config, mesh, model)
+    begun = time.monotonic()
+    compiled = compile_step(config, model, mesh)
+    compile_seconds = time.monotonic() - begun
+    program = read_program(compiled.as_text() or "")
+    state = abstract_state(model, config.optimizer, mesh)
+    of_parameters, of_optimizer = (_bytes_a_chip(tree) for tree in (state.parameters, state.moments))
+    memory = compiled.memory_analysis()
+    assert memory is not None  # the TPU compiler always tells
+    peak = memory.peak_memory_in_bytes
+    tokens = config.data.batch_size * config.data.sequence_length
+    rows = collective_rows(program.collectives, mesh, chip)
+    compute = program.cycles / chip.clock
+    kernels = _kernel_seconds(program, config, model, mesh, generation, chip)
+    exposed = sum(row.exposed_seconds for row in rows)
+    seconds = compute + kernels + exposed
+    return Plan(
+        topology=topology,
+        slices=slices,
+        chips=mesh.size,
+        mesh={axis: mesh.shape[axis] for axis in MESH_AXES},
+        parameters=parameter_count(model),
+        tokens=tokens,
+        memory_capacity=chip.hbm,
+        memory_peak=peak,
+        memory_parameters=of_parameters,
+        memory_optimizer=of_optimizer,
+        memory_gradients=of_parameters,
+        memory_activations=max(peak - 2 * of_parameters - of_optimizer, 0),
+        cycles=program.cycles,
+        compute_seconds=compute,
+        kernel_seconds=kernels,
+        exposed_seconds=exposed,
+        collectives=tuple(rows),
+        mfu=flops_per_token(model, config.data.sequence_length) * tokens / (seconds * mesh.size * chip.peak),
+        compile_seconds=compile_seconds,
+    )
+
+
+def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The config's step, compiled. Raises DoesNotFit."""
+    lowered = lower_train_step(
+        model.with_dropout(config.dropout),
+        config.compute,
+        config.optimizer,
+        mesh,
+        batch_size=config.data.batch_size,
+        length=config.data.sequence_length,
+        isolate_documents=not config.data.attend_across_documents,
+    )
+    try:
+        return lowered.compile(compiler_options=dict(config.compute.compiler_options))
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.findall(r"\(?(\d+(?:\.\d+)?)([MG])\)?", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
+            raise
+        needed, available = (float(number) * {"M": 2**20, "G": 2**30}[unit] for number, unit in sizes[:2])
+        raise DoesNotFit(needed, available) from None
+
+
+def smallest_change(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> tuple[str, Plan] | None:
+    """The first of some changes, least costly first, with which a step fits; each is compiled."""
+    order = ["nothing", "products", "attention", "full"]
+    kept = config.compute.rematerialisation
+    changes: list[dict[str, Any]] = [{"compute.rematerialisation": each} for each in order[order.index(kept) + 1 :]]
+    changes += [{"optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4)]
+    changes += [
+        {"compute.rematerialisation": "full", "optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4, 8)
+    ]
+    for change in changes:
+        changed = config
+        for path, value in change.items():
+            group, name = path.split(".")
+            changed = replace(changed, **{group: replace(getattr(changed, group), **{name: value})})
+        try:
+            return " ".join(f"--{path.replace('_', '-')} {value}" for path, value in change.items()), make_plan(
+                changed, model, topology, slices
+            )
+        except InputError:
+            continue
+    return None
+
+
+def collective_rows(collectives: list[Collective], mesh: Mesh, chip: Chip) -> list[CollectiveRow]:
+    """Collectives of one kind and group added up, with their time at the bandwidth of the links that the group spans; longest first."""
+    rows: dict[tuple[str, str], CollectiveRow] = {}
+    for each in collectives:
+        if each.group < 2:
+            continue
+        axis, bandwidth = _axis_of(each.group, mesh, chip)
+        seconds = each.wire_bytes / bandwidth
+        exposed = max(seconds - each.hidden_cycles / chip.clock, 0.0)
+        before = rows.get((each.kind, axis), CollectiveRow(each.kind, axis, 0, 0.0, 0.0, 0.0))
+        rows[each.kind, axis] = replace(
+            before,
+            count=before.count + each.times,
+            gigabytes=before.gigabytes + each.wire_bytes * each.times / 1e9,
+            seconds=before.seconds + seconds * each.times,
+            exposed_seconds=before.exposed_seconds + exposed * each.times,
+        )
+    return sorted(rows.values(), key=lambda row: -row.seconds)
+
+
+def _axis_of(group: int, mesh: Mesh, chip: Chip) -> tuple[str, float]:
+    """Mesh axes whose devices form groups of a size, and the bandwidth that such a group has: that of the torus dimensions it spans."""
+    for count in range(1, len(MESH_AXES) + 1):
+        for axes in combinations(MESH_AXES, count):
+            if np.prod([mesh.shape[axis] for axis in axes]) == group and all(mesh.shape[axis] > 1 for axis in axes):
+                index = tuple(slice(None) if axis in axes else 0 for axis in MESH_AXES)
+                devices = mesh.devices[index].ravel()
+                name = " x ".join(axes)
+                if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+                    return name, chip.network
+                spanned = sum(len(set(column)) > 1 for column in zip(*(device.coords for device in devices), strict=True))
+                return name, chip.interconnect * max(spanned, 1) / chip.torus_dimensions
+    return f"{group} devices", chip.interconnect / chip.torus_dimensions
+
+
+def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, mesh: Mesh, generation: str, chip: Chip) -> float:
+    if not program.kernels:
+        return 0.0
+    tensor = mesh.shape["tensor"]
+    kv_heads = max(model.kv_heads // tensor, 1)
+    cycles = attention_cycles(generation, model.heads // tensor, kv_heads, model.head_dim, config.data.sequence_length)
+    rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
+    sequences = config.data.batch_size // rows // config.optimizer.micro_batches
+    total = sum(times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items())
+    # A sequence that is divided has fewer queries on each device, of which the last see all keys: an even share, roughly.
+    return total * sequences / mesh.shape["sequence"] / chip.cores / chip.clock
+
+
+def _bytes_a_chip(tree: object) -> int:
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
