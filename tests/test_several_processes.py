@@ -1,0 +1,33 @@
+"""One step over several processes (`jax.distributed`, gloo) gives the losses and gradients of one device, the batch being the same."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("several_processes.py")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_equal_one_device(processes):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, WORKER, str(port), str(processes), str(number)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    results = [(*worker.communicate(), worker.returncode) for worker in workers]
+    for _, errors, status in results:
+        assert status == 0, errors[-3000:]
+    assert all(output.count(": equal") == 2 for output, _, _ in results)
