@@ -61,7 +61,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] [--tokens 435e9] [--price USD] [--picture FILE]
-                             [--json FILE]
+                             [--json FILE] [--search]
        aurora plan --list
 
 Compiles the step that `aurora train CONFIG.py` runs for a TPU topology, without a TPU, and says what it needs: memory, time, collectives,

@@ -23,6 +23,7 @@ from aurora_jax.plan.chips import CHIPS, GIB
 from aurora_jax.plan.command import PlanOptions, model_of, run
 from aurora_jax.plan.estimate import DoesNotFit, make_plan
 from aurora_jax.plan.program import read_program
+from aurora_jax.plan.search import least_memory, print_ranking, search
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
@@ -133,6 +134,38 @@ def test_command(plans, tmp_path, monkeypatch, capsys):
         assert words in printed
     assert json.loads(options.json.read_text())["tokens"] == 4 * 2048
     assert options.picture.stat().st_size > 10_000
+
+
+def test_search_ranks_goes_on_where_it_stopped_and_leaves_out_what_cannot_win(plans, tmp_path, capsys):
+    """The planner is a stand-in with the arithmetic of a real one: every candidate takes its bound, more for each micro-batch."""
+    model, config = PRESETS["starcoderplus"], replace(CONFIG, data=replace(CONFIG.data, batch_size=512, sequence_length=8192))
+    asked: list[TrainConfig] = []
+
+    def planner(config, model, topology, slices):
+        asked.append(config)
+        if config.optimizer.micro_batches == 1:
+            raise DoesNotFit(100 * GIB, 95 * GIB)
+        slower = {"nothing": 1.0, "products": 1.1, "attention": 1.4, "full": 1.5}[config.compute.rematerialisation]
+        return replace(plans["v5p:2x2x1"], compute_seconds=14 * slower + 0.1 * config.optimizer.micro_batches, chips=64)
+
+    def searched(budget):
+        console = Console(width=140)
+        return search(config, model, "v5p:4x4x4", 1, tmp_path / "log.jsonl", console, budget=budget, planner=planner)
+
+    first = searched(4)
+    asked_first = len(asked)
+    found = searched(16)
+    assert asked_first <= 4
+    assert len(asked) <= 16
+    assert len({str(config) for config in asked}) == len(asked)
+    assert first[0] in found
+    seconds = [plan["step_seconds"] for _, plan in found]
+    assert seconds == sorted(seconds)
+    assert all(least_memory(candidate, config, model) < CHIPS["v5p"].hbm for candidate, _ in found)
+    print_ranking(found, Console(width=140))
+    assert f"--mesh.fsdp {found[0][0].fsdp}" in capsys.readouterr().out
+    with pytest.raises(InputError, match="No mesh over 4 chips"):
+        search(config, model, "v5p:2x2x1", 1, tmp_path / "other.jsonl", Console(quiet=True), budget=1, planner=planner)
 
 
 def test_models_and_topologies_by_name(capsys):

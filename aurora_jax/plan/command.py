@@ -32,6 +32,12 @@ class PlanOptions:
     """Draw the memory and time bars to this file (.png or .svg)."""
     json: Path | None = None
     """Write everything found to this file."""
+    search: bool = False
+    """Compile many ways to run the config (mesh, rematerialisation, micro-batches) and rank them; stop and start again as you like."""
+    budget: int = 12
+    """Candidates that a search compiles, minutes each."""
+    search_log: Path = Path("plan_search.jsonl")
+    """Where a search keeps what it has found."""
     suggest: bool = True
     """If it does not fit, look for the smallest change that does (compiles again, minutes each)."""
 
@@ -54,6 +60,11 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     from aurora_jax.plan.estimate import DoesNotFit, make_plan, smallest_change
 
     model = model_of(config, options.model)
+    if options.search:
+        from aurora_jax.plan.search import print_ranking, search
+
+        facts = (config, model, options.topology, options.slices, options.search_log, console)
+        return print_ranking(search(*facts, budget=options.budget), console)
     with console.status(f"compiling the step for {options.slices} x {options.topology}: a few minutes"):
         try:
             plan = make_plan(config, model, options.topology, options.slices)
@@ -108,6 +119,7 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
         console.print(f"picture: {options.picture}")
     if options.json is not None:
         options.json.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
+    return None
 
 
 def model_of(config: TrainConfig, preset: str | None) -> ModelConfig:

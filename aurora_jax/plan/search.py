@@ -1,0 +1,155 @@
+"""`aurora plan --search`: the fastest way to run a config on a topology, over meshes, rematerialisation and micro-batches.
+
+Arithmetic orders the candidates and drops those that cannot fit or cannot win; the rest are compiled, one after the other, and every result
+is written at once, so that a search that was stopped goes on where it was.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.sharding import parameter_count
+from aurora_jax.plan.chips import CHIPS, GIB, Chip
+from aurora_jax.plan.estimate import Plan, flops_per_token, make_plan
+from aurora_jax.train.config import MeshConfig, TrainConfig
+
+REMATERIALISATIONS = ("nothing", "products", "attention", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a config."""
+
+    fsdp: int
+    fsdp_inner: int
+    sequence: int
+    tensor: int
+    rematerialisation: str
+    micro_batches: int
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The config with this candidate's mesh, rematerialisation and micro-batches; the data axis stays."""
+        mesh = MeshConfig(config.mesh.data, self.fsdp, self.fsdp_inner, self.sequence, self.tensor)
+        compute = replace(config.compute, rematerialisation=self.rematerialisation)  # type: ignore[arg-type]
+        return replace(config, mesh=mesh, compute=compute, optimizer=replace(config.optimizer, micro_batches=self.micro_batches))
+
+    @property
+    def flags(self) -> str:
+        """As options of `aurora train`."""
+        return (
+            f"--mesh.fsdp {self.fsdp} --mesh.fsdp-inner {self.fsdp_inner} --mesh.sequence {self.sequence} --mesh.tensor {self.tensor} "
+            f"--compute.rematerialisation {self.rematerialisation} --optimizer.micro-batches {self.micro_batches}"
+        )
+
+
+def candidates(config: TrainConfig, model: ModelConfig, chips: int) -> Iterator[Candidate]:
+    """Every candidate whose sizes divide, for the chips of one slice."""
+    powers = [2**power for power in range(chips.bit_length())]
+    for tensor in (size for size in powers if size <= 8 and model.heads % size == 0 and model.mlp_width % size == 0):
+        for sequence in (size for size in powers if size <= 8 and config.data.sequence_length % (128 * size) == 0):
+            shards, rest = divmod(chips, tensor * sequence)
+            if rest or model.width % shards:
+                continue
+            for inner in (size for size in powers if size * size >= shards > 1 and shards % size == 0 and size < shards):
+                for micro_batches in powers[:6]:
+                    if config.data.batch_size % (config.mesh.data * shards * micro_batches) == 0:
+                        for kept in REMATERIALISATIONS:
+                            yield Candidate(shards // inner, inner, sequence, tensor, kept, micro_batches)
+
+
+def least_memory(candidate: Candidate, config: TrainConfig, model: ModelConfig) -> float:
+    """Bytes a chip by arithmetic: parameters, moments and gradients in fp32, and what is kept of each layer in bf16. A lower bound."""
+    shards = candidate.fsdp * candidate.fsdp_inner
+    tokens = (
+        config.data.batch_size * config.data.sequence_length / (config.mesh.data * shards * candidate.sequence * candidate.micro_batches)
+    )
+    attention = model.width / candidate.tensor
+    products = 2 * attention + model.width + model.mlp_width / candidate.tensor
+    kept = {
+        "full": 0.0,
+        "attention": attention,
+        "products": products,
+        "nothing": products + model.width + model.mlp_width / candidate.tensor,
+    }
+    state = 16 * parameter_count(model) / shards / candidate.tensor
+    return state + 2 * tokens * model.layers * (model.width + kept[candidate.rematerialisation])
+
+
+def least_seconds(candidate: Candidate, config: TrainConfig, model: ModelConfig, chip: Chip, chips: int) -> float:
+    """Seconds of a step by arithmetic: matrix products at the peak, a second forward pass if it is rematerialised."""
+    tokens = config.data.batch_size * config.data.sequence_length
+    passes = {"full": 4 / 3, "attention": 4 / 3}.get(candidate.rematerialisation, 1.0)
+    return flops_per_token(model, config.data.sequence_length) * passes * tokens / (chips * config.mesh.data * chip.peak)
+
+
+def search(
+    config: TrainConfig,
+    model: ModelConfig,
+    topology: str,
+    slices: int,
+    log: Path,
+    console: Console,
+    *,
+    budget: int,
+    planner: Callable[..., Plan] = make_plan,
+) -> list[tuple[Candidate, dict]]:
+    """Compiles up to `budget` candidates, the most promising first, and returns those that fit, fastest first.
+
+    Args:
+        log: JSON lines, one a candidate; those that it holds already, for this topology and batch, are not compiled again.
+
+    Raises:
+        InputError: no candidate divides or can fit.
+    """
+    chip = CHIPS[topology.partition(":")[0]]
+    chips = math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+    possible = [each for each in candidates(config, model, chips) if least_memory(each, config, model) < 0.95 * chip.hbm]
+    if not possible:
+        raise InputError(f"No mesh over {chips} chips of {topology} divides this config and can hold it.")
+
+    # Fewer collectives win among equals: little tensor and sequence parallelism, few micro-batches.
+    def promise(each: Candidate) -> tuple:
+        seconds = least_seconds(each, config, model, chip, chips)
+        return seconds * (1 + 0.05 * math.log2(each.tensor * each.sequence)), each.micro_batches, each.fsdp_inner - each.fsdp
+
+    possible.sort(key=promise)
+    key = {"topology": topology, "slices": slices, "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length}
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {Candidate(**line["candidate"]): line["plan"] for line in lines if line["key"] == key}
+    todo = [each for each in possible if each not in known][: max(budget - len(known), 0)]
+    console.print(f"{len(possible)} candidates can fit, {len(known)} are known from {log}, {len(todo)} to compile")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress, log.open("a") as file:
+        for each in progress.track(todo, description="compiling"):
+            fastest = min((plan["step_seconds"] for plan in known.values() if plan), default=math.inf)
+            if least_seconds(each, config, model, chip, chips) > fastest:
+                continue
+            try:
+                plan = json.loads(json.dumps(planner(each.apply(config), model, topology, slices).as_dict()))
+            except InputError as error:
+                console.print(f"{each.flags}: {error}")
+                plan = None
+            known[each] = plan
+            file.write(json.dumps({"key": key, "candidate": each.__dict__, "plan": plan}) + "\n")
+            file.flush()
+    return sorted(((each, plan) for each, plan in known.items() if plan), key=lambda found: found[1]["step_seconds"])
+
+
+def print_ranking(found: list[tuple[Candidate, dict]], console: Console) -> None:
+    """The candidates that fit, fastest first, and the options of the best."""
+    if not found:
+        raise InputError("Nothing that was compiled fits: give a larger --budget, a smaller batch or more chips.")
+    table = Table("fsdp", "sequence", "tensor", "kept", "micro-batches", "s a step", "MFU at most", "HBM, GiB", title="fastest first")
+    for each, plan in found:
+        shape = f"{each.fsdp} x {each.fsdp_inner}", str(each.sequence), str(each.tensor), each.rematerialisation, str(each.micro_batches)
+        table.add_row(*shape, f"{plan['step_seconds']:.2f}", f"{plan['mfu']:.1%}", f"{plan['memory_peak'] / GIB:.1f}")
+    console.print(table)
+    console.print(f"the best, as options of `aurora train`:\n  {found[0][0].flags}", soft_wrap=True)
