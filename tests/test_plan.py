@@ -27,6 +27,7 @@ from aurora_jax.plan.search import least_memory, print_ranking, search
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
+from configs import starcoderplus_v5p_128
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 
@@ -177,3 +178,14 @@ def test_models_and_topologies_by_name(capsys):
     with pytest.raises(InputError, match="--model starcoderplus"):
         model_of(replace(CONFIG, model=None, initial_checkpoint=Path("/nowhere")), None)
     assert main(["plan", "configs/nowhere.py"]) == 2
+
+
+@pytest.mark.full
+def test_gradients_of_the_whole_model_are_reduce_scattered():
+    """On 64 chips: half the bytes of the all-reduces of whole matrices that a single fsdp axis gives."""
+    config = starcoderplus_v5p_128.config()
+    config = replace(config, compute=ComputeConfig(attention="flash", rematerialisation="full"), optimizer=OptimizerConfig())
+    rows = make_plan(config, PRESETS["starcoderplus"], "v5p:4x4x4").collectives
+    sent = {kind: sum(row.gigabytes for row in rows if row.kind == kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    assert sent["all-reduce"] < 0.02 * sent["reduce-scatter"]
+    assert sent["reduce-scatter"] == pytest.approx(sent["all-gather"] / 2, rel=0.05)

@@ -47,7 +47,7 @@ TABLE: dict[str, ParameterRow] = {
     "layers.mlp_norm.bias": ParameterRow("ND", PartitionSpec(None, None)),
     "layers.mlp.up.kernel": ParameterRow("NDF", PartitionSpec(None, FSDP_AXES, "tensor")),
     "layers.mlp.up.bias": ParameterRow("NF", PartitionSpec(None, "tensor")),
-    "layers.mlp.down.kernel": ParameterRow("NFD", PartitionSpec(None, "tensor", FSDP_AXES)),
+    "layers.mlp.down.kernel": ParameterRow("NFD", PartitionSpec(None, ("tensor", *FSDP_AXES), None)),
     "layers.mlp.down.bias": ParameterRow("ND", PartitionSpec(None, None)),
     "final_norm.scale": ParameterRow("D", PartitionSpec(None)),
     "final_norm.bias": ParameterRow("D", PartitionSpec(None)),

@@ -116,6 +116,9 @@ def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
             raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.")
     if model.width % (mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]):
         raise InputError(f"width {model.width} cannot be divided over fsdp x fsdp_inner = {mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}.")
+    shards = mesh.shape["tensor"] * mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
+    if model.mlp_width % shards:
+        raise InputError(f"mlp_width {model.mlp_width} cannot be divided over tensor x fsdp x fsdp_inner = {shards}.")
     if config.data.sequence_length > model.max_positions:
         raise InputError(f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions.")
 
