@@ -167,7 +167,7 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(tmp_path, single, capsys)
         line = next(line for line in printed.splitlines() if f" {name} " in line)
         assert str(list(parameter.shape)) in line
     assert "layers.attention.query.kernel[1]" in printed
-    assert "(None, 'fsdp', 'tensor', None)" in printed
+    assert "(None, ('fsdp', 'fsdp_inner'), 'tensor', None)" in printed
     assert os.listdir(tmp_path) == ["hf"]
 
 
