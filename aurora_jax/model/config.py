@@ -166,9 +166,13 @@ class ComputeConfig:
     attention: Literal["xla", "flash", "flash_interpreted"] = "xla"
     """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow and meant for tests. The choice
     is explicit and never falls back to another."""
-    rematerialisation: Literal["nothing", "full", "attention", "products"] = "nothing"
-    """What a layer's backward pass computes again: nothing, everything (only layer inputs are kept), all but the attention's output, or all
-    but matrix products and the attention's output."""
+    rematerialisation: Literal["nothing", "products", "projections", "attention", "full", "offload"] = "nothing"
+    """What a layer's backward pass does not compute again, from most memory to least: nothing is computed again; matrix products and the
+    attention's output are kept; the same without the wide product of the feed-forward block; the attention's output only; nothing is kept
+    but layer inputs (full). `offload` keeps matrix products in the host's memory."""
+    separate_activation: bool = False
+    """Compute GELU and its slope once, where its input is made, not inside the products that follow: faster where the vector unit is slow
+    compared with the matrix unit (v6e), slower where it is not (v5p)."""
     compiler_options: tuple[tuple[str, str], ...] = ()
     """Options for the TPU compiler's training step, as pairs: (("xla_tpu_scoped_vmem_limit_kib", "98304"),)."""
     unroll_layers: bool = False

@@ -14,13 +14,23 @@ from aurora_jax.errors import InputError
 from aurora_jax.model.attention import attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.division import WHOLE, Division
+from aurora_jax.model.norm import LayerNorm
 from aurora_jax.model.product import Linear, einsum
 from aurora_jax.model.sharding import TABLE, flatten, parameter_shapes
 
+ATTENTION = ("attention_context", "attention_logsumexp")
+PROJECTIONS = (*ATTENTION, "query", "key_value", "attention_output")
 REMATERIALISATION = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_context", "attention_logsumexp"),
-    "products": jax.checkpoint_policies.save_only_these_names("product", "attention_context", "attention_logsumexp"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION),
+    "projections": jax.checkpoint_policies.save_only_these_names(*PROJECTIONS),
+    "products": jax.checkpoint_policies.save_only_these_names(*PROJECTIONS, "feed_forward"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(ATTENTION),
+        names_which_can_be_offloaded=["query", "key_value", "attention_output", "feed_forward"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -34,9 +44,10 @@ class Attention(nnx.Module):
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_dim
         linear = partial(Linear, compute=compute, rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
-        self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), kernel_init=init)
-        self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), kernel_init=init)
-        self.output = linear("blhc,hcd->bld", (H, C, D), (D,), kernel_init=_residual_init(config), sums=division)
+        self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), name="query", kernel_init=init)
+        self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), name="key_value", kernel_init=init)
+        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=True)
+        self.output = residual("blhc,hcd->bld", (H, C, D), (D,), name="attention_output")
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
         hidden_BLD = self.division.enter(hidden_BLD)
@@ -64,22 +75,26 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
         self.division = division
         self.approximate = config.activation == "gelu_tanh"
+        self.separate = compute.separate_activation
         linear = partial(Linear, compute=compute, rngs=rngs)
         D, F = config.width, config.mlp_width
-        self.up = linear("bld,df->blf", (D, F), (F,), kernel_init=nnx.initializers.normal(config.initializer_range))
-        self.down = linear("blf,fd->bld", (F, D), (D,), kernel_init=_residual_init(config), sums=division)
+        init = nnx.initializers.normal(config.initializer_range)
+        self.up = linear("bld,df->blf", (D, F), (F,), name="feed_forward", kernel_init=init)
+        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=True)
+        self.down = residual("blf,fd->bld", (F, D), (D,), name="feed_forward_output")
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(self.division.enter(hidden_BLD)), approximate=self.approximate))
+        return self.down(gelu(self.up(self.division.enter(hidden_BLD)), self.approximate, self.separate))
 
 
 class Layer(nnx.Module):
     """Pre-LayerNorm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
-        self.attention_norm = _layer_norm(config, compute, rngs)
+        norm = partial(LayerNorm, config.width, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(compute.activation_dtype))
+        self.attention_norm = norm()
         self.attention = Attention(config, compute, division, rngs)
-        self.mlp_norm = _layer_norm(config, compute, rngs)
+        self.mlp_norm = norm()
         self.mlp = MLP(config, compute, division, rngs)
         self.dropout = nnx.Dropout(config.residual_dropout)
 
@@ -104,7 +119,7 @@ class Decoder(nnx.Module):
         self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
         self.dropout = nnx.Dropout(config.embedding_dropout)
         self.layers = nnx.vmap(lambda rngs: Layer(config, compute, division, rngs))(rngs.split(config.layers))
-        self.final_norm = _layer_norm(config, compute, rngs)
+        self.final_norm = LayerNorm(config.width, epsilon=config.layer_norm_epsilon, dtype=dtype)
 
     def __call__(
         self,
@@ -113,6 +128,7 @@ class Decoder(nnx.Module):
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        gathered_layers: dict | None = None,
     ) -> jax.Array:
         """Final hidden states [B, L, D], after the last LayerNorm; `logits` maps them to the vocabulary.
 
@@ -122,6 +138,7 @@ class Decoder(nnx.Module):
                 below `max_positions`: they are data, and cannot be checked in a compiled program.
             segment_ids_BL: tokens attend within their own segment only. Left padding is a segment of its own.
             dropout_key: dropout is applied if a key is given.
+            gathered_layers: the layers' stacked parameters as `Division.gather` gives them, so that they are not gathered here.
 
         Raises:
             InputError: L is greater than `max_positions`: learned positions do not extrapolate.
@@ -139,19 +156,24 @@ class Decoder(nnx.Module):
         hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
 
         structure, stacked = nnx.split(self.layers)
+        product_dtype = jnp.dtype(self.compute.compute_dtype)
 
         def apply_layer(hidden_BLD, layer):
-            parameters, index = layer
-            if self.division.fsdp:
-                whole = self.division.gather(nnx.to_pure_dict(parameters), dtype=jnp.dtype(self.compute.compute_dtype), prefix="layers.")
-                parameters = nnx.State(jax.tree.map(nnx.Param, whole))
+            parameters, gathered, index = layer
+            if gathered is not None:
+                parameters = _state(self.division.attach(gathered, nnx.to_pure_dict(parameters), dtype=product_dtype))
+            elif self.division.fsdp:
+                whole = self.division.gather(nnx.to_pure_dict(parameters), dtype=product_dtype, prefix="layers.", stacked=False)
+                parameters = _state(whole)
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             return nnx.merge(structure, parameters)(hidden_BLD, segment_ids_BL, key), None
 
         if self.compute.rematerialisation != "nothing":
             apply_layer = jax.checkpoint(apply_layer, policy=REMATERIALISATION[self.compute.rematerialisation], prevent_cse=False)
         N = self.config.layers
-        hidden_BLD, _ = jax.lax.scan(apply_layer, hidden_BLD, (stacked, jnp.arange(N)), unroll=N if self.compute.unroll_layers else 1)
+        hidden_BLD, _ = jax.lax.scan(
+            apply_layer, hidden_BLD, (stacked, gathered_layers, jnp.arange(N)), unroll=N if self.compute.unroll_layers else 1
+        )
         return self.final_norm(hidden_BLD)
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -159,15 +181,32 @@ class Decoder(nnx.Module):
         return einsum("bld,vd->blv", hidden_BLD, self.token_embedding.embedding[...], jnp.dtype(self.compute.compute_dtype))
 
 
-def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gelu(x: jax.Array, approximate: bool, separate: bool = False) -> jax.Array:
     """GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal distribution function at x, exact or by its tanh approximation.
 
     Computed in fp32. The exact form goes through erf as PyTorch's does; `jax.nn.gelu` takes erfc, which costs three times as much on CPU.
+
+    Args:
+        separate: keep value and slope out of the products that take them; the compiler otherwise computes them again in each tile.
     """
+    return _gelu_forward(x, approximate, separate)[0]
+
+
+def _gelu_forward(x, approximate, separate):
     x_fp32 = x.astype(jnp.float32)
     if approximate:
-        return jax.nn.gelu(x_fp32, approximate=True).astype(x.dtype)
-    return (0.5 * x_fp32 * (1 + jax.lax.erf(x_fp32 * math.sqrt(0.5)))).astype(x.dtype)
+        value, slope_times = jax.vjp(partial(jax.nn.gelu, approximate=True), x_fp32)
+        (slope,) = slope_times(jnp.ones_like(x_fp32))
+    else:
+        distribution = 0.5 * (1 + jax.lax.erf(x_fp32 * math.sqrt(0.5)))
+        value = x_fp32 * distribution
+        slope = distribution + x_fp32 * jnp.exp(-0.5 * x_fp32 * x_fp32) * (1 / math.sqrt(2 * math.pi))
+    value, slope = value.astype(x.dtype), slope.astype(x.dtype)
+    return (jax.lax.optimization_barrier(value), jax.lax.optimization_barrier(slope)) if separate else (value, slope)
+
+
+gelu.defvjp(_gelu_forward, lambda approximate, separate, slope, cotangent: (cotangent * slope,))
 
 
 def initial_parameters(config: ModelConfig, seed: int) -> dict:
@@ -182,7 +221,7 @@ def structure_of(config: ModelConfig, compute: ComputeConfig, division: Division
 
 def merge(structure: nnx.GraphDef, parameters: dict) -> Decoder:
     """A decoder that uses the given parameters (nested dictionary of arrays, traced ones included)."""
-    return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, parameters)))
+    return nnx.merge(structure, _state(parameters))
 
 
 def check_parameters(config: ModelConfig, parameters: dict) -> None:
@@ -199,10 +238,8 @@ def check_parameters(config: ModelConfig, parameters: dict) -> None:
             )
 
 
-def _layer_norm(config: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(compute.activation_dtype), use_fast_variance=False, rngs=rngs
-    )
+def _state(parameters: dict) -> nnx.State:
+    return nnx.State(jax.tree.map(nnx.Param, parameters))
 
 
 def _residual_init(config: ModelConfig) -> nnx.Initializer:

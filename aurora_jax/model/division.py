@@ -36,19 +36,20 @@ class Division:
             tensor=TENSOR_AXIS if TENSOR_AXIS in several else None,
         )
 
-    def gather(self, parameters: dict, *, dtype: jnp.dtype, prefix: str = "") -> dict:
+    def gather(self, parameters: dict, *, dtype: jnp.dtype, prefix: str = "", stacked: bool = True) -> dict:
         """Parameters as their products need them: rounded to `dtype` and whole along the fsdp axes; their gradients are reduce-scattered.
 
         One axis is gathered after the other: only then does the TPU compiler turn the gradient's sum into reduce-scatters. What the table
         does not divide over fsdp is left as it is.
 
         Args:
-            prefix: of the paths in the sharding table; `layers.` for one layer, whose arrays have no leading layer axis.
+            prefix: of the paths in the sharding table.
+            stacked: False for the parameters of one layer, whose arrays have no leading layer axis.
         """
-        return nest({path: self._gathered(prefix + path, array, dtype) for path, array in flatten(parameters).items()})
+        return nest({path: self._gathered(prefix + path, array, dtype, stacked) for path, array in flatten(parameters).items()})
 
-    def _gathered(self, path: str, array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        partition = TABLE[path].partition[1 if path.startswith("layers.") else 0 :]
+    def _gathered(self, path: str, array: jax.Array, dtype: jnp.dtype, stacked: bool) -> jax.Array:
+        partition = TABLE[path].partition[0 if stacked else 1 :]
         sharded = [
             (axis, dimension)
             for dimension, entry in enumerate(partition)
@@ -57,8 +58,26 @@ class Division:
         ]
         array = array.astype(dtype) if sharded else array
         for axis, dimension in reversed(sharded):
-            array = jax.lax.all_gather(array, axis, axis=dimension, tiled=True)
+            # Along the leading dimension: gradients of others come out as all-reduces on some meshes.
+            leading = jnp.moveaxis(array, dimension, 0)
+            array = jnp.moveaxis(jax.lax.all_gather(leading, axis, axis=0, tiled=True), 0, dimension)
         return array
+
+    def attach(self, gathered: dict, parameters: dict, *, dtype: jnp.dtype) -> dict:
+        """Parameters of one layer that were gathered before, as if `gather` did it here: their gradients are scattered, to `parameters`."""
+        gather = partial(self.gather, dtype=dtype, prefix="layers.", stacked=False)
+        shapes = jax.eval_shape(lambda: parameters)
+
+        @jax.custom_vjp
+        def attached(parameters, gathered):
+            return gathered
+
+        def backward(_, gradients):
+            (scattered,) = jax.linear_transpose(gather, shapes)(gradients)
+            return scattered, None
+
+        attached.defvjp(lambda parameters, gathered: (gathered, None), backward)
+        return attached(parameters, jax.lax.stop_gradient(gathered))
 
     def enter(self, activations: jax.Array) -> jax.Array:
         """Activations that are the same on all of `tensor`, before each takes its own part of the work: gradients are summed here."""

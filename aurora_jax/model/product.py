@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.division import WHOLE, Division
@@ -54,7 +55,9 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 class Linear(nnx.Module):
     """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H, C), ...)`.
 
-    With `sums`, what it contracts is divided over the tensor axis, and the parts are added up before the bias.
+    Rematerialisation policies know its result by `name`. With `sums`, what it contracts is divided over the tensor axis, and the parts are
+    added up before the bias. With `row_major` its last axis is contiguous in memory: the TPU compiler otherwise transposes the residual
+    stream, and copies it back for each LayerNorm.
     """
 
     def __init__(
@@ -63,13 +66,17 @@ class Linear(nnx.Module):
         kernel_shape: tuple[int, ...],
         bias_shape: tuple[int, ...],
         *,
+        name: str,
         kernel_init: nnx.Initializer,
         compute: ComputeConfig,
         rngs: nnx.Rngs,
         sums: Division = WHOLE,
+        row_major: bool = False,
     ):
         self.equation = equation
+        self.name = name
         self.sums = sums
+        self.row_major = row_major
         self.product_dtype = jnp.dtype(compute.compute_dtype)
         self.output_dtype = jnp.dtype(compute.activation_dtype)
         self.kernel = nnx.Param(kernel_init(rngs.params(), kernel_shape, jnp.float32))
@@ -81,5 +88,8 @@ class Linear(nnx.Module):
         if self.sums.tensor is not None:
             outputs = self.sums.leave(outputs.astype(self.output_dtype))
         bias = jnp.expand_dims(self.bias[...], tuple(range(outputs.ndim - self.bias.ndim)))
+        outputs = (outputs + bias).astype(self.output_dtype)
+        if self.row_major:
+            outputs = with_layout_constraint(outputs, Layout(tuple(range(outputs.ndim))))
         # Named after rounding, so that a rematerialisation policy that keeps products keeps the smaller array.
-        return checkpoint_name((outputs + bias).astype(self.output_dtype), "product")
+        return checkpoint_name(outputs, self.name)

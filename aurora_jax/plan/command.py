@@ -33,11 +33,14 @@ class PlanOptions:
     json: Path | None = None
     """Write everything found to this file."""
     search: bool = False
-    """Compile many ways to run the config (mesh, rematerialisation, micro-batches) and rank them; stop and start again as you like."""
+    """Compile many ways to run the config (mesh, rematerialisation, micro-batches, when weights are gathered, precision of the moments) and
+    rank them; stop and start again as you like."""
     budget: int = 12
     """Candidates that a search compiles, minutes each."""
     search_log: Path = Path("plan_search.jsonl")
     """Where a search keeps what it has found."""
+    write: Path | None = None
+    """Write the best of a search as a config to this file."""
     suggest: bool = True
     """If it does not fit, look for the smallest change that does (compiles again, minutes each)."""
 
@@ -61,10 +64,14 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
 
     model = model_of(config, options.model)
     if options.search:
-        from aurora_jax.plan.search import print_ranking, search
+        from aurora_jax.plan.search import print_ranking, search, write_config
 
-        facts = (config, model, options.topology, options.slices, options.search_log, console)
-        return print_ranking(search(*facts, budget=options.budget), console)
+        found = search(config, model, options.topology, options.slices, options.search_log, console, budget=options.budget)
+        print_ranking(found, console)
+        if options.write is not None:
+            write_config(found[0][0].apply(config), found[0][1], options.write)
+            console.print(f"written to {options.write}")
+        return
     with console.status(f"compiling the step for {options.slices} x {options.topology}: a few minutes"):
         try:
             plan = make_plan(config, model, options.topology, options.slices)
@@ -119,7 +126,6 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
         console.print(f"picture: {options.picture}")
     if options.json is not None:
         options.json.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
-    return None
 
 
 def model_of(config: TrainConfig, preset: str | None) -> ModelConfig:

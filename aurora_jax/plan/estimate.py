@@ -184,6 +184,7 @@ def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.sta
         batch_size=config.data.batch_size,
         length=config.data.sequence_length,
         isolate_documents=not config.data.attend_across_documents,
+        gather=config.mesh.gather,
     )
     try:
         return lowered.compile(compiler_options=dict(config.compute.compiler_options))

@@ -4,6 +4,7 @@ The compiler writes its own estimate of cycles beside each instruction, except f
 the text; here it counts as often as it runs.
 """
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\(")
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|branch_computations=\{)=?%?([\w.\-]+)")
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?/(\w+)/pallas_call"')
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
@@ -35,7 +36,7 @@ class Collective:
     times: int
     """How often it runs in a step."""
     hidden_cycles: int
-    """Estimated cycles of what runs between its start and its end, each time; 0 if it is synchronous."""
+    """Estimated cycles of what runs between its start and its end, each time, as its share of the links; 0 if it is synchronous."""
     operation: str
     """Where in the program it comes from."""
 
@@ -74,8 +75,6 @@ def read_program(text: str) -> Program:
             name = header[2]
             computations[name] = []
             entry = name if header[1] else entry
-        elif line.startswith("}"):
-            name = None
         elif name and " = " in line:
             computations[name].append(line)
     program = Program()
@@ -89,33 +88,60 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
     lines = computations[name]
     cycles = [_own_cycles(line) for line in lines]
     program.cycles += times * sum(cycles)
-    # A collective that the compiler merges with computation stands in several fusions, from its start to its end, under one channel.
-    merged: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for place, line in enumerate(lines):
-        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
-        for inner in computations[called[1]] if called else ():
-            if _COLLECTIVE.search(inner) and (channel := re.search(r"channel_id=(\d+)", inner)):
-                merged[channel[1]].append((place, inner))
-    for places in merged.values():
-        (first, inner), (last, _) = places[0], places[-1]
-        found = _COLLECTIVE.search(inner)
-        assert found is not None
-        hidden = sum(cycles[first + 1 : last])
-        collective = replace(_collective([inner], [0], 0, found, times), hidden_cycles=hidden)
-        if "calls=%all-reduce-scatter" in lines[first]:
-            collective = replace(collective, kind="reduce-scatter")  # written as an all-reduce and a slice, run as one
-        program.collectives.append(collective)
+    spans = _merged(computations, lines, times)
     for place, line in enumerate(lines):
         if " while(" in line:
             trips = _trips(computations, line)
             _walk(computations, _named(line, "body"), times * trips, program)
+        elif " call-start(" in line:
+            # Given to the SparseCores, which work beside the TensorCores.
+            for inner in computations[_named(line, "to_apply")]:
+                if found := _COLLECTIVE.search(inner):
+                    spans.append((place, _end(lines, place, "call-done"), _collective(inner, found, times)))
         elif re.search(r" (call|conditional)\(", line):
             for branch in _CALLED.findall(line):
                 _walk(computations, branch, times, program)
         elif kernel := _KERNEL.search(line):
             program.kernels[kernel[1]] += times
         elif found := _COLLECTIVE.search(line):
-            program.collectives.append(_collective(lines, cycles, place, found, times))
+            end = _end(lines, place, f"{found[1]}-done") if found[2] else place
+            spans.append((place, end, _collective(line, found, times)))
+    program.collectives += _hide(spans, cycles)
+
+
+def _merged(computations: dict[str, list[str]], lines: list[str], times: int) -> list[tuple[int, int, Collective]]:
+    """Collectives that the compiler merges with computation: they stand in several fusions, from start to end, under one channel."""
+    places: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for place, line in enumerate(lines):
+        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
+        for inner in computations[called[1]] if called else ():
+            if _COLLECTIVE.search(inner) and (channel := re.search(r"channel_id=(\d+)", inner)):
+                places[channel[1]].append((place, inner))
+    spans = []
+    for (first, inner), *_, (last, _) in (found * 2 if len(found) == 1 else found for found in places.values()):
+        found = _COLLECTIVE.search(inner)
+        assert found is not None
+        collective = _collective(inner, found, times)
+        if "calls=%all-reduce-scatter" in lines[first]:
+            collective = replace(collective, kind="reduce-scatter")  # written as an all-reduce and a slice, run as one
+        spans.append((first, last, collective))
+    return spans
+
+
+def _hide(spans: list[tuple[int, int, Collective]], cycles: list[int]) -> list[Collective]:
+    """Gives what runs between a collective's start and end to it; several in flight share it by their bytes, as they share the links."""
+    shares = [0.0] * len(spans)
+    for place, own in enumerate(cycles):
+        flying = [index for index, (first, last, _) in enumerate(spans) if first < place < last] if own else []
+        total = sum(spans[index][2].wire_bytes for index in flying)
+        for index in flying:
+            shares[index] += own * spans[index][2].wire_bytes / max(total, 1.0)
+    return [replace(collective, hidden_cycles=int(share)) for (_, _, collective), share in zip(spans, shares, strict=True)]
+
+
+def _end(lines: list[str], place: int, done: str) -> int:
+    name = lines[place].strip().removeprefix("ROOT ").split(" = ", 1)[0]
+    return next((later for later in range(place + 1, len(lines)) if f"{done}({name})" in lines[later]), place)
 
 
 def _own_cycles(line: str) -> int:
@@ -123,24 +149,29 @@ def _own_cycles(line: str) -> int:
     return int(estimate[1]) if estimate and int(estimate[1]) < _UNKNOWN else 0
 
 
-def _collective(lines: list[str], cycles: list[int], place: int, found: re.Match, times: int) -> Collective:
-    line = lines[place]
-    groups = _GROUPS.search(line)
-    group = (int(groups[2]) if groups[2] else len(groups[3].split(","))) if groups else 1
-    kind, is_asynchronous = found[1], bool(found[2])
-    name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+def _collective(line: str, found: re.Match, times: int) -> Collective:
+    group, kind, is_asynchronous = _group(line), found[1], bool(found[2])
     # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all; the result of a start has
     # its operands first.
-    sizes = [_bytes(array) for array in _ARRAY.findall(rest.split(found[0])[0])]
+    sizes = [_bytes(array) for array in _ARRAY.findall(line.split(" = ", 1)[1].split(found[0])[0])]
     size = max(sizes) if is_asynchronous else sum(sizes)
     if kind == "reduce-scatter" and not is_asynchronous:
         size *= group
-    hidden = 0
-    if is_asynchronous:
-        ends = (later for later in range(place + 1, len(lines)) if f"{kind}-done({name})" in lines[later])
-        hidden = sum(cycles[place + 1 : next(ends, place + 1)])
     operation = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, group, size, times, hidden, operation[1] if operation else "")
+    return Collective(kind, group, size, times, 0, operation[1] if operation else "")
+
+
+def _group(line: str) -> int:
+    """Devices of one group, in any of the three ways of writing groups; newer compilers name axes of a mesh."""
+    found = _GROUPS.search(line)
+    if found is None:
+        return 1
+    if found[2]:
+        return int(found[2])
+    if found[3]:
+        return len(found[3].split(","))
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[4]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[5]))
 
 
 def _bytes(array: tuple[str, str]) -> int:

@@ -4,6 +4,7 @@ B batch, L sequence.
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,7 @@ def lower_train_step(
     batch_size: int,
     length: int,
     isolate_documents: bool = False,
+    gather: Literal["layer", "step"] = "layer",
     tasks: int = 1,
 ) -> jax.stages.Lowered:
     """The step that `train` runs, lowered for a mesh; `.compile()` asks the TPU compiler.
@@ -71,14 +73,14 @@ def lower_train_step(
     Args:
         batch_size: sequences of the global batch (B).
         length: tokens of a sequence (L).
+        gather: as in `MeshConfig`.
         tasks: of the mixture, for the metrics.
     """
     division = Division.of(mesh)
     structure = structure_of(model, compute, division)
     loss = make_loss(structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division)
-    step = make_train_step(
-        make_gradient(loss, optimizer.micro_batches, mesh), optimizer, lambda step: 1e-4, dropout=False, seed=0, tasks=tasks
-    )
+    gradient = make_gradient(loss, optimizer.micro_batches, mesh, gathered_once=compute.compute_dtype if gather == "step" else None)
+    step = make_train_step(gradient, optimizer, lambda step: 1e-4, dropout=False, seed=0, tasks=tasks)
     # Outside the mesh's context: optax makes a small array on the way, which no absent TPU can hold.
     arguments = abstract_state(model, optimizer, mesh), abstract_batch(batch_size, length, mesh)
     with jax.set_mesh(mesh):

@@ -43,8 +43,17 @@ class OptimizerConfig:
     """Weight of log(Z)^2 a token (PaLM, arXiv 2204.02311), which keeps the logits from drifting."""
     micro_batches: int = 1
     """Parts into which a batch is cut to save memory; the gradient is that of the whole batch."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which Adam's two moments are kept between steps; bf16 saves four bytes a parameter where memory is short."""
     spike_factor: float | None = None
     """Skip an update whose gradient norm exceeds this many times the running average; a non-finite one is always skipped."""
+
+    def __post_init__(self) -> None:
+        if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
+            raise InputError(
+                f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step changes an average by less than "
+                "bf16's rounding, and it would stand still. Keep the moments in float32, or lower the beta."
+            )
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,9 @@ class MeshConfig:
     """Divides the places of a sequence; keys and values are gathered along it."""
     tensor: int = 1
     """Divides heads, feed-forward columns and the vocabulary."""
+    gather: Literal["layer", "step"] = "layer"
+    """When weights are gathered along fsdp: by each layer, each time it is computed; or all once a step, kept whole in the precision of the
+    products (2 bytes a parameter on every chip) for all micro-batches."""
 
 
 @dataclass(frozen=True)

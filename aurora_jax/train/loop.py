@@ -87,9 +87,10 @@ def train(config: TrainConfig) -> TrainState:
     divided = structure_of(model.with_dropout(config.dropout), compute, division)
     isolate = not config.data.attend_across_documents
     loss = make_loss(divided, compute, z_loss=config.optimizer.z_loss, isolate_documents=isolate, division=division)
+    gathered_once = compute.compute_dtype if config.mesh.gather == "step" else None
     train_step = jax.jit(
         make_train_step(
-            make_gradient(loss, config.optimizer.micro_batches, mesh),
+            make_gradient(loss, config.optimizer.micro_batches, mesh, gathered_once),
             config.optimizer,
             learning_rate_schedule(config.stages),
             dropout=config.dropout > 0,

@@ -50,14 +50,14 @@ def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
 def make_loss(
     structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool, division: Division = WHOLE
 ) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key) -> (loss, nll_BL)`; see `cross_entropy`. The batch is a traced `Batch`.
+    """`loss(parameters, batch, total_weight, dropout_key, gathered_layers) -> (loss, nll_BL)`; see `cross_entropy`. The batch is traced.
 
     With a division the function runs inside `shard_map`, on one device's part of the parameters and of the batch, and its loss is that part
     of the whole.
     """
     product_dtype = jnp.dtype(compute.compute_dtype)
 
-    def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None):
+    def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None, gathered_layers: dict | None = None):
         if division.fsdp:
             # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
             outside = {name: tree for name, tree in parameters.items() if name != "layers"}
@@ -66,7 +66,7 @@ def make_loss(
         decoder = merge(structure, parameters)
         # Without isolation there is nothing to mask: positions are 0 .. L-1, and padding lies right of all that is causal to it.
         isolation = {"positions_BL": batch.positions_BL, "segment_ids_BL": batch.segment_ids_BL} if isolate_documents else {}
-        hidden_BLD = decoder(batch.tokens_BL, dropout_key=dropout_key, **isolation)
+        hidden_BLD = decoder(batch.tokens_BL, dropout_key=dropout_key, gathered_layers=gathered_layers, **isolation)
         return cross_entropy(
             division.enter(hidden_BLD),
             decoder.token_embedding.embedding[...],
@@ -122,7 +122,7 @@ def gradient_of(
     return value, nll.swapaxes(0, 1).reshape(batch.tokens_BL.shape), gradients
 
 
-def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None) -> Callable:
+def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None, gathered_once: str | None = None) -> Callable:
     """`gradient(parameters, batch, dropout_key)`: `gradient_of` global arrays, on a mesh in one `shard_map`.
 
     Rows are divided over data and fsdp, places over `sequence`. Inside, each device gathers the weights that it multiplies with; gradients
@@ -131,6 +131,8 @@ def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None) 
     Args:
         loss: from `make_loss`, with `Division.of(mesh)`.
         mesh: None, or one device, for the program as it is.
+        gathered_once: gather the layers' weights once, in this precision, and keep them for all micro-batches; without it each layer
+            gathers its own where it uses them.
     """
     if mesh is None or mesh.size == 1:
         return partial(gradient_of, loss, micro_batches=micro_batches)
@@ -143,7 +145,12 @@ def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None) 
     def local(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
         total_weight = jnp.maximum(jax.lax.psum(batch.loss_weights_BL.sum(), everywhere), 1.0)
         key = None if dropout_key is None else division.dropout_key(dropout_key)
-        value, nll_BL, gradients = gradient_of(loss, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight)
+        loss_here = loss
+        if gathered_once is not None:
+            loss_here = partial(
+                loss, gathered_layers=division.gather(parameters["layers"], dtype=jnp.dtype(gathered_once), prefix="layers.")
+            )
+        value, nll_BL, gradients = gradient_of(loss_here, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight)
         flat = {path: jax.lax.psum(gradient, _summed_axes(path)) for path, gradient in flatten(gradients).items()}
         return jax.lax.psum(value, everywhere), nll_BL, nest(flat)
 

@@ -1,0 +1,19 @@
+"""StarCoderPlus on two slices of 64 chips of TPU v5p (2 x `v5p-128`), 4,194,304 tokens a step as 512 sequences of 8,192.
+
+    aurora plan configs/starcoderplus_two_v5p_128.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
+    aurora train configs/starcoderplus_two_v5p_128.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
+
+PLAN
+"""
+
+from aurora_jax.model.config import ComputeConfig
+from aurora_jax.train.config import MeshConfig, TrainConfig
+from configs._starcoderplus import SPARSE_CORE, on_mesh
+
+
+def config() -> TrainConfig:
+    return on_mesh(
+        MeshConfig(data=2, fsdp=16, fsdp_inner=4, gather="step"),
+        ComputeConfig(rematerialisation="products", compiler_options=SPARSE_CORE),
+        micro_batches=4,
+    )

@@ -1,0 +1,15 @@
+"""StarCoderPlus on two slices of 64 chips of TPU v5p (2 x `v5p-128`), 4,194,304 tokens a step as 2,048 sequences of 2,048.
+
+    aurora plan configs/starcoderplus_two_v5p_128_2k.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
+    aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
+
+PLAN
+"""
+
+from aurora_jax.train.config import TrainConfig
+from configs import starcoderplus_two_v5p_128
+from configs._starcoderplus import with_2k_sequences
+
+
+def config() -> TrainConfig:
+    return with_2k_sequences(starcoderplus_two_v5p_128.config())

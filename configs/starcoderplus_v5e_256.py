@@ -1,0 +1,15 @@
+"""StarCoderPlus on 256 chips of TPU v5e (`v5litepod-256`), 4,194,304 tokens a step as 512 sequences of 8,192.
+
+    aurora plan configs/starcoderplus_v5e_256.py --topology v5e:16x16 --model starcoderplus
+    aurora train configs/starcoderplus_v5e_256.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
+
+PLAN
+"""
+
+from aurora_jax.model.config import ComputeConfig
+from aurora_jax.train.config import MeshConfig, TrainConfig
+from configs._starcoderplus import on_mesh
+
+
+def config() -> TrainConfig:
+    return on_mesh(MeshConfig(fsdp=16, fsdp_inner=16), ComputeConfig(rematerialisation="full"))

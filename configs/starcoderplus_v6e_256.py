@@ -1,0 +1,18 @@
+"""StarCoderPlus on 256 chips of TPU v6e (`v6e-256`), 4,194,304 tokens a step as 512 sequences of 8,192.
+
+    aurora plan configs/starcoderplus_v6e_256.py --topology v6e:16x16 --model starcoderplus
+    aurora train configs/starcoderplus_v6e_256.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
+
+PLAN
+"""
+
+from aurora_jax.model.config import ComputeConfig
+from aurora_jax.train.config import MeshConfig, TrainConfig
+from configs._starcoderplus import SPARSE_CORE, on_mesh
+
+
+def config() -> TrainConfig:
+    return on_mesh(
+        MeshConfig(fsdp=8, fsdp_inner=32),
+        ComputeConfig(rematerialisation="attention", separate_activation=True, compiler_options=SPARSE_CORE),
+    )
