@@ -19,6 +19,7 @@ MODULE = "maxtext.trainers.pre_train.train_compile"
 
 def main(output: Path, settings: list[str]) -> None:
     compile_lowered = jax.stages.Lowered.compile
+    output.unlink(missing_ok=True)
 
     def compile_and_keep(self, *arguments, **options):
         begun = time.monotonic()

@@ -82,6 +82,22 @@ def ours(precision: str) -> float:
     return measure(step)
 
 
+def roofline(precision: str) -> float:
+    """Seconds of our step if it were nothing but its matrix products, all as fast as the widest of them is alone."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+
+    from aurora_jax.model.config import ModelConfig
+    from aurora_jax.plan.estimate import flops_per_token
+
+    model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP)
+    left, right = (jnp.ones(shape, precision) for shape in ((BATCH * POSITIONS, WIDTH), (WIDTH, MLP)))
+    product = jax.jit(lambda left, right: jnp.matmul(left, right, preferred_element_type=jnp.float32))
+    seconds = measure(lambda: jax.block_until_ready(product(left, right)))
+    return flops_per_token(model, POSITIONS) * BATCH * POSITIONS / (2 * left.size * MLP / seconds)
+
+
 def peer(precision: str) -> float:
     """Seconds of a step of transformers' GPTBigCodeForCausalLM in PyTorch."""
     import torch
@@ -122,7 +138,7 @@ def main(benchmark: Benchmark) -> None:
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(benchmark.rounds):
         for precision in ("float32", "bfloat16"):
-            for side in ("ours", "peer"):
+            for side in ("ours", "peer", "roofline"):
                 command = [sys.executable, __file__, "--measure", side, precision]
                 environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_VERBOSITY": "error"}
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True).stdout
@@ -145,13 +161,17 @@ def main(benchmark: Benchmark) -> None:
     table = Table("training step on CPU", "ours, tokens/s", "PyTorch, tokens/s", "ratio", f"target {TARGET}")
     for row in rows:
         table.add_row(row["name"], f"{row['ours']:,.0f}", f"{row['peer']:,.0f}", f"{row['ratio']:.2f}", "met" if row["met"] else "missed")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for precision in ("float32", "bfloat16"):
+        mine, bound = (statistics.median(rates[side, precision]) for side in ("ours", "roofline"))
+        console.print(f"{precision}: {mine / bound:.0%} of our own roofline, {bound:,.0f} tokens/s with nothing but matrix products")
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        print({"ours": ours, "peer": peer}[sys.argv[2]](sys.argv[3]))
+        print({"ours": ours, "peer": peer, "roofline": roofline}[sys.argv[2]](sys.argv[3]))
     else:
         main(tyro.cli(Benchmark, description=__doc__))

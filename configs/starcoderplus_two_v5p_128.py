@@ -14,6 +14,6 @@ from configs._starcoderplus import SPARSE_CORE, on_mesh
 def config() -> TrainConfig:
     return on_mesh(
         MeshConfig(data=2, fsdp=16, fsdp_inner=4, gather="step"),
-        ComputeConfig(rematerialisation="products", compiler_options=SPARSE_CORE),
+        ComputeConfig(rematerialisation="products", row_major_residual=True, compiler_options=SPARSE_CORE),
         micro_batches=4,
     )

@@ -15,8 +15,9 @@ from flax import nnx
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.model.decoder import gelu, initial_parameters, merge, structure_of
 from aurora_jax.model.loss import cross_entropy
+from aurora_jax.model.norm import LayerNorm
 from aurora_jax.model.sharding import flatten
 from convert.__main__ import main as convert
 
@@ -190,9 +191,13 @@ def value_and_gradients(compute: ComputeConfig):
     [
         ComputeConfig("float32", "float32", unroll_layers=True),
         ComputeConfig("float32", "float32", rematerialisation="full"),
+        ComputeConfig("float32", "float32", rematerialisation="attention"),
+        ComputeConfig("float32", "float32", rematerialisation="projections"),
         ComputeConfig("float32", "float32", rematerialisation="products"),
+        ComputeConfig("float32", "float32", rematerialisation="offload"),
+        ComputeConfig("float32", "float32", separate_activation=True),
     ],
-    ids=["unrolled", "remat-full", "remat-products"],
+    ids=["unrolled", "remat-full", "remat-attention", "remat-projections", "remat-products", "remat-offload", "separate-activation"],
 )
 def test_how_it_is_run_does_not_change_what_it_computes(compute):
     value, gradients = value_and_gradients(compute)
@@ -212,6 +217,49 @@ def test_bf16_products_stay_close_to_fp32(activation_dtype):
     for path, gradient in flatten(gradients).items():
         error = np.linalg.norm(gradient - flatten(expected)[path]) / np.linalg.norm(flatten(expected)[path])
         assert error < 5e-2, (path, error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_is_pytorchs_and_its_gradients_are_fp32(dtype):
+    """Inputs far from zero, as a residual stream's are; PyTorch computes in fp64 from the same rounded inputs."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(3, 50, 64)) + 2, dtype)
+    cotangent = jnp.asarray(rng.normal(size=inputs.shape), dtype)
+    norm = LayerNorm(64, epsilon=1e-5, dtype=jnp.dtype(dtype))
+    norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=64), jnp.float32) for _ in range(2))
+    structure, parameters = nnx.split(norm)
+    output, backward = jax.vjp(lambda parameters, inputs: nnx.merge(structure, parameters)(inputs), parameters, inputs)
+    of_parameters, of_inputs = backward(cotangent)
+
+    peer = torch.nn.LayerNorm(64, eps=1e-5, dtype=torch.float64)
+    for name, array in (("weight", norm.scale), ("bias", norm.bias)):
+        getattr(peer, name).data = torch.tensor(np.asarray(array[...], np.float64))
+    theirs = torch.tensor(np.asarray(inputs, np.float64), requires_grad=True)
+    result = peer(theirs)
+    result.backward(torch.tensor(np.asarray(cotangent, np.float64)))
+    rounding = 1e-6 if dtype == "float32" else 2**-8
+    for ours, expected, relative in (
+        (output, result, rounding),
+        (of_inputs, theirs.grad, rounding),
+        (of_parameters["scale"][...], peer.weight.grad, 1e-5),
+        (of_parameters["bias"][...], peer.bias.grad, 1e-5),
+    ):
+        expected = expected.detach().numpy()
+        assert np.abs(np.asarray(ours, np.float64) - expected).max() <= relative * np.abs(expected).max()
+    assert {gradient.dtype for gradient in jax.tree.leaves(of_parameters)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_gelu_and_its_slope_are_pytorchs(approximate, separate):
+    """XLA's tanh in fp32 is good to 5e-7, which the slope of the tanh form multiplies by up to nine (at |x| = 5)."""
+    x = np.linspace(-9, 9, 2001).astype(np.float32)
+    value, backward = jax.vjp(lambda x: gelu(x, approximate, separate), jnp.asarray(x))
+    theirs = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    result = torch.nn.functional.gelu(theirs, approximate="tanh" if approximate else "none")
+    result.sum().backward()
+    np.testing.assert_allclose(value, result.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(backward(jnp.ones_like(x))[0], theirs.grad.numpy(), atol=5e-6 if approximate else 2e-6)
 
 
 def test_initial_weights_are_gpt2s():

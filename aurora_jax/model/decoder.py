@@ -46,7 +46,7 @@ class Attention(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), name="query", kernel_init=init)
         self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), name="key_value", kernel_init=init)
-        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=True)
+        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual)
         self.output = residual("blhc,hcd->bld", (H, C, D), (D,), name="attention_output")
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
@@ -80,7 +80,7 @@ class MLP(nnx.Module):
         D, F = config.width, config.mlp_width
         init = nnx.initializers.normal(config.initializer_range)
         self.up = linear("bld,df->blf", (D, F), (F,), name="feed_forward", kernel_init=init)
-        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=True)
+        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual)
         self.down = residual("blf,fd->bld", (F, D), (D,), name="feed_forward_output")
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:

@@ -56,8 +56,7 @@ class Linear(nnx.Module):
     """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H, C), ...)`.
 
     Rematerialisation policies know its result by `name`. With `sums`, what it contracts is divided over the tensor axis, and the parts are
-    added up before the bias. With `row_major` its last axis is contiguous in memory: the TPU compiler otherwise transposes the residual
-    stream, and copies it back for each LayerNorm.
+    added up before the bias. With `row_major` its last axis is contiguous in memory.
     """
 
     def __init__(

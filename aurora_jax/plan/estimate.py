@@ -198,24 +198,26 @@ def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.sta
 
 def smallest_change(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> tuple[str, Plan] | None:
     """The first of some changes, least costly first, with which a step fits; each is compiled."""
-    order = ["nothing", "products", "attention", "full"]
+    order = ["nothing", "offload", "products", "projections", "attention", "full"]
     kept = config.compute.rematerialisation
-    changes: list[dict[str, Any]] = [{"compute.rematerialisation": each} for each in order[order.index(kept) + 1 :]]
+    changes: list[dict[str, Any]] = [{"mesh.gather": "layer"}] if config.mesh.gather == "step" else []
+    changes += [{"compute.rematerialisation": each} for each in order[order.index(kept) + 1 :] if each != "offload"]
     changes += [{"optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4)]
     changes += [
         {"compute.rematerialisation": "full", "optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4, 8)
     ]
+    if config.optimizer.moments_dtype == "float32":
+        changes.append({"optimizer.moments_dtype": "bfloat16", "compute.rematerialisation": "full"})
     for change in changes:
         changed = config
-        for path, value in change.items():
-            group, name = path.split(".")
-            changed = replace(changed, **{group: replace(getattr(changed, group), **{name: value})})
         try:
-            return " ".join(f"--{path.replace('_', '-')} {value}" for path, value in change.items()), make_plan(
-                changed, model, topology, slices
-            )
+            for path, value in change.items():
+                group, name = path.split(".")
+                changed = replace(changed, **{group: replace(getattr(changed, group), **{name: value})})
+            plan = make_plan(changed, model, topology, slices)
         except InputError:
             continue
+        return " ".join(f"--{path.replace('_', '-')} {value}" for path, value in change.items()), plan
     return None
 
 

@@ -175,8 +175,9 @@ def print_ranking(found: list[tuple[Candidate, dict]], console: Console) -> None
     console.print(f"the best, as options of `aurora train`:\n  {found[0][0].flags}", soft_wrap=True)
 
 
-CONFIG_FILE = '''"""Found by `aurora plan --search` for {slices} x {topology}: {step_seconds:.2f} s a step, estimated, MFU at most {mfu:.1%},
-{memory:.1f} of {capacity:.0f} GiB of HBM a chip.
+CONFIG_FILE = '''"""Found by `aurora plan --search` for {slices} x {topology}.
+
+Estimated: {step_seconds:.2f} s a step, MFU at most {mfu:.1%}, {memory:.1f} of {capacity:.0f} GiB of HBM a chip.
 """
 
 from pathlib import Path

@@ -1,0 +1,48 @@
+"""Worker of test_plan_on_cpu.py: compiles a training step for the CPU, runs it, prints estimated and measured bytes above its arguments.
+
+python tests/cpu_memory.py full
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.plan.step import abstract_batch, abstract_state, lower_train_step
+from aurora_jax.train.config import MeshConfig, OptimizerConfig
+from aurora_jax.train.mesh import make_mesh
+
+MODEL = ModelConfig(512, 1024, 256, 6, 4, 1024).with_dropout(0.0)
+B, L = 8, 1024
+
+
+def resident(name: str) -> int:
+    """A figure of /proc/self/status in bytes: VmRSS, or VmHWM, its peak since `forget_peak`."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def main(rematerialisation: str) -> None:
+    compute = ComputeConfig("float32", "float32", rematerialisation=rematerialisation)  # type: ignore[arg-type]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    lowered = lower_train_step(MODEL, compute, OptimizerConfig(), mesh, batch_size=B, length=L)
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    shapes = abstract_state(MODEL, OptimizerConfig(), mesh), abstract_batch(B, L, mesh)
+    arguments = jax.tree.map(lambda shape: jax.device_put(jnp.ones(shape.shape, shape.dtype), shape.sharding), shapes)
+    jax.block_until_ready(arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
+    jax.block_until_ready(compiled(*arguments))
+    measured = resident("VmHWM") - before
+    estimated = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    print(json.dumps({"estimated": estimated, "measured": measured}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
