@@ -174,8 +174,8 @@ class ComputeConfig:
     """Compute GELU and its slope once, where its input is made, not inside the products that follow: faster where the vector unit is slow
     compared with the matrix unit (v6e), slower where it is not (v5p)."""
     row_major_residual: bool = False
-    """Keep the residual stream's features next to each other in memory; otherwise the TPU compiler transposes it, and copies it back here and
-    there: 2 % faster on v5p, 10 % slower on v6e, where sums along a row cost more than copies."""
+    """Keep the residual stream's features next to each other in memory; otherwise the TPU compiler transposes it, and copies it back in
+    places: 2 % faster on v5p, 10 % slower on v6e, where sums along a row cost more than copies."""
     compiler_options: tuple[tuple[str, str], ...] = ()
     """Options for the TPU compiler's training step, as pairs: (("xla_tpu_scoped_vmem_limit_kib", "98304"),)."""
     unroll_layers: bool = False
