@@ -112,7 +112,7 @@ def test_collectives_in_flight_together_share_what_hides_them():
     products = [PRODUCT.format(place, cycles) for place, cycles in enumerate((100, 1000, 10))]
     program = read_program(SPARSE.format(*products))
     assert program.cycles == 1110
-    scatter, gather, reduction = sorted(program.collectives, key=lambda each: each.kind, reverse=True)
+    scatter, reduction, gather = sorted(program.collectives, key=lambda each: each.kind, reverse=True)
     assert (scatter.kind, scatter.group, scatter.bytes) == ("reduce-scatter", 8, 2048)
     assert (gather.kind, gather.group, gather.bytes) == ("all-gather", 4, 512)
     assert (reduction.kind, reduction.group, reduction.bytes, reduction.hidden_cycles) == ("all-reduce", 8, 1024, 0)
@@ -153,6 +153,33 @@ def test_plan_is_within_what_is_possible(plans, topology):
     least = 8 * (parameters - MODEL.max_positions * MODEL.width) * plan.tokens / 4 / chip.peak
     assert least * 0.75 < plan.compute_seconds < 2 * least
     assert plan.kernel_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "members"),
+    [
+        ("{{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("mesh['data'=2,'fsdp'=4] {'data'}", (0, 4)),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", tuple(range(8))),
+    ],
+)
+def test_groups_in_every_way_of_writing_them(written, members):
+    line = f"ENTRY %main () -> f32[8] {{\n  %a = f32[8]{{0}} all-reduce(%b), replica_groups={written}, to_apply=%add\n}}"
+    assert read_program(line).collectives[0].members == members
+
+
+def test_two_slices_add_up_gradients_over_the_network():
+    """Over `data` a chip sends its part of every gradient, in fp32, once a step; the network between slices is slow, and said to be."""
+    config = replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, fsdp_inner=2), data=replace(CONFIG.data, batch_size=8))
+    plan = make_plan(config, MODEL, "v5p:2x2x1", slices=2)
+    across = [row for row in plan.collectives if "data" in row.axis]
+    assert plan.chips == 8
+    assert sum(row.gigabytes for row in across) == pytest.approx(plan.memory_parameters / 1e9, rel=0.02)
+    assert sum(row.seconds for row in across) == pytest.approx(plan.memory_parameters / CHIPS["v5p"].network, rel=0.02)
+    with pytest.raises(InputError, match="cannot be divided over 2"):
+        make_plan(CONFIG, MODEL, "v5p:2x1x1", slices=2)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():

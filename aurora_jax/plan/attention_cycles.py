@@ -3,7 +3,7 @@ libtpu dumps only what it was told to dump when it started.
 
     python -m aurora_jax.plan.attention_cycles '{"generation": "v5p", "heads": 48, "kv_heads": 1, "head_dim": 128, "length": 8192}'
 
-prints the cycles of one causal sequence on one TensorCore, forward and backward.
+prints the cycles of a kernel's call for one causal sequence on one TensorCore, forward and backward.
 """
 
 import functools
@@ -52,7 +52,10 @@ def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads
 
 @functools.cache
 def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, length: int) -> dict[str, int]:
-    """Cycles of one causal sequence in bf16, forward and backward, on one TensorCore; compiles both kernels (half a minute)."""
+    """Cycles of a call for one causal sequence in bf16, forward and backward, on one TensorCore; compiles both kernels (half a minute).
+
+    A backward pass is several calls where VMEM does not hold all keys at once (v4).
+    """
     given = {"generation": generation, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": length}
     command = [sys.executable, "-m", "aurora_jax.plan.attention_cycles", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -90,6 +93,9 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int)
             sizes = blocks_for(direction, generation, jnp.bfloat16, wide, heads // kv_heads, length, length)
             blocks = next(blocks for name, blocks in kernels.items() if f"flash_attention_{direction}" in name)
             cycles[direction] = kv_heads * causal_cycles(blocks, sizes, direction, heads // kv_heads, length)
+            if direction == "backward":
+                # One call for each part of the keys that stays in VMEM (`ops.py`).
+                cycles[direction] //= -(-length // sizes.resident_keys)
         print(json.dumps(cycles))
 
 

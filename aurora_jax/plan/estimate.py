@@ -6,7 +6,6 @@ An estimate, and called one: it leaves out stalls on memory that the compiler do
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import jax
@@ -139,7 +138,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     begun = time.monotonic()
     compiled = compile_step(config, model, mesh)
     compile_seconds = time.monotonic() - begun
-    program = read_program(compiled.as_text() or "")
+    program = read_program(compiled.as_text() or "", slices)
     state = abstract_state(model, config.optimizer, mesh)
     of_parameters, of_optimizer = (_bytes_a_chip(tree) for tree in (state.parameters, state.moments))
     memory = compiled.memory_analysis()
@@ -227,7 +226,7 @@ def collective_rows(collectives: list[Collective], mesh: Mesh, chip: Chip) -> li
     for each in collectives:
         if each.group < 2:
             continue
-        axis, bandwidth = _axis_of(each.group, mesh, chip)
+        axis, bandwidth = ("data", chip.network) if each.network else _axes_of(each.members, mesh, chip)
         seconds = each.wire_bytes / bandwidth
         exposed = max(seconds - each.hidden_cycles / chip.clock, 0.0)
         before = rows.get((each.kind, axis), CollectiveRow(each.kind, axis, 0, 0.0, 0.0, 0.0))
@@ -241,19 +240,15 @@ def collective_rows(collectives: list[Collective], mesh: Mesh, chip: Chip) -> li
     return sorted(rows.values(), key=lambda row: -row.seconds)
 
 
-def _axis_of(group: int, mesh: Mesh, chip: Chip) -> tuple[str, float]:
-    """Mesh axes whose devices form groups of a size, and the bandwidth that such a group has: that of the torus dimensions it spans."""
-    for count in range(1, len(MESH_AXES) + 1):
-        for axes in combinations(MESH_AXES, count):
-            if np.prod([mesh.shape[axis] for axis in axes]) == group and all(mesh.shape[axis] > 1 for axis in axes):
-                index = tuple(slice(None) if axis in axes else 0 for axis in MESH_AXES)
-                devices = mesh.devices[index].ravel()
-                name = " x ".join(axes)
-                if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
-                    return name, chip.network
-                spanned = sum(len(set(column)) > 1 for column in zip(*(device.coords for device in devices), strict=True))
-                return name, chip.interconnect * max(spanned, 1) / chip.torus_dimensions
-    return f"{group} devices", chip.interconnect / chip.torus_dimensions
+def _axes_of(members: tuple[int, ...], mesh: Mesh, chip: Chip) -> tuple[str, float]:
+    """Mesh axes along which a group's devices lie, and the bandwidth that such a group has: that of the torus dimensions it spans."""
+    places = np.unravel_index(members, mesh.devices.shape)
+    name = " x ".join(axis for axis, column in zip(mesh.axis_names, places, strict=True) if len(set(column)) > 1)
+    devices = mesh.devices.ravel()[list(members)]
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return name, chip.network
+    spanned = sum(len(set(column)) > 1 for column in zip(*(device.coords for device in devices), strict=True))
+    return name, chip.interconnect * max(spanned, 1) / chip.torus_dimensions
 
 
 def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, mesh: Mesh, generation: str, chip: Chip) -> float:

@@ -9,15 +9,20 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from aurora_jax.errors import InputError
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\(")
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|branch_computations=\{)=?%?([\w.\-]+)")
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\] \{([^}]*)\})")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?/(\w+)/pallas_call"')
+_BETWEEN_SLICES = re.compile(r' send\(.*_xla_host_transfer_rendezvous="([^"]+)".*_xla_megascale_transfer_type="([A-Z_]+)"')
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 _UNKNOWN = 1 << 50
 """Estimates above this are the compiler's way of saying that it has none."""
@@ -29,8 +34,8 @@ class Collective:
 
     kind: str
     """all-gather, all-reduce, reduce-scatter ..."""
-    group: int
-    """Devices that take part together."""
+    members: tuple[int, ...]
+    """Devices of the first group that takes part together, as places in the mesh."""
     bytes: int
     """Size of the whole array on one device: the result of a gather, the operand of a scatter or reduction."""
     times: int
@@ -39,6 +44,13 @@ class Collective:
     """Estimated cycles of what runs between its start and its end, each time, as its share of the links; 0 if it is synchronous."""
     operation: str
     """Where in the program it comes from."""
+    network: bool = False
+    """Between slices, over the data-center network; `members` then counts slices."""
+
+    @property
+    def group(self) -> int:
+        """Devices of a group."""
+        return len(self.members)
 
     @property
     def wire_bytes(self) -> float:
@@ -62,8 +74,11 @@ class Program:
         return sum(each.wire_bytes * each.times for each in self.collectives if not kinds or each.kind in kinds)
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str, slices: int = 1) -> Program:
     """Reads an optimized HLO module (`compiled.as_text()`).
+
+    Args:
+        slices: that it was compiled for; what they exchange is written as sends to a host.
 
     Raises:
         InputError: a loop whose trip count is not a constant of its condition.
@@ -80,11 +95,11 @@ def read_program(text: str) -> Program:
     program = Program()
     if entry is None:
         raise InputError("This is no HLO module: it has no ENTRY computation.")
-    _walk(computations, entry, 1, program)
+    _walk(computations, entry, 1, program, slices)
     return program
 
 
-def _walk(computations: dict[str, list[str]], name: str, times: int, program: Program) -> None:
+def _walk(computations: dict[str, list[str]], name: str, times: int, program: Program, slices: int) -> None:
     lines = computations[name]
     cycles = [_own_cycles(line) for line in lines]
     program.cycles += times * sum(cycles)
@@ -92,7 +107,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
     for place, line in enumerate(lines):
         if " while(" in line:
             trips = _trips(computations, line)
-            _walk(computations, _named(line, "body"), times * trips, program)
+            _walk(computations, _named(line, "body"), times * trips, program, slices)
         elif " call-start(" in line:
             # Given to the SparseCores, which work beside the TensorCores.
             for inner in computations[_named(line, "to_apply")]:
@@ -100,9 +115,13 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
                     spans.append((place, _end(lines, place, "call-done"), _collective(inner, found, times)))
         elif re.search(r" (call|conditional)\(", line):
             for branch in _CALLED.findall(line):
-                _walk(computations, branch, times, program)
+                _walk(computations, branch, times, program, slices)
         elif kernel := _KERNEL.search(line):
             program.kernels[kernel[1]] += times
+        elif sent := _BETWEEN_SLICES.search(line):
+            size = _bytes(_ARRAY.findall(line.split(" = ", 1)[1])[0])
+            kind = sent[2].lower().replace("_", "-")
+            spans.append((place, _received(lines, place, sent[1]), Collective(kind, tuple(range(slices)), size, times, 0, sent[1], True)))
         elif found := _COLLECTIVE.search(line):
             end = _end(lines, place, f"{found[1]}-done") if found[2] else place
             spans.append((place, end, _collective(line, found, times)))
@@ -139,6 +158,14 @@ def _hide(spans: list[tuple[int, int, Collective]], cycles: list[int]) -> list[C
     return [replace(collective, hidden_cycles=int(share)) for (_, _, collective), share in zip(spans, shares, strict=True)]
 
 
+def _received(lines: list[str], place: int, rendezvous: str) -> int:
+    """Where what other slices sent back has arrived."""
+    for later in range(len(lines)):
+        if " recv(" in lines[later] and f'rendezvous="{rendezvous}"' in lines[later]:
+            return max(_end(lines, later, "recv-done"), place)
+    return place
+
+
 def _end(lines: list[str], place: int, done: str) -> int:
     name = lines[place].strip().removeprefix("ROOT ").split(" = ", 1)[0]
     return next((later for later in range(place + 1, len(lines)) if f"{done}({name})" in lines[later]), place)
@@ -150,28 +177,33 @@ def _own_cycles(line: str) -> int:
 
 
 def _collective(line: str, found: re.Match, times: int) -> Collective:
-    group, kind, is_asynchronous = _group(line), found[1], bool(found[2])
+    members, kind, is_asynchronous = _members(line), found[1], bool(found[2])
     # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all; the result of a start has
     # its operands first.
     sizes = [_bytes(array) for array in _ARRAY.findall(line.split(" = ", 1)[1].split(found[0])[0])]
     size = max(sizes) if is_asynchronous else sum(sizes)
     if kind == "reduce-scatter" and not is_asynchronous:
-        size *= group
+        size *= len(members)
     operation = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, group, size, times, 0, operation[1] if operation else "")
+    return Collective(kind, members, size, times, 0, operation[1] if operation else "")
 
 
-def _group(line: str) -> int:
-    """Devices of one group, in any of the three ways of writing groups; newer compilers name axes of a mesh."""
-    found = _GROUPS.search(line)
-    if found is None:
-        return 1
-    if found[2]:
-        return int(found[2])
-    if found[3]:
-        return len(found[3].split(","))
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[4]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[5]))
+def _members(line: str) -> tuple[int, ...]:
+    """Devices of the first group, as places in the order of the program's devices, in any of the three ways of writing groups."""
+    if listed := _LISTED_GROUPS.search(line):
+        return tuple(int(number) for number in listed[1].split(","))
+    if iota := _IOTA_GROUPS.search(line):
+        groups, size = int(iota[1]), int(iota[2])
+        places = np.arange(groups * size).reshape([int(number) for number in (iota[3] or str(groups * size)).split(",")])
+        if iota[4]:
+            places = places.transpose([int(number) for number in iota[4].split(",")])
+        return tuple(int(place) for place in places.reshape(groups, size)[0])
+    if mesh := _MESH_GROUPS.search(line):
+        axes = re.findall(r"'([^']+)'=(\d+)", mesh[1])
+        places = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        taken = set(re.findall(r"'([^']+)'", mesh[2]))
+        return tuple(int(place) for place in places[tuple(slice(None) if name in taken else 0 for name, _ in axes)].ravel())
+    return (0,)
 
 
 def _bytes(array: tuple[str, str]) -> int:

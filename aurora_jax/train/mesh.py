@@ -14,13 +14,13 @@ from aurora_jax.train.config import MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices as a mesh, laid along their torus.
+    """All devices as a mesh, laid along their torus, and `data` over slices where there are several.
 
     Args:
         devices: those of this run, or of a topology that is only compiled for; `jax.devices()` without them.
 
     Raises:
-        InputError: the product of the axes is not the number of devices.
+        InputError: the product of the axes is not the number of devices, or `data` cannot be divided over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -29,7 +29,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise InputError(f"mesh {config} does not fit {len(devices)} devices: the product of its axes must be that number (one may be -1).")
-    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    elif sizes[0] % slices:
+        raise InputError(f"mesh {config}: the data axis runs over slices, and {sizes[0]} cannot be divided over {slices} of them.")
+    else:
+        inside, across = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
+        array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
