@@ -179,7 +179,7 @@ def test_two_slices_add_up_gradients_over_the_network():
     assert sum(row.gigabytes for row in across) == pytest.approx(plan.memory_parameters / 1e9, rel=0.02)
     assert sum(row.seconds for row in across) == pytest.approx(plan.memory_parameters / CHIPS["v5p"].network, rel=0.02)
     with pytest.raises(InputError, match="cannot be divided over 2"):
-        make_plan(CONFIG, MODEL, "v5p:2x1x1", slices=2)
+        make_plan(replace(CONFIG, mesh=MeshConfig(fsdp=4, fsdp_inner=2)), MODEL, "v5p:2x2x1", slices=2)
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
