@@ -3,7 +3,7 @@
     aurora plan configs/starcoderplus_two_v5p_128_2k.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
     aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
 
-PLAN
+Not planned on its own yet: memory is that of starcoderplus_v5p_128_2k.py (65.2 of 95 GiB a chip), whose micro-batches are the same.
 """
 
 from aurora_jax.train.config import TrainConfig
