@@ -1,6 +1,7 @@
 """The command line: `aurora` or `python -m aurora_jax`."""
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
+  aurora data build MIXTURE         token stores out of the sources of a SeqIO mixture, with Apache Beam
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
@@ -90,7 +92,11 @@ def _data(arguments: Sequence[str]) -> None:
     from aurora_jax.data.sample import SampleCommand
     from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
 
-    _subcommands("data", {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand}, arguments)
+    # Beam warns through the root logger of cloud libraries that are not installed.
+    logging.getLogger().setLevel(logging.ERROR)
+    from aurora_jax.data.build_command import BuildCommand
+
+    _subcommands("data", {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand, "build": BuildCommand}, arguments)
 
 
 def _eval(arguments: Sequence[str]) -> None:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stores import write_store
 
-from aurora_jax.data.store import StoreWriter, TokenStore
+from aurora_jax.data.store import TokenStore
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
@@ -18,10 +19,7 @@ L = 16
 
 
 def make_store(directory, documents: list[np.ndarray], text_bytes: int) -> TokenStore:
-    with StoreWriter(directory, 31) as writer:
-        writer.append(documents)
-        writer.finish(task="t", split="validation", fingerprint="f", tokenizer_sha256="s", eos_id=0, language="en", text_bytes=text_bytes)
-    return TokenStore.open(directory)
+    return write_store(directory, documents, vocab_size=31, split="validation", text_bytes=text_bytes)
 
 
 @pytest.fixture

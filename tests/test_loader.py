@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import write_store
 
 from aurora_jax.data.loader import Batch, Loader, Stage, evaluation_batches
 from aurora_jax.data.mixture import BlockMixture
 from aurora_jax.data.permutation import Permutation
-from aurora_jax.data.store import StoreWriter, TokenStore
+from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
 
 # --- permutations
@@ -109,11 +110,7 @@ counter = iter(range(10**9))
 
 
 def make_store(documents: Sequence[Sequence[int]], eos_id: int | None = 0, tokenizer: str = "s") -> TokenStore:
-    directory = f"memory://loader/{next(counter)}/"
-    with StoreWriter(directory, 50_000) as writer:
-        writer.append([np.array(ids) for ids in documents])
-        writer.finish(task="t", split="train", fingerprint="", tokenizer_sha256=tokenizer, eos_id=eos_id, language="en", text_bytes=1)
-    return TokenStore.open(directory)
+    return write_store(f"memory://loader/{next(counter)}/", documents, eos_id=eos_id, tokenizer_sha256=tokenizer)
 
 
 def random_documents(seed: int, tokens: int) -> list[list[int]]:

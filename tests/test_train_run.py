@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax.data.tasks import unregister_sample_tasks
+from aurora_jax.data.tasks import unregister
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model import checkpoint
@@ -40,13 +40,13 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         output=folder / "undisturbed",
         stages=STAGES,
         model=MODEL,
-        data=DataConfig(corpus=mini_corpus, tokenizer=mini_tokenizer, stores=folder / "stores", batch_size=8, sequence_length=32),
+        data=DataConfig(corpus=mini_corpus, tokenizer=mini_tokenizer, stores=str(folder / "stores"), batch_size=8, sequence_length=32),
         compute=ComputeConfig("float32", "float32"),
         evaluation=EvaluationConfig(tasks=("sample_en", "sample_fi"), every=4, quick_windows=2, batch_size=2),
         checkpoint=CheckpointConfig(every=4),
         log_format="lines",
     )
-    unregister_sample_tasks()
+    unregister()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_jax.data.vocabulary import HuggingFaceVocabulary, Vocabulary, vocabulary_from
+from aurora_jax.data.vocabulary import Vocabulary, vocabulary_from
 from aurora_jax.errors import InputError
 
 SHARED = Path(os.environ.get("AURORA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -28,7 +28,7 @@ TRAP = "one<|endoftext|>two <fim_prefix>three"
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceVocabulary:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     """A byte-level BPE in StarCoder's layout; saved with the truncation of whoever made it."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,14 +43,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceVocabulary:
     tokenizer.enable_truncation(8)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
-    return HuggingFaceVocabulary(folder)
+    return vocabulary_from(folder)
 
 
 @pytest.fixture(scope="module")
-def starcoder() -> HuggingFaceVocabulary:
+def starcoder() -> Vocabulary:
     if not STARCODER.is_file():
         pytest.skip(f"StarCoder's tokenizer is not at {STARCODER}; set AURORA_SHARED")
-    return HuggingFaceVocabulary(STARCODER)
+    return vocabulary_from(STARCODER)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_starcoder_round_trip(starcoder: HuggingFaceVocabulary, language: str) -> None:
+def test_starcoder_round_trip(starcoder: Vocabulary, language: str) -> None:
     text = TEXTS[language]
     assert starcoder.decode(starcoder.encode(text)) == text
     (batched,) = starcoder.encode_batch([text])
@@ -82,38 +82,38 @@ def test_starcoder_round_trip(starcoder: HuggingFaceVocabulary, language: str) -
     assert starcoder.encode_tf(tf.constant(text)).numpy().tolist() == starcoder.encode(text)
 
 
-def test_starcoder_layout(starcoder: HuggingFaceVocabulary) -> None:
+def test_starcoder_layout(starcoder: Vocabulary) -> None:
     assert (starcoder.eos_id, starcoder.vocab_size, starcoder.unk_id, starcoder.bos_id) == (0, 49_152, None, None)
 
 
-def test_agrees_with_transformers(starcoder: HuggingFaceVocabulary) -> None:
+def test_agrees_with_transformers(starcoder: Vocabulary) -> None:
     from transformers import PreTrainedTokenizerFast
 
     other = PreTrainedTokenizerFast(tokenizer_file=str(STARCODER))
     for text in TEXTS.values():
         assert starcoder.encode(text) == other.encode(text)
-    assert starcoder.encode_with_special_tokens(TRAP) == other.encode(TRAP)
+    assert starcoder.tokenizer.encode_with_special_tokens(TRAP) == other.encode(TRAP)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.text())
-def test_any_text_survives(small: HuggingFaceVocabulary, text: str) -> None:
+def test_any_text_survives(small: Vocabulary, text: str) -> None:
     ids = small.encode(text)
     assert small.eos_id not in ids
     assert small.decode(ids) == text
     assert small.encode_batch([text, "x"])[0].tolist() == ids
 
 
-def test_special_tokens_in_text_are_text(small: HuggingFaceVocabulary) -> None:
+def test_special_tokens_in_text_are_text(small: Vocabulary) -> None:
     ids = small.encode(TRAP)
     assert not {0, 1} & set(ids)
     assert small.decode(ids) == TRAP
     assert not {0, 1} & set(small.encode_batch([TRAP])[0].tolist())
     assert not {0, 1} & set(small.encode_tf(tf.constant(TRAP)).numpy().tolist())
-    assert [i for i in small.encode_with_special_tokens(TRAP) if i in (0, 1)] == [0, 1]
+    assert [i for i in small.tokenizer.encode_with_special_tokens(TRAP) if i in (0, 1)] == [0, 1]
 
 
-def test_token_zero_in_decoding(small: HuggingFaceVocabulary) -> None:
+def test_token_zero_in_decoding(small: Vocabulary) -> None:
     a, b = small.encode("a"), small.encode("b")
     ids = [*a, 0, *b, 0, 0]
     assert small.decode(ids) == "a<|endoftext|>"
@@ -122,21 +122,21 @@ def test_token_zero_in_decoding(small: HuggingFaceVocabulary) -> None:
     assert rows.numpy().tolist() == [b"a<|endoftext|>", b"ba<|endoftext|>"]
 
 
-def test_saved_truncation_is_ignored(small: HuggingFaceVocabulary) -> None:
-    assert tokenizers.Tokenizer.from_file(str(small.path)).truncation is not None
+def test_saved_truncation_is_ignored(small: Vocabulary) -> None:
+    assert tokenizers.Tokenizer.from_file(str(small.tokenizer.path)).truncation is not None
     assert len(small.encode(TEXTS["en"] * 10)) > 8
 
 
-def test_equality_is_by_content(small: HuggingFaceVocabulary, tmp_path: Path) -> None:
+def test_equality_is_by_content(small: Vocabulary, tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
-    copy.write_bytes(small.path.read_bytes())
+    copy.write_bytes(small.tokenizer.path.read_bytes())
     assert vocabulary_from(copy) == small
     assert hash(vocabulary_from(copy)) == hash(small)
-    copy.write_bytes(small.path.read_bytes().replace(b"<fim_prefix>", b"<fim_middle>"))
+    copy.write_bytes(small.tokenizer.path.read_bytes().replace(b"<fim_prefix>", b"<fim_middle>"))
     assert vocabulary_from(copy) != small
 
 
-def test_pickle(small: HuggingFaceVocabulary) -> None:
+def test_pickle(small: Vocabulary) -> None:
     other = pickle.loads(pickle.dumps(small))
     assert other == small
     assert other.encode(TRAP) == small.encode(TRAP)

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     Attributes:
         tokens_BL: int32, inputs.
         targets_BL: int32, the token after each input.
-        loss_weights_BL: float32; 0 where there is no target to learn (padding, by position), else 1.
+        loss_weights_BL: float32; 0 where there is no target to learn (padding, by position; questions, by the store's mask), else 1.
         segment_ids_BL: int32; 0 on padding. Tokens attend within their segment only.
         positions_BL: int32, the position of each token for the model.
         task_ids_B: int32, the place of each sequence's task in `Loader.tasks`.
@@ -126,7 +126,10 @@ class Loader:
         batch.task_ids_B[:] = task_B
         for task in np.unique(task_B).tolist():
             here = np.flatnonzero(task_B == task)
-            _fill(batch, here, self._stores[task], window_B[here] * self._length, self._across)
+            store, starts = self._stores[task], window_B[here] * self._length
+            _fill(batch, here, store, starts, self._across)
+            if store.info.masked:
+                batch.loss_weights_BL[here] *= store.window_learn(starts + 1, self._length)
         return batch
 
     def prefetched(

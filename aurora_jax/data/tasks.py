@@ -1,131 +1,221 @@
-"""SeqIO tasks and mixtures over a sample corpus (`aurora data sample DIR`).
+"""SeqIO's side of the data: sources and preprocessors of ours as SeqIO takes them, and recipes out of SeqIO's registry.
 
-    sample_{language}         DIR/train/{language}.jsonl; its validation split is DIR/heldout/{language}.jsonl
-    sample_clean_{language}   DIR/clean/{language}.jsonl; the same validation split
-    nano_base, nano_cap, nano_cat   the mixtures of `MIXTURES`
+A task is registered in SeqIO's own way, with `FileSource` and `Prepare` or with any source and preprocessors of SeqIO:
 
-Each example has `targets` (int32 [tokens], one EOS at the end) and `language`. Use them through the token store: SeqIO's packing would take
-token 0 for padding.
+    seqio.TaskRegistry.add(
+        "my_code",
+        source=FileSource(Source({"train": ("gs://bucket/code/*.jsonl.zst",)}, "jsonl", fields={"path": "file"}, language="code")),
+        preprocessors=[Prepare(CodeFormat(), FillInTheMiddle())],
+        output_features={"targets": seqio.Feature(vocabulary_from("tokenizer.json"), add_eos=True)},
+    )
+
+Its tokens come out of `aurora data build`, not out of SeqIO's own pipeline, which would take token 0 for padding.
 """
 
-import functools
+import importlib
+import inspect
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import seqio
 import tensorflow as tf
 
+from aurora_jax.data.documents import Document, DocumentStep, Piece
+from aurora_jax.data.files import File, find
+from aurora_jax.data.recipe import Recipe, Tokenized, describe
+from aurora_jax.data.sample_tasks import MIXTURES, sample_tasks
+from aurora_jax.data.sources import EXCERPT, Bad, Part, Source, TaskSpec
 from aurora_jax.data.vocabulary import Vocabulary
 from aurora_jax.errors import InputError
 
-LANGUAGES = ("en", "fi", "hi", "ja", "vi", "code")
+TOKENIZE, APPEND_EOS = seqio.preprocessors.tokenize, seqio.preprocessors.append_eos
 
-# Rates are shares of the sequences. In CAP and CAT half of what is read is English and code, replayed so that they are not forgotten while
-# the four new languages are learnt; at a sixth each, both rose by 4 % in bits per byte.
-REPLAY = {"en": 0.28, "code": 0.24, "fi": 0.12, "hi": 0.12, "ja": 0.12, "vi": 0.12}
-MIXTURES: Mapping[str, Mapping[str, float]] = {
-    "nano_base": {"sample_en": 1 / 2, "sample_code": 1 / 2},
-    "nano_cap": {f"sample_{language}": rate for language, rate in REPLAY.items()},
-    "nano_cat": {f"sample_clean_{language}": rate for language, rate in REPLAY.items()},
+EXAMPLE = {
+    "targets": tf.TensorSpec((), tf.string),
+    "language": tf.TensorSpec((), tf.string),
+    "fields": tf.TensorSpec((), tf.string),
 }
-
-_registered: tuple[str, str] | None = None  # corpus folder and tokenizer digest of the tasks that are in SeqIO's registry
-
-
-class JsonLinesSource(seqio.FileDataSource):
-    """Documents of JSON-lines files: one object a line with the strings `text` and (optional) `language`; blank lines are errors.
-
-    Examples are {"targets": text, "language": language or "und"}, string scalars. A malformed line stops the reader with an `InputError`
-    that names file and line (inside TensorFlow's own error: see `input_error_in`).
-    """
-
-    def __init__(self, split_to_files: Mapping[str, str]):
-        super().__init__(_read_json_lines, split_to_filepattern=split_to_files, cycle_length=1, block_length=1)
-
-    @functools.cache  # noqa: B019 - sources live as long as the registry
-    def num_input_examples(self, split: str) -> int:
-        """Lines of the split; reads its files once."""
-        return sum(1 for path in self.list_shards(split) for _ in tf.io.gfile.GFile(path, "rb"))
+"""A document as SeqIO's pipeline sees it: its text, its language, and its other fields as JSON."""
 
 
-def _read_json_lines(path: tf.Tensor) -> tf.data.Dataset:
-    return tf.data.TextLineDataset(path).enumerate(start=1).map(functools.partial(_parse_line, path))
+class FileSource(seqio.DataSource):
+    """A `Source` as a data source of SeqIO; examples are those of `EXAMPLE`. A bad record raises InputError there."""
+
+    def __init__(self, source: Source):
+        super().__init__(tuple(source.splits))
+        self.source = source
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return False
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [file.url for file in self.source.files(split)]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        files = self.source.files(split)
+        if shard_info is not None:
+            files = files[shard_info.index :: shard_info.num_shards]
+
+        def documents() -> Iterator[Document]:
+            for file in files:
+                for part in self.source.parts(file):
+                    for document in self.source.read(part):
+                        if isinstance(document, Bad):
+                            raise InputError(f"{document.where}: {document.reason}; mend or remove it")
+                        yield document
+
+        return _dataset(documents)
 
 
-def _parse_line(path: tf.Tensor, number: tf.Tensor, line: tf.Tensor) -> dict[str, tf.Tensor]:
-    text, language = tf.numpy_function(_parse, [path, number, line], [tf.string, tf.string], stateful=False)
-    return {"targets": tf.ensure_shape(text, []), "language": tf.ensure_shape(language, [])}
+class Prepare:
+    """The last preprocessor of a task: document steps, the tokenizer, and EOS if the feature `targets` has `add_eos`."""
+
+    def __init__(self, *steps: DocumentStep):
+        self.steps = steps
+
+    def __call__(self, dataset: tf.data.Dataset, output_features: Any) -> tf.data.Dataset:
+        feature = output_features["targets"]
+        recipe = Recipe("", "", Source({}, "jsonl"), self.steps, feature.vocabulary.tokenizer, feature.add_eos)
+
+        def examples() -> Iterator[dict[str, Any]]:
+            for outcome in recipe.prepared(map(_document, dataset.as_numpy_iterator())):
+                if isinstance(outcome, Bad):
+                    raise InputError(f"{outcome.where}: {outcome.reason}; mend or remove it")
+                if isinstance(outcome, Tokenized):
+                    yield {"targets": outcome.ids, "language": outcome.language.encode()}
+
+        signature = {"targets": tf.TensorSpec([None], tf.int32), "language": tf.TensorSpec((), tf.string)}
+        return tf.data.Dataset.from_generator(examples, output_signature=signature)
 
 
-def _parse(path: bytes, number: int, line: bytes) -> tuple[bytes, bytes]:
+class DatasetReader:
+    """Reads what needs TensorFlow: any other data source of SeqIO, or a `Source` followed by preprocessors on tf.data datasets."""
+
+    def __init__(self, source: seqio.DataSource, split: str, steps: Sequence[Callable[..., Any]]):
+        self.source, self.split, self.steps = source, split, tuple(steps)
+
+    def files(self, split: str) -> list[File]:
+        if isinstance(self.source, FileSource):
+            return self.source.source.files(split)
+        shards = [str(shard) for shard in self.source.list_shards(split)]
+        found = [file for shard in shards if "/" in shard for file in find(shard)]
+        return found if len(found) == len(shards) else [File(shard, 1, 0) for shard in shards]
+
+    def parts(self, file: File) -> list[Part]:
+        return self.source.source.parts(file) if isinstance(self.source, FileSource) else [Part(file.url, 0, -1, file.size)]
+
+    def read(self, part: Part) -> Iterator[Document | Bad]:
+        bad: list[Bad] = []
+        if isinstance(self.source, FileSource):
+            source = self.source.source
+
+            def documents() -> Iterator[Document]:
+                for document in source.read(part):
+                    if isinstance(document, Bad):
+                        bad.append(document)
+                    else:
+                        yield document
+
+            dataset = _dataset(documents)
+        else:
+            shards = [str(shard) for shard in self.source.list_shards(self.split)]
+            place = seqio.ShardInfo(shards.index(part.url), len(shards))
+            dataset = self.source.get_dataset(self.split, shuffle=False, shard_info=place)
+        for step in self.steps:
+            dataset = step(dataset)
+        try:
+            for number, example in enumerate(dataset.as_numpy_iterator()):
+                yield from bad
+                bad.clear()
+                yield _document(example, f"{part.url}, example {number:,}")
+        except tf.errors.OpError as error:
+            raise InputError(f"{part.url}: the task's preprocessors failed: {error.message.splitlines()[0]}") from error
+        yield from bad
+
+    def described(self) -> tuple[Any, ...]:
+        """What the fingerprint holds of it."""
+        source = self.source
+        what = (type(source).__module__, type(source).__qualname__)
+        own: Any = source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
+        return (*what, own, *map(describe, self.steps))
+
+
+def _dataset(documents: Callable[[], Iterable[Document]]) -> tf.data.Dataset:
+    def examples() -> Iterator[dict[str, bytes]]:
+        for document in documents():
+            fields = json.dumps({**document.fields, "": document.where}, default=str, ensure_ascii=False)
+            language = document.fields.get("language", "und")
+            yield {"targets": document.text.encode(), "language": language.encode(), "fields": fields.encode()}
+
+    return tf.data.Dataset.from_generator(examples, output_signature=EXAMPLE)
+
+
+def _document(example: dict[str, Any], where: str = "") -> Document | Bad:
+    """A document out of an example of SeqIO's pipeline."""
+    if "targets" not in example:
+        return Bad(where, "no feature 'targets'", repr(sorted(example))[:EXCERPT])
+    fields = {name: value.decode() if isinstance(value, bytes) else value for name, value in example.items() if name not in EXAMPLE}
+    fields |= json.loads(example.get("fields", b"{}"))
+    if "language" in example:
+        fields["language"] = example["language"].decode()
+    where = fields.pop("", where)
     try:
-        document = json.loads(line)
-        return document["text"].encode(), document.get("language", "und").encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        where = f"{path.decode()}, line {number}"
-        raise InputError(
-            f'{where}: not a JSON object with the strings "text" and "language" ({type(error).__name__}: {error}); mend or remove the line'
-        ) from error
+        return Document((Piece(example["targets"].decode()),), fields, where)
+    except UnicodeDecodeError:
+        return Bad(where, "not UTF-8", repr(example["targets"])[:EXCERPT])
 
 
-def register_sample_tasks(corpus_dir: str | Path, vocabulary: Vocabulary) -> None:
-    """Registers the tasks and mixtures of this module with SeqIO. The same corpus and tokenizer again: nothing to do.
+def recipe_of(task_name: str, split: str) -> Recipe:
+    """The recipe of a registered task.
+
+    Its preprocessors must be steps on datasets (with no argument but the dataset), then `Prepare`, or SeqIO's `tokenize` and, if wanted,
+    `append_eos`.
 
     Raises:
-        InputError: a file of the corpus is missing, or the names are taken by another corpus or tokenizer.
+        InputError: no such task or split, other preprocessors, or a vocabulary that has no digest.
     """
-    global _registered
-    corpus_dir = Path(corpus_dir).absolute()
-    wanted = (str(corpus_dir), vocabulary.sha256)
-    if _registered == wanted:
-        return
-    if _registered is not None:
+    if task_name not in seqio.TaskRegistry.names():
+        raise InputError(f"no SeqIO task is named {task_name!r}; registered are: {', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}")
+    task = seqio.TaskRegistry.get(task_name)
+    if split not in task.splits:
+        raise InputError(f"task {task_name} has no split {split!r}; it has: {', '.join(task.splits)}")
+    feature = task.output_features["targets"]
+    if not isinstance(feature.vocabulary, Vocabulary):
         raise InputError(
-            f"the sample tasks are already registered for corpus {_registered[0]} with tokenizer {_registered[1][:12]}, "
-            f"not for corpus {wanted[0]} with tokenizer {wanted[1][:12]}; a process works with one of them: unregister_sample_tasks() first"
+            f"task {task_name}: its vocabulary, a {type(feature.vocabulary).__name__}, has no digest; make it with vocabulary_from(path)"
         )
-    missing = [
-        path
-        for language in LANGUAGES
-        for part in ("train", "clean", "heldout")
-        if not (path := corpus_dir / part / f"{language}.jsonl").is_file()
-    ]
-    if missing:
+    # The marker of SeqIO's own cache, which the store replaces, does nothing.
+    steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
+    last = next((place for place, step in enumerate(steps) if isinstance(step, Prepare) or step is TOKENIZE), len(steps))
+    before, after = steps[:last], steps[last:]
+    if len(after) == 1 and isinstance(after[0], Prepare):
+        document_steps, append_eos = after[0].steps, feature.add_eos
+    elif after in ([TOKENIZE], [TOKENIZE, APPEND_EOS]):
+        document_steps, append_eos = (), feature.add_eos and len(after) == 2
+    else:
         raise InputError(
-            f"{corpus_dir}: not a complete sample corpus, {missing[0]} is missing; make it with `aurora data sample {corpus_dir}`"
+            f"task {task_name}: a token store needs preprocessors that end with Prepare(...), or with seqio.preprocessors.tokenize and, if "
+            f"wanted, append_eos; these are {[getattr(step, '__name__', repr(step)) for step in steps]}"
         )
-
-    for prefix, part in (("sample", "train"), ("sample_clean", "clean")):
-        for language in LANGUAGES:
-            seqio.TaskRegistry.add(
-                f"{prefix}_{language}",
-                source=JsonLinesSource(
-                    {
-                        split: os.fspath(corpus_dir / name / f"{language}.jsonl")
-                        for split, name in (("train", part), ("validation", "heldout"))
-                    }
-                ),
-                preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-                output_features={"targets": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)},
-            )
-    for name, rates in MIXTURES.items():
-        seqio.MixtureRegistry.add(name, list(rates.items()))
-    _registered = wanted
-
-
-def unregister_sample_tasks() -> None:
-    """Takes the tasks and mixtures of `register_sample_tasks` out of SeqIO's registry again."""
-    global _registered
-    if _registered is None:
-        return
-    for name in MIXTURES:
-        seqio.MixtureRegistry.remove(name)
-    for language in LANGUAGES:
-        seqio.TaskRegistry.remove(f"sample_{language}")
-        seqio.TaskRegistry.remove(f"sample_clean_{language}")
-    _registered = None
+    for step in before:
+        needed = [
+            p.name for p in list(inspect.signature(step).parameters.values())[1:] if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+        ]
+        if needed:
+            raise InputError(f"task {task_name}: preprocessor {step} needs {', '.join(needed)}; bind them with functools.partial")
+    plain = isinstance(task.source, FileSource) and not before
+    reader = task.source.source if plain else DatasetReader(task.source, split, before)
+    return Recipe(task_name, split, reader, document_steps, feature.vocabulary.tokenizer, append_eos)
 
 
 def mixture_rates(mixture_name: str) -> tuple[tuple[str, float], ...]:
@@ -143,10 +233,57 @@ def mixture_rates(mixture_name: str) -> tuple[tuple[str, float], ...]:
     return tuple(sorted((task.name, float(provider.get_rate(task))) for task in provider.tasks))
 
 
-def input_error_in(error: tf.errors.OpError) -> InputError | None:
-    """The `InputError` that Python code raised inside a tf.data pipeline, dug out of TensorFlow's message; None if there is none."""
-    for line in str(error).splitlines():
-        _, found, message = line.partition(f"{InputError.__name__}: ")
-        if found:
-            return InputError(message)
-    return None
+_registered: tuple[str, str] | None = None  # root and tokenizer digest of our tasks in SeqIO's registry
+
+
+def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = ()) -> None:
+    """Puts our tasks and mixtures into SeqIO's registry, their sources looked for under `root`, and imports modules that add more.
+
+    No file is touched: what is missing is said when a store is built. The same root and tokenizer again: nothing to do.
+
+    Args:
+        root: the folder of a sample corpus or of Aurora-M's sources; local, gs:// or s3://.
+        vocabulary: of all tasks.
+        modules: names of Python modules that register tasks and mixtures of their own.
+
+    Raises:
+        InputError: our tasks are registered for another root or tokenizer, or a module cannot be imported.
+    """
+    global _registered
+    root = str(root) if "://" in str(root) else str(Path(root).absolute())
+    wanted = (root.rstrip("/"), vocabulary.sha256)
+    if _registered not in (None, wanted):
+        raise InputError(
+            f"the tasks are already registered for {_registered[0]} with tokenizer {_registered[1][:12]}, not for {wanted[0]} with "
+            f"tokenizer {wanted[1][:12]}; a process works with one of them: unregister() first"
+        )
+    if _registered is None:
+        for spec in _specs(wanted[0]):
+            feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
+            seqio.TaskRegistry.add(spec.name, FileSource(spec.source), {"targets": feature}, [Prepare(*spec.steps)])
+        for name, rates in MIXTURES.items():
+            seqio.MixtureRegistry.add(name, list(rates.items()))
+        _registered = wanted
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(
+                f"{module}: the module with further tasks cannot be imported: {error}; is its folder on PYTHONPATH?"
+            ) from error
+
+
+def unregister() -> None:
+    """Takes our tasks and mixtures out of SeqIO's registry again."""
+    global _registered
+    if _registered is None:
+        return
+    for name in MIXTURES:
+        seqio.MixtureRegistry.remove(name)
+    for spec in _specs(_registered[0]):
+        seqio.TaskRegistry.remove(spec.name)
+    _registered = None
+
+
+def _specs(root: str) -> list[TaskSpec]:
+    return sample_tasks(root)

@@ -23,8 +23,10 @@ class EvalCommand:
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
     corpus: Path = Path("corpus")
     """Corpus folder, as `aurora data sample` writes it."""
-    stores: Path = Path("stores")
+    stores: str = "stores"
     """Folder of the token stores; those that are missing are built."""
+    modules: tuple[str, ...] = ()
+    """Python modules that register further tasks with SeqIO."""
     tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
     batch_size: int = 16
     sequence_length: int | None = None
@@ -36,15 +38,15 @@ class EvalCommand:
         model = checkpoint.read_metadata(self.checkpoint).config
 
         # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
-        from aurora_jax.data.store import build_store
-        from aurora_jax.data.tasks import register_sample_tasks
+        from aurora_jax.data.opening import open_stores
+        from aurora_jax.data.tasks import register
         from aurora_jax.data.vocabulary import vocabulary_from
 
         with tempfile.TemporaryDirectory() as folder:
             for name, text in checkpoint.read_tokenizer(self.checkpoint).items():
                 Path(folder, name).write_text(text)
-            register_sample_tasks(self.corpus, vocabulary_from(folder))
-            stores = {task: build_store(task, "validation", self.stores / task / "validation") for task in self.tasks}
+            register(self.corpus, vocabulary_from(folder), self.modules)
+            stores = open_stores(self.tasks, "validation", self.stores)
         evaluator = Evaluator(
             structure_of(model, self.compute),
             self.compute,

@@ -14,11 +14,15 @@ class DataConfig:
     """Where the text is and how it becomes batches."""
 
     corpus: Path
-    """Corpus folder, as `aurora data sample` writes it."""
+    """Folder of the sources: a sample corpus, or the --data-root of `aurora data build`; not needed where the stores are."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, or a SentencePiece model; without it, the tokenizer of `initial_checkpoint`."""
-    stores: Path = Path("stores")
-    """Folder of the token stores; those that are missing are built."""
+    stores: str = "stores"
+    """Folder of the token stores, local, gs:// or s3://; a run on one process builds those that are missing."""
+    modules: tuple[str, ...] = ()
+    """Python modules that register further tasks and mixtures with SeqIO."""
+    skip_missing: bool = False
+    """Train without the tasks that have no store, the others' rates raised in proportion."""
     batch_size: int = 16
     """Sequences a step, over all devices and micro-batches."""
     sequence_length: int = 512

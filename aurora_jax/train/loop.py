@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.data.loader import Loader
 from aurora_jax.data.loader import Stage as DataStage
+from aurora_jax.data.opening import open_stores
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
@@ -218,10 +219,9 @@ def _read_tokenizer_files(path: Path | None) -> dict[str, str]:
 def _open_data(
     config: TrainConfig, tokenizer_files: dict[str, str]
 ) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
-    """The stage table with its rates, the training stores and the held-out stores; builds the stores that are missing."""
+    """The stage table with its rates, the training stores and the held-out stores."""
     # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
-    from aurora_jax.data.store import build_mixture_stores, build_store
-    from aurora_jax.data.tasks import mixture_rates, register_sample_tasks
+    from aurora_jax.data.tasks import mixture_rates, register
     from aurora_jax.data.vocabulary import vocabulary_from
 
     tokenizer = config.data.tokenizer
@@ -230,12 +230,15 @@ def _open_data(
         tokenizer.mkdir(exist_ok=True)
         for name, text in tokenizer_files.items():
             (tokenizer / name).write_text(text)
-    register_sample_tasks(config.data.corpus, vocabulary_from(tokenizer))
-    stages = [DataStage(stage.name, mixture_rates(stage.mixture), stage.steps) for stage in config.stages]
-    stores: dict[str, TokenStore] = {}
-    for mixture in dict.fromkeys(stage.mixture for stage in config.stages):
-        stores |= build_mixture_stores(mixture, config.data.stores)
-    held_out = {task: build_store(task, "validation", config.data.stores / task / "validation") for task in config.evaluation.tasks}
+    register(config.data.corpus, vocabulary_from(tokenizer), config.data.modules)
+    rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
+    tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
+    stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
+    held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
+    stages = [
+        DataStage(stage.name, tuple((task, rate) for task, rate in rates[stage.mixture] if task in stores), stage.steps)
+        for stage in config.stages
+    ]
     return stages, stores, held_out
 
 

@@ -1,0 +1,206 @@
+"""`aurora data build MIXTURE`: token stores out of sources, with progress and a table at the end."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from apache_beam import Pipeline
+from apache_beam.options.pipeline_options import PipelineOptions
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aurora_jax.data.build import StoreJob, jobs_for, pipeline
+from aurora_jax.data.recipe import Recipe
+from aurora_jax.data.store import TokenStore, kvstore_at
+from aurora_jax.errors import InputError
+
+Runner = Literal["direct", "dataflow", "flink", "spark"]
+RUNNERS = {"dataflow": "DataflowRunner", "flink": "FlinkRunner", "spark": "SparkRunner"}
+
+
+@dataclass(frozen=True)
+class BuildCommand:
+    """Tokenize the tasks of a mixture into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
+
+    A store that is complete is checked against its sources and left alone. Records that cannot be used go to rejected.jsonl in the store's
+    folder, with the reason.
+    """
+
+    mixture: tyro.conf.Positional[str]
+    """A SeqIO mixture or task: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
+    tokenizer: Path
+    """tokenizer.json, or its folder (a checkpoint of convert has one), a SentencePiece .model, or the word bytes."""
+    output: str = "stores"
+    """Folder of the stores: a local path, gs:// or s3://."""
+    data_root: str = "corpus"
+    """Folder of the sources: a sample corpus, or Aurora-M's (`aurora data describe aurora_m_cap` lists what is expected where)."""
+    splits: tuple[str, ...] = ("train",)
+    """Splits to build; tasks without such a split are passed over unless it is `train`."""
+    modules: tuple[str, ...] = ()
+    """Python modules that register further tasks and mixtures with SeqIO."""
+    skip_missing: bool = False
+    """Leave out the tasks whose files are not there; the others' rates are then raised in proportion, here and in training."""
+    max_bad_fraction: float = 0.001
+    """Largest share of bad records in a task (not UTF-8, not JSON, no text field, too long ...); no store is made of one with more."""
+    runner: Runner = "direct"
+    """Beam's runner; direct is this machine."""
+    workers: int = os.cpu_count() or 1
+    """Processes of the direct runner."""
+    beam_options: tuple[str, ...] = ()
+    """Options of the runner, such as --project=P --region=R --temp_location=gs://... for Dataflow."""
+
+    def run(self) -> None:
+        """Raises InputError if something given is wrong, or too much of a source is bad."""
+        from aurora_jax.data.tasks import mixture_rates, recipe_of, register
+        from aurora_jax.data.vocabulary import vocabulary_from
+
+        register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
+        recipes = list(_recipes(mixture_rates(self.mixture), self.splits, recipe_of))
+        console = Console()
+        stores = build_stores(
+            recipes,
+            self.output,
+            max_bad_fraction=self.max_bad_fraction,
+            skip_missing=self.skip_missing,
+            runner=self.runner,
+            workers=self.workers,
+            beam_options=self.beam_options,
+            console=console,
+        )
+        console.print(summary(stores))
+
+
+def _recipes(rates, splits, recipe_of) -> Iterator[Recipe]:
+    import seqio
+
+    for task, _ in rates:
+        for split in splits:
+            if split == "train" or split in seqio.TaskRegistry.get(task).splits:
+                yield recipe_of(task, split)
+
+
+def build_stores(
+    recipes: Sequence[Recipe],
+    output: str | Path,
+    *,
+    max_bad_fraction: float = 0.001,
+    skip_missing: bool = False,
+    runner: Runner = "direct",
+    workers: int = 1,
+    beam_options: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, TokenStore]:
+    """Builds the stores that are not there yet and opens all of them.
+
+    Args:
+        recipes: what to build; see `tasks.recipe_of`.
+        output: folder of the stores.
+        max_bad_fraction: largest share of bad records of a task.
+        skip_missing: leave out tasks whose files are not there.
+        runner: Beam's runner.
+        workers: processes of the direct runner; with 1, the pipeline runs in this process.
+        beam_options: further options of the runner.
+        console: where progress goes; None for none.
+
+    Returns:
+        The stores by "task/split".
+
+    Raises:
+        InputError: sources are missing, too much of one is bad, or a store in place does not match. The other stores are built.
+    """
+    jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
+    if console and missing:
+        console.print(f"[yellow]left out, for lack of files:[/yellow] {', '.join(directory for directory in missing)}")
+    if jobs:
+        with _progress(jobs, console if runner == "direct" else None):
+            run_pipeline(jobs, runner, workers, beam_options)
+        refused = [reason for job in jobs if (reason := _refusal(job))]
+        if refused:
+            raise InputError("\n".join(refused))
+    directories = [*complete, *(job.directory for job in jobs)]
+    return {"/".join(directory.split("/")[-2:]): TokenStore.open(directory) for directory in sorted(directories)}
+
+
+def run_pipeline(jobs: Sequence[StoreJob], runner: Runner, workers: int, beam_options: Sequence[str]) -> None:
+    """Runs the pipeline to its end."""
+    if runner == "direct":
+        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+        mode = "in_memory" if workers == 1 else "multi_processing"
+        direct = (f"--direct_running_mode={mode}", f"--direct_num_workers={workers}", "--default_sdk_harness_log_level=ERROR")
+        options = PipelineOptions([*direct, *beam_options])
+        # Each worker's tokenizer has its share of the cores; on their own they would all take every core.
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+        with Pipeline(FnApiRunner(), options=options) as root:
+            pipeline(root, jobs)
+        return
+    with Pipeline(RUNNERS[runner], options=PipelineOptions(list(beam_options))) as root:
+        pipeline(root, jobs)
+
+
+def _refusal(job: StoreJob) -> str:
+    content = kvstore_at(job.directory).read(b"report.json").result()
+    if content.state != "value":
+        return f"{job.directory}: the pipeline left no report; run it again"
+    return json.loads(content.value)["refused"]
+
+
+@contextmanager
+def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[None]:
+    """Shows the share of the sources' bytes whose parts are done, looked up in the parts' folders meanwhile."""
+    if console is None:
+        yield
+        return
+    weights = {f"{job.directory}/parts/{job.key(number)}": part.weight for job in jobs for number, part in enumerate(job.parts)}
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    ended = threading.Event()
+    interval = 5.0 if "://" in jobs[0].directory else 0.5
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"tokenize {sum(weights.values()) / 1e6:,.1f} MB of {len(jobs)} sources", total=sum(weights.values()))
+
+        def watch() -> None:
+            left = dict(weights)
+            while not ended.wait(interval):
+                for folder, weight in list(left.items()):
+                    if kvstore_at(folder).read(b"manifest.json").result().state == "value":
+                        del left[folder]
+                        progress.advance(bar, weight)
+                if not left:
+                    progress.update(bar, description="write the stores")
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+            progress.update(bar, completed=sum(weights.values()))
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def summary(stores: dict[str, TokenStore]) -> Table:
+    """Documents, tokens, bytes a token, and what was left out, by task and language."""
+    table = Table("task", "language", *(("documents", "tokens", "bytes/token", "dropped", "bad")))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    totals = [0, 0, 0, 0, 0]
+    for name, store in stores.items():
+        content = kvstore_at(store.directory).read(b"report.json").result()
+        report = json.loads(content.value)
+        dropped, bad = sum(report["dropped"].values()), sum(report["bad"].values())
+        for language, (documents, tokens, text_bytes) in report["kept"].items():
+            here = sum(count for reason, count in report["dropped"].items() if reason.endswith(f"\t{language}"))
+            table.add_row(name, language, f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
+        totals = [a + b for a, b in zip(totals, (report["documents"], report["tokens"], report["text_bytes"], dropped, bad), strict=True)]
+    documents, tokens, text_bytes, dropped, bad = totals
+    table.add_section()
+    table.add_row("all", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
+    return table

@@ -1,0 +1,108 @@
+"""Files wherever they lie: a local path, `gs://bucket/path` or `s3://bucket/path`, through pyarrow's file systems.
+
+Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` lead to an emulator, as in the clouds' libraries.
+"""
+
+import fnmatch
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Literal
+from urllib.parse import urlsplit
+
+import pyarrow
+from pyarrow import fs
+
+from aurora_jax.errors import InputError
+
+RETRY = timedelta(seconds=60)
+WILDCARDS = "*?["
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that was found: its address, size in bytes, and time of change in nanoseconds since 1970."""
+
+    url: str
+    size: int
+    modified: int
+
+    @property
+    def name(self) -> str:
+        """The last part of its address."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+def find(pattern: str) -> list[File]:
+    """The files that a glob pattern names, by address; `**` goes through folders. Empty if there are none.
+
+    Raises:
+        InputError: the file system cannot be reached, or its scheme is none that we know.
+    """
+    filesystem, path = _locate(pattern)
+    scheme = pattern[: len(pattern) - len(path)]
+    try:
+        if not any(character in path for character in WILDCARDS):
+            found = [filesystem.get_file_info(path)]
+        else:
+            literal = path[: min(path.index(c) for c in WILDCARDS if c in path)]
+            folder, deeper = literal.rsplit("/", 1)[0] or "/", "/" in path[len(literal) :] or "**" in path
+            selector = fs.FileSelector(folder, allow_not_found=True, recursive=deeper)
+            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path, path)]
+    except OSError as error:
+        raise InputError(f"{pattern}: cannot be listed: {error}") from error
+    files = [File(scheme + info.path, info.size, info.mtime_ns or 0) for info in found if info.type == fs.FileType.File]
+    return sorted(files, key=lambda file: file.url)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """fnmatch, part by part, so that `*` stops at a slash; `**` stands for any number of parts."""
+    parts, patterns = path.split("/"), pattern.split("/")
+    if "**" in patterns:
+        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def open_file(url: str) -> pyarrow.NativeFile:
+    """The file for reading at any place. Raises InputError if it is not there."""
+    filesystem, path = _locate(url)
+    try:
+        return filesystem.open_input_file(path)
+    except OSError as error:
+        raise InputError(f"{url}: cannot be read: {error}") from error
+
+
+def open_stream(url: str, compression: Literal["gzip", "zstd"] | None = None) -> pyarrow.NativeFile:
+    """The file for reading from its beginning, decompressed. Raises InputError if it is not there."""
+    filesystem, path = _locate(url)
+    try:
+        return filesystem.open_input_stream(path, compression=compression, buffer_size=1 << 20)
+    except OSError as error:
+        raise InputError(f"{url}: cannot be read: {error}") from error
+
+
+def _locate(url: str) -> tuple[fs.FileSystem, str]:
+    parts = urlsplit(url)
+    if "://" not in url:
+        return _filesystem("file", None), os.path.abspath(url)
+    if parts.scheme == "file":
+        return _filesystem("file", None), url[len("file://") :]
+    endpoint = {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}.get(parts.scheme)
+    if endpoint is None:
+        raise InputError(f"{url}: a file is a local path, or begins with gs:// or s3://")
+    return _filesystem(parts.scheme, os.environ.get(endpoint)), url.split("://", 1)[1]
+
+
+@cache
+def _filesystem(scheme: str, endpoint: str | None) -> fs.FileSystem:
+    if scheme == "file":
+        return fs.LocalFileSystem()
+    server = urlsplit(endpoint or "")
+    if scheme == "gs" and endpoint:
+        return fs.GcsFileSystem(anonymous=True, scheme=server.scheme, endpoint_override=server.netloc, retry_time_limit=RETRY)
+    if scheme == "gs":
+        return fs.GcsFileSystem(retry_time_limit=RETRY)
+    if endpoint:
+        return fs.S3FileSystem(scheme=server.scheme, endpoint_override=server.netloc)
+    return fs.S3FileSystem()

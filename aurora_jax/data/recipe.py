@@ -1,0 +1,181 @@
+"""Recipes: all that makes the tokens of a task's split, in a form that workers get and fingerprints are made of; no TensorFlow."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from aurora_jax.data.documents import Document, DocumentStep, Rejected
+from aurora_jax.data.files import File
+from aurora_jax.data.sources import EXCERPT, Bad, Part
+from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.errors import InputError
+
+FORMAT = 2  # part of every fingerprint: raise it when tokens or arrays change meaning
+BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
+
+
+class Reader(Protocol):
+    """Where documents come from: a `Source`, or any data source of SeqIO."""
+
+    def files(self, split: str) -> list[File]: ...
+    def parts(self, file: File) -> list[Part]: ...
+    def read(self, part: Part) -> Iterator[Document | Bad]: ...
+    def described(self) -> tuple[Any, ...]: ...
+
+
+class Dropped(NamedTuple):
+    """A document that a step did not want, and why."""
+
+    reason: str
+    language: str
+
+
+class Tokenized(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+        ids: int32 [tokens], with its EOS if the recipe appends one.
+        learn: bool [tokens], which of them are to be predicted; None for all.
+        text_bytes: UTF-8 bytes of its text.
+        language: what the document says.
+    """
+
+    ids: np.ndarray
+    learn: np.ndarray | None
+    text_bytes: int
+    language: str
+
+
+Outcome = Tokenized | Dropped | Bad
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task's split: source, steps, tokenizer.
+
+    Attributes:
+        task: name of the SeqIO task.
+        split: its split.
+        reader: the source.
+        steps: steps on documents.
+        tokenizer: the vocabulary's.
+        append_eos: whether each document ends with EOS.
+    """
+
+    task: str
+    split: str
+    reader: Reader
+    steps: tuple[DocumentStep, ...]
+    tokenizer: Tokenizer
+    append_eos: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of steps, tokenizer, reading and format: what a run must agree on with the stores that it reads.
+
+        The place of the files does not count, so that a corpus may move; their contents are digested by the build (`StoreInfo.sources`).
+
+        Raises:
+            InputError: the source text of a preprocessor cannot be read.
+        """
+        parts: list[Any] = [FORMAT, self.split, self.tokenizer.sha256, self.append_eos, self.reader.described()]
+        parts.extend(map(describe, self.steps))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:
+        """What becomes of each record of a part, in order; `digest` is fed with the records as they are read."""
+        return self.prepared(self.read(part, digest))
+
+    def read(self, part: Part, digest: "hashlib._Hash") -> Iterator[Document | Bad]:
+        """The records of a part before any step; `digest` is fed with them."""
+        return _digested(self.reader.read(part), digest)
+
+    def prepared(self, documents: Iterable[Document | Bad]) -> Iterator[Outcome]:
+        """What becomes of documents, in order."""
+        for batch in _batches(map(self._prepared, documents)):
+            yield from self._tokenized(batch)
+
+    def _prepared(self, document: Document | Bad) -> Document | Bad | Dropped:
+        if isinstance(document, Bad):
+            return document
+        prepared = document
+        for step in self.steps:
+            try:
+                prepared = step(prepared)
+            except Rejected as rejected:
+                return Dropped(f"{type(step).__name__}: {rejected}", document.fields.get("language", "und"))
+            except KeyError as error:
+                return Bad(document.where, f"{type(step).__name__}: no field {error}", document.text[:EXCERPT])
+            except Exception as error:  # one record must not end a build of a terabyte
+                return Bad(document.where, f"{type(step).__name__}: {type(error).__name__}: {error}"[:EXCERPT], document.text[:EXCERPT])
+        return prepared
+
+    def _tokenized(self, batch: Sequence[Document | Bad | Dropped]) -> Iterator[Outcome]:
+        documents = [document for document in batch if isinstance(document, Document)]
+        texts = [piece.text for document in documents for piece in document.pieces if not piece.special]
+        try:
+            encoded = iter(self.tokenizer.encode_batch(texts))
+        except Exception as error:  # of whatever kind the library has
+            if len(batch) > 1:
+                for one in batch:
+                    yield from self._tokenized([one])
+                return
+            yield Bad(documents[0].where, f"the tokenizer failed: {type(error).__name__}: {error}"[:EXCERPT], documents[0].text[:EXCERPT])
+            return
+        for document in batch:
+            yield self._joined(document, encoded) if isinstance(document, Document) else document
+
+    def _joined(self, document: Document, encoded: Iterator[np.ndarray]) -> Outcome:
+        ids: list[np.ndarray] = []
+        learn: list[bool] = []
+        for piece in document.pieces:
+            ids.append(np.array([self.tokenizer.special_id(piece.text)], np.int32) if piece.special else next(encoded))
+            learn.append(piece.learn)
+        language = document.fields.get("language", "und")
+        if self.append_eos:
+            ids.append(np.array([self.tokenizer.eos_id], np.int32))
+            learn.append(True)
+        if not sum(map(len, ids)):
+            return Dropped("empty", language)
+        mask = None if all(learn) else np.repeat(learn, [len(part) for part in ids])
+        return Tokenized(np.concatenate(ids), mask, len(document.text.encode()), language)
+
+
+def _digested(documents: Iterable[Document | Bad], digest: "hashlib._Hash") -> Iterator[Document | Bad]:
+    for document in documents:
+        record = document if isinstance(document, Bad) else (document.text, sorted(document.fields.items()))
+        digest.update(repr(record[1:] if isinstance(record, Bad) else record).encode(errors="surrogatepass"))
+        yield document
+
+
+def _batches(documents: Iterable[Document | Bad | Dropped]) -> Iterator[list[Document | Bad | Dropped]]:
+    batch: list[Document | Bad | Dropped] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text) if isinstance(document, Document) else 0
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def describe(step: Callable[..., Any]) -> tuple[Any, ...]:
+    """Name, version and fields of a document step; name, code and bound arguments of any other function."""
+    if isinstance(step, DocumentStep):
+        return (type(step).__module__, type(step).__qualname__, type(step).version, repr(step))
+    if isinstance(step, partial):
+        return (*describe(step.func), step.args, sorted(step.keywords.items()))
+    function = inspect.unwrap(step)
+    try:
+        return (function.__module__, function.__qualname__, inspect.getsource(function))
+    except (OSError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"preprocessor {step!r}: its source text cannot be read, so changes would pass unnoticed; make it a function in a file"
+        ) from error

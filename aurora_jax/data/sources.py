@@ -1,0 +1,383 @@
+"""Sources: files of documents, read in parts by many workers, without TensorFlow.
+
+A source finds its files, divides them into parts (a stretch of bytes, rows or records), and reads a part as documents. What cannot be read
+comes out as `Bad`, with the reason, and stops nothing.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+from aurora_jax.data.documents import Document, DocumentStep, Piece
+from aurora_jax.data.files import File, find, open_file, open_stream
+from aurora_jax.errors import InputError
+
+Format = Literal["jsonl", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
+
+PART_BYTES = 16 << 20
+LONGEST = 32 << 20
+EXCERPT = 200
+COMPRESSION: Mapping[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
+
+
+class Part(NamedTuple):
+    """A stretch [start, stop) of a file: bytes of JSON lines and lines, row groups of Parquet, records of ArrayRecord; else the whole file.
+
+    `stop` is -1 for the end. `weight` is its share of the file in bytes, for progress.
+    """
+
+    url: str
+    start: int
+    stop: int
+    weight: int
+
+
+class Bad(NamedTuple):
+    """A record that could not be used: where it is, why (a few words that can be counted), and how it begins."""
+
+    where: str
+    reason: str
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of documents, by split.
+
+    Raises:
+        InputError: the format is unknown.
+    """
+
+    splits: Mapping[str, tuple[str, ...]]
+    """Glob patterns of each split; local, gs:// or s3://."""
+    format: Format
+    """jsonl: an object a line, plain, .gz or .zst. parquet. arrow: a Hugging Face dataset saved on disk (its data-*.arrow files).
+    array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document a line. text: a
+    document a file; its field `path` is the file's address."""
+    text: str | None = "text"
+    """Field that holds the text; None where a step makes the text of other fields."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Further fields of the documents: their name for the steps -> their name in the records; `meta.stars` goes
+    inward. A record that lacks one simply does not have it."""
+    language: str = "und"
+    """Of all documents; a record's own is used where `fields` names one called `language`."""
+    license: str = "unknown"
+    """Of the source, as its publisher states it."""
+    longest: int = LONGEST
+    """Documents of more bytes are bad: a file that is not what it should be, more often than a text."""
+
+    def __post_init__(self) -> None:
+        if self.format not in READERS:
+            raise InputError(f"format {self.format!r} is none of {', '.join(READERS)}")
+
+    def files(self, split: str) -> list[File]:
+        """The files of a split that are there, in the order of their patterns. Raises InputError if a file system cannot be reached."""
+        return [file for pattern in self.splits[split] for file in find(pattern)]
+
+    def parts(self, file: File) -> list[Part]:
+        """A file, divided. The same for the same file on every machine."""
+        if file.size == 0:
+            return []
+        return READERS[self.format].parts(file)
+
+    def read(self, part: Part) -> Iterator[Document | Bad]:
+        """The documents of a part, in order. Raises InputError if the file as a whole cannot be read."""
+        for where, record in READERS[self.format].records(part):
+            yield record if isinstance(record, Bad) else self._document(where, record)
+
+    def described(self) -> tuple[Any, ...]:
+        """What the fingerprint holds of it: all but where the files are and how they are licensed."""
+        return (self.format, self.text, sorted(self.fields.items()), self.language, self.longest)
+
+    def _document(self, where: str, record: Mapping[str, Any]) -> Document | Bad:
+        fields: dict[str, Any] = {"language": self.language}
+        for name, path in self.fields.items():
+            try:
+                fields[name] = _inward(record, path)
+            except (KeyError, TypeError):
+                continue
+        if not isinstance(fields["language"], str):
+            fields["language"] = self.language
+        if self.text is None:
+            return Document((), fields, where)
+        try:
+            text = _inward(record, self.text)
+        except (KeyError, TypeError):
+            return Bad(where, f"no field {self.text!r}", repr(record)[:EXCERPT])
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                return Bad(where, "not UTF-8", repr(text[:EXCERPT]))
+        if not isinstance(text, str):
+            return Bad(where, f"field {self.text!r} is no string", repr(text)[:EXCERPT])
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+            return Bad(where, "not UTF-8", ascii(text[:EXCERPT]))
+        if size > self.longest:
+            return Bad(where, f"longer than {self.longest:,} bytes", text[:EXCERPT])
+        return Document((Piece(text),), fields, where)
+
+
+def _inward(record: Mapping[str, Any], path: str) -> Any:
+    value: Any = record
+    for name in [path] if path in record else path.split("."):
+        value = value[name]
+    return value
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task before it stands in SeqIO's registry: `tasks.register` puts it there with a tokenizer."""
+
+    name: str
+    source: Source
+    steps: tuple[DocumentStep, ...] = ()
+
+
+Records = Iterator[tuple[str, Mapping[str, Any] | Bad]]
+
+
+class _Lines:
+    """Files of lines, cut at bytes: a part has the lines that begin in it. Compressed files are one part."""
+
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        if _compression(file.url):
+            return [Part(file.url, 0, -1, file.size)]
+        cuts = [*range(0, file.size, PART_BYTES), file.size]
+        return [Part(file.url, start, stop, stop - start) for start, stop in pairwise(cuts)]
+
+    @classmethod
+    def records(cls, part: Part) -> Records:
+        compression = _compression(part.url)
+        if compression:
+            with _whole(part.url), io.BufferedReader(open_stream(part.url, compression), 1 << 20) as stream:
+                yield from cls._parsed(part, enumerate(stream, start=1), "line")
+            return
+        with io.BufferedReader(open_file(part.url), 1 << 20) as file:
+            place = part.start
+            if place:
+                # The line that begins before the part belongs to the one before it.
+                file.seek(place - 1)
+                place += len(file.readline()) - 1
+            yield from cls._parsed(part, _placed(file, place, part.stop), "byte")
+
+    @classmethod
+    def _parsed(cls, part: Part, lines: Iterable[tuple[int, bytes]], unit: str) -> Records:
+        for place, line in lines:
+            where = f"{part.url}, {unit} {place:,}"
+            yield where, cls.parse(where, line)
+
+    @staticmethod
+    def parse(where: str, line: bytes) -> Mapping[str, Any] | Bad:
+        return {"text": line.rstrip(b"\r\n")}
+
+
+class _JsonLines(_Lines):
+    @staticmethod
+    def parse(where: str, line: bytes) -> Mapping[str, Any] | Bad:
+        return _parse_json(where, line)
+
+
+def _placed(file: io.BufferedReader, place: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    while place < stop:
+        line = file.readline()
+        if not line:
+            return
+        yield place, line
+        place += len(line)
+
+
+def _parse_json(where: str, line: bytes) -> Mapping[str, Any] | Bad:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        return Bad(where, "not UTF-8", repr(line[:EXCERPT]))
+    except ValueError:
+        return Bad(where, "not JSON", repr(line[:EXCERPT]))
+    return record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
+
+
+class _Text:
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        with _whole(part.url), open_stream(part.url, _compression(part.url)) as stream:
+            yield part.url, {"text": stream.read(), "path": part.url}
+
+
+class _Parquet:
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        if file.size <= PART_BYTES:
+            return [Part(file.url, 0, -1, file.size)]
+        from pyarrow import parquet
+
+        with _whole(file.url), open_file(file.url) as opened:
+            groups = parquet.ParquetFile(opened).metadata.num_row_groups
+        at_once = max(1, groups * PART_BYTES // file.size)
+        starts = range(0, groups, at_once)
+        return [Part(file.url, start, min(start + at_once, groups), file.size * at_once // groups) for start in starts]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        from pyarrow import parquet
+
+        with _whole(part.url), open_file(part.url) as opened:
+            file = parquet.ParquetFile(opened)
+            groups = range(part.start, file.metadata.num_row_groups if part.stop < 0 else part.stop)
+            row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+            for batch in file.iter_batches(row_groups=list(groups)):
+                for record in batch.to_pylist():
+                    yield f"{part.url}, row {row:,}", record
+                    row += 1
+
+
+class _Arrow:
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        from pyarrow import ipc
+
+        row = 0
+        with _whole(part.url), open_stream(part.url) as stream:
+            for batch in ipc.open_stream(stream):
+                for record in batch.to_pylist():
+                    yield f"{part.url}, row {row:,}", record
+                    row += 1
+
+
+class _ArrayRecord:
+    AT_ONCE = 256
+
+    @classmethod
+    def parts(cls, file: File) -> list[Part]:
+        if file.size <= PART_BYTES:
+            return [Part(file.url, 0, -1, file.size)]
+        with cls._opened(file.url) as reader:
+            records = reader.num_records()
+        at_once = max(1, records * PART_BYTES // file.size)
+        starts = range(0, records, at_once)
+        return [Part(file.url, start, min(start + at_once, records), file.size * at_once // records) for start in starts]
+
+    @classmethod
+    def records(cls, part: Part) -> Records:
+        with cls._opened(part.url) as reader:
+            stop = reader.num_records() if part.stop < 0 else part.stop
+            for first in range(part.start, stop, cls.AT_ONCE):
+                numbers = list(range(first, min(first + cls.AT_ONCE, stop)))
+                for number, content in zip(numbers, reader.read(numbers), strict=True):
+                    where = f"{part.url}, record {number:,}"
+                    yield where, _parse_record(where, content)
+
+    @staticmethod
+    @contextmanager
+    def _opened(url: str) -> Iterator[Any]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with _local(url) as path, _whole(url):
+            reader = ArrayRecordReader(path)
+            try:
+                yield reader
+            finally:
+                reader.close()
+
+
+class _TFRecord:
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        import tensorflow as tf
+
+        with _local(part.url) as path:
+            compression = "GZIP" if part.url.endswith(".gz") else ""
+            try:
+                for number, content in enumerate(tf.data.TFRecordDataset(path, compression).as_numpy_iterator()):
+                    where = f"{part.url}, record {number:,}"
+                    yield where, _parse_record(where, content)
+            except tf.errors.OpError as error:
+                raise InputError(f"{part.url}: a damaged TFRecord file: {error.message}") from error
+
+
+def _parse_record(where: str, content: bytes) -> Mapping[str, Any] | Bad:
+    """A tf.train.Example (whose first byte is the tag 0x0A) or a JSON object."""
+    if content[:1] == b"{":
+        return _parse_json(where, content)
+    import tensorflow as tf
+    from google.protobuf.message import DecodeError
+
+    try:
+        example = tf.train.Example.FromString(content)
+    except DecodeError:
+        return Bad(where, "neither a tf.train.Example nor JSON", repr(content[:EXCERPT]))
+    record: dict[str, Any] = {}
+    for name, feature in example.features.feature.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        record[name] = values[0] if len(values) == 1 else values
+    return {name: _as_text(value) for name, value in record.items()}
+
+
+def _as_text(value: Any) -> Any:
+    """Bytes as text where they are; the text field keeps bytes that are not UTF-8, to be named as such."""
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
+
+
+READERS: Mapping[str, Any] = {
+    "jsonl": _JsonLines,
+    "lines": _Lines,
+    "text": _Text,
+    "parquet": _Parquet,
+    "arrow": _Arrow,
+    "array_record": _ArrayRecord,
+    "tfrecord": _TFRecord,
+}
+
+
+def _compression(url: str) -> Literal["gzip", "zstd"] | None:
+    return next((name for suffix, name in COMPRESSION.items() if url.endswith(suffix)), None)
+
+
+@contextmanager
+def _whole(url: str) -> Iterator[None]:
+    """A file that ends early or is something else: said of the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{url}: truncated, or not of its format: {error}") from error
+
+
+@contextmanager
+def _local(url: str) -> Iterator[str]:
+    """A path for libraries that read local files only: the file's own, or a copy's."""
+    if "://" not in url:
+        yield url
+        return
+    with tempfile.NamedTemporaryFile() as copy, open_stream(url) as stream:
+        while block := stream.read(1 << 22):
+            copy.write(block)
+        copy.flush()
+        yield copy.name

@@ -1,0 +1,214 @@
+"""Tokenizers without TensorFlow: what the workers of `aurora data build` run. `vocabulary.py` hands the same ones to SeqIO.
+
+Text is only text: a literal "<|endoftext|>" in a document is spelled out in ordinary tokens and never becomes the special token. Special
+tokens are put in by their ids (`special_id`), or parsed by `encode_with_special_tokens` out of prompts that we wrote ourselves.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from aurora_jax.errors import InputError
+
+END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Two tokenizers are equal when their files have the same bytes; instances can be pickled and shared by threads.
+
+    Attributes:
+        path: the file it was read from, for messages.
+        sha256: hexadecimal digest of the file's bytes.
+        vocab_size: number of ids.
+        eos_id: the id that ends a document.
+        unk_id: the id of what cannot be spelled; None where everything can be.
+    """
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos_id: int
+    unk_id: int | None
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes texts, without EOS; special tokens in them are plain text. Returns one int32 array [tokens] a text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes every id, also those after an EOS."""
+
+    @abstractmethod
+    def special_id(self, name: str) -> int:
+        """The id of a special token such as "<fim_prefix>". Raises InputError if there is none of that name."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes one text, without EOS."""
+        return self.encode_batch([text])[0].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}(path={self.path}, size={self.vocab_size}, sha256={self.sha256[:12]})"
+
+    def _no_special_token(self, name: str) -> InputError:
+        return InputError(
+            f"{self.path}: the tokenizer has no special token {name!r}; use StarCoder's tokenizer, or leave out what needs it"
+        )
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library (StarCoder's, BLOOM's), encoding on all cores.
+
+    Raises:
+        InputError: the file is missing, is not a tokenizer, or has no token named `<|endoftext|>` or `</s>`.
+    """
+
+    def __init__(self, path: str | Path):
+        """Takes the path of a `tokenizer.json`, or of a folder that holds one."""
+        path = Path(path)
+        self.path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: the tokenizer cannot be read ({error.strerror}); give a tokenizer.json or its folder"
+            ) from error
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._load(content.decode("utf-8", errors="replace"))
+
+    def _load(self, content: str) -> None:
+        try:
+            self._plain = tokenizers.Tokenizer.from_str(content)
+            self._special = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{self.path}: not a tokenizer.json of the `tokenizers` library: {error}") from error
+        for tokenizer in (self._plain, self._special):
+            # A tokenizer.json may carry the truncation and padding of whoever saved it.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._plain.encode_special_tokens = True  # the library's name for: special tokens in a text are encoded as text
+        ids = [i for i in map(self._plain.token_to_id, END_OF_TEXT_NAMES) if i is not None]
+        if not ids:
+            raise InputError(f"{self.path}: no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} must be in the vocabulary")
+        self.eos_id = ids[0]
+        unknown = json.loads(content)["model"].get("unk_token")
+        self.unk_id = self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        self._special_ids = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256, "content": self._special.to_str()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self.sha256 = state["path"], state["sha256"]
+        self._load(state["content"])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Encodes a trusted text in which names such as "<fim_prefix>" stand for the special tokens."""
+        return self._special.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._plain.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def special_id(self, name: str) -> int:
+        if name not in self._special_ids:
+            raise self._no_special_token(name)
+        return self._special_ids[name]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`. Most normalise text (NFKC, runs of spaces): decoding gives the normalised text back, not the original.
+
+    Raises:
+        InputError: the file is missing, is not a model, or has no `</s>`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such SentencePiece model")
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._load(content)
+
+    def _load(self, content: bytes) -> None:
+        self._content = content
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise InputError(f"{self.path}: not a SentencePiece model: {error}") from error
+        self.eos_id, self.unk_id = self._processor.eos_id(), self._processor.unk_id()
+        self.vocab_size = self._processor.get_piece_size()
+        if self.eos_id < 0:
+            raise InputError(f"{self.path}: the SentencePiece model has no </s>; train it with --eos_id set")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256, "content": self._content}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path, self.sha256 = state["path"], state["sha256"]
+        self._load(state["content"])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes every id, also those after an EOS; control symbols decode to nothing."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def special_id(self, name: str) -> int:
+        i = self._processor.piece_to_id(name)
+        if i == self.unk_id or not self._processor.is_control(i):
+            raise self._no_special_token(name)
+        return i
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes, as ByT5 numbers them (Xue et al. 2022, arXiv 2105.13626): 0 padding, 1 `</s>`, 2 unknown, then the 256 bytes."""
+
+    FIRST = 3
+    path = Path("bytes")
+    sha256 = hashlib.sha256(b"UTF-8 bytes from 3").hexdigest()
+    vocab_size = 256 + FIRST
+    eos_id = 1
+    unk_id = 2
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + self.FIRST for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes every byte; special ids decode to nothing, and bytes that are not UTF-8 to U+FFFD."""
+        return bytes(i - self.FIRST for i in ids if i >= self.FIRST).decode(errors="replace")
+
+    def special_id(self, name: str) -> int:
+        if name != "</s>":
+            raise self._no_special_token(name)
+        return self.eos_id
+
+
+def tokenizer_from(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a `tokenizer.json`, a folder that holds one, a SentencePiece `.model`, or the word "bytes".
+
+    Raises:
+        InputError: the file is missing, malformed, or has no end-of-text token.
+    """
+    path = Path(path)
+    if path == ByteTokenizer.path and not path.exists():
+        return ByteTokenizer()
+    return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
