@@ -188,8 +188,9 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
 
 def summary(stores: dict[str, TokenStore]) -> Table:
     """Documents, tokens, bytes a token, and what was left out, by task and language."""
-    table = Table("task", "language", *(("documents", "tokens", "bytes/token", "dropped", "bad")))
-    for column in table.columns[2:]:
+    table = Table("task", "split", "language", "documents", "tokens", "bytes/token", "dropped", "bad")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[3:]:
         column.justify = "right"
     totals = [0, 0, 0, 0, 0]
     for name, store in stores.items():
@@ -198,9 +199,10 @@ def summary(stores: dict[str, TokenStore]) -> Table:
         dropped, bad = sum(report["dropped"].values()), sum(report["bad"].values())
         for language, (documents, tokens, text_bytes) in report["kept"].items():
             here = sum(count for reason, count in report["dropped"].items() if reason.endswith(f"\t{language}"))
-            table.add_row(name, language, f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
+            counts = (f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
+            table.add_row(*name.rsplit("/", 1), language, *counts)
         totals = [a + b for a, b in zip(totals, (report["documents"], report["tokens"], report["text_bytes"], dropped, bad), strict=True)]
     documents, tokens, text_bytes, dropped, bad = totals
     table.add_section()
-    table.add_row("all", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
+    table.add_row("all", "", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
     return table

@@ -107,7 +107,7 @@ class Loader:
             self._stages.append(placed)
             first_step, consumed = first_step + stage.steps, placed.consumed_after(stage.steps * batch_size)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray | None = None) -> Batch:
         """The batch of a step, or some rows of it (a host's share): only these are read.
 
         Raises:
@@ -133,7 +133,7 @@ class Loader:
         return batch
 
     def prefetched(
-        self, first_step: int, last_step: int, depth: int = 2, rows: slice | None = None
+        self, first_step: int, last_step: int, depth: int = 2, rows: slice | np.ndarray | None = None
     ) -> Generator[tuple[int, Batch], None, None]:
         """Yields (step, batch) for the steps [first_step, last_step), with the next `depth` batches computed in threads meanwhile.
 
