@@ -21,7 +21,7 @@ setup:
 	@if [ ! -f $(VENV)/pins ] || [ "$$(cat $(PINS) | sha256sum)" != "$$(cat $(VENV)/pins)" ]; then \
 	  $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")' && \
 	  rm -f $(VENV)/pins && $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,tpu]' && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,tpu,beam]' && \
 	  cat $(PINS) | sha256sum > $(VENV)/pins; \
 	fi
 
