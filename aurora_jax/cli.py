@@ -17,6 +17,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
+  aurora data curate OUT NAME=FILES filters, redacts, deduplicates and decontaminates documents, and reports what went and why
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
@@ -87,10 +88,11 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _data(arguments: Sequence[str]) -> None:
+    from aurora_jax.data.curation.command import CurateCommand
     from aurora_jax.data.sample import SampleCommand
     from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
 
-    _subcommands("data", {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand}, arguments)
+    _subcommands("data", {"sample": SampleCommand, "curate": CurateCommand, "tokenizer": TrainTokenizerCommand}, arguments)
 
 
 def _eval(arguments: Sequence[str]) -> None:
