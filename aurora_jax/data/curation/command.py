@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import shlex
+import sys
 import tempfile
 import threading
 import time
@@ -13,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -40,16 +43,16 @@ class CurateCommand:
     identification, heuristics (thresholds by language), your classifiers, decontamination, redaction of e-mail addresses, telephone
     numbers, IP addresses and keys, and removal of exact and near duplicates across all inputs.
 
-        aurora data curate curated sample=corpus/train/*.jsonl --evaluation benchmarks/*
+        aurora data curate curated 'sample=corpus/train/*.jsonl' --evaluation benchmarks/*
 
     writes curated/train/{language}.jsonl, report.md and report.json, rejected/{filter}.jsonl with samples for people to look at,
     contamination.jsonl and quarantine/. The same input gives the same bytes, whatever the number of workers.
     """
 
-    output: tyro.conf.Positional[str]
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The folder to write; must not exist. It appears complete or not at all; on an object store report.json comes last."""
-    inputs: tyro.conf.Positional[tuple[str, ...]]
-    """NAME=FILES: a name for the report, and a path or pattern of JSON-lines files (.gz, .bz2 and .zst too)."""
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FILES")]
+    """A name for the report, and a path or pattern of JSON-lines files (.gz, .bz2 and .zst too)."""
     evaluation: tuple[str, ...] = ()
     """Files of evaluation sets, or patterns of them (.jsonl, .json, .tsv, .csv, or one text a line): documents that hold their text go."""
     thresholds: Path | None = None
@@ -118,9 +121,12 @@ def curate(command: CurateCommand) -> report.Report:
 
 def _require_beam() -> None:
     try:
+        logging.disable(logging.WARNING)  # its import warns of clients of other clouds that are absent
         import apache_beam  # noqa: F401
     except ImportError:
         raise InputError("curation needs Apache Beam, which is not installed; `pip install -c constraints.txt -e '.[beam]'`.") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _settings(command: CurateCommand) -> Settings:
@@ -149,13 +155,13 @@ def _files(inputs: tuple[str, ...]) -> list[FileRange]:
     from apache_beam.io.filesystem import CompressionTypes
 
     if not inputs:
-        raise InputError("no inputs; give one or more as NAME=FILES, such as sample=corpus/train/*.jsonl.")
+        raise InputError("no inputs; give one or more as NAME=FILES, such as 'sample=corpus/train/*.jsonl'.")
     files: list[FileRange] = []
     names: set[str] = set()
     for input in inputs:
         match = _INPUT.fullmatch(input)
         if match is None:
-            raise InputError(f"{input}: an input is written NAME=FILES, such as sample=corpus/train/*.jsonl.")
+            raise InputError(f"{input}: an input is written NAME=FILES, such as 'sample=corpus/train/*.jsonl'.")
         name, pattern = match["name"], match["pattern"]
         if name in names:
             raise InputError(f"{name}: two inputs have this name; every input needs its own.")
@@ -208,6 +214,7 @@ def _run(command: CurateCommand, files: list[FileRange], settings: Settings, out
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     from aurora_jax.data.curation.pipeline import build
 
@@ -216,32 +223,56 @@ def _run(command: CurateCommand, files: list[FileRange], settings: Settings, out
         with beam.Pipeline(options=PipelineOptions([f"--runner={command.runner}", *options])) as pipeline:
             build(pipeline, files, settings, output, None)
         return
-    # By name, because "DirectRunner" may be Prism, which fetches a program over the network.
-    mode = "multi_processing" if command.workers > 1 else "in_memory"
-    direct = PipelineOptions(
-        [
-            f"--direct_num_workers={command.workers}",
-            f"--direct_running_mode={mode}",
-            "--default_sdk_harness_log_level=WARNING",
-            *options,
-        ]
-    )
-    with tempfile.TemporaryDirectory() as done, _progress(Path(done), files), beam.Pipeline(FnApiRunner(), options=direct) as pipeline:
-        build(pipeline, files, settings, output, done)
+    with tempfile.TemporaryDirectory() as scratch:
+        done = Path(scratch, "done")
+        done.mkdir()
+        worker = f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main 2>> {shlex.quote(scratch)}/log"
+        environment = SubprocessSDKEnvironment.from_command_string(worker) if command.workers > 1 else None
+        # By name, because "DirectRunner" may be Prism, which fetches a program over the network.
+        runner = FnApiRunner(environment)
+        direct = PipelineOptions([f"--direct_num_workers={command.workers}", *options])
+        with _input_errors_of_workers(), _quiet(), _progress(done, len(files)), beam.Pipeline(runner, direct) as pipeline:
+            build(pipeline, files, settings, output, str(done))
 
 
 @contextmanager
-def _progress(done: Path, files: list[FileRange]) -> Iterator[None]:
+def _input_errors_of_workers() -> Iterator[None]:
+    """An InputError that a worker raised comes back as text inside another error; this raises it as what it was."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        found = re.search(r"InputError: (.+?)(?: \[while running|\n|$)", str(error))
+        if found is None:
+            raise
+        raise InputError(found[1]) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Beam's notes on its own workings; an error of a worker is raised here, with its traceback, besides being logged."""
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _progress(done: Path, ranges: int) -> Iterator[None]:
     """Shows how many of the ranges have been read and filtered; what follows, from duplicates to writing, is short and unmeasured."""
     columns = TextColumn("{task.description:30}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     finished = threading.Event()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading and filtering", total=len(files))
+        task = progress.add_task("reading and filtering", total=ranges)
 
         def watch() -> None:
             while not finished.is_set():
                 count = sum(1 for _ in done.iterdir())
-                description = "reading and filtering" if count < len(files) else "removing duplicates, writing"
+                description = "reading and filtering" if count < ranges else "removing duplicates, writing"
                 progress.update(task, completed=count, description=description)
                 time.sleep(_POLL_SECONDS)
 

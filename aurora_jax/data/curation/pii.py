@@ -41,7 +41,7 @@ _EMAIL = re.compile(
 _RESERVED_DOMAIN = re.compile(r"(?:^|[.@])(?:example\.(?:com|net|org|edu)|(?:example|test|invalid|localhost|local))$", re.IGNORECASE)
 
 _IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\d)", re.ASCII)
-_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{2,40}(?![\w:])", re.ASCII)
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", re.ASCII)
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; abc::def in C++ lies elsewhere
 _VERSION_BEFORE = re.compile(
     r"(?:\bversions?|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|§|[=<>~!^]="
