@@ -22,7 +22,7 @@ from conftest import SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_jax.data.curation import duplicates, pii
+from aurora_jax.data.curation import documents, duplicates, pii
 from aurora_jax.data.curation.contamination import CHARACTERS, WORDS, EvaluationIndex, read_items
 from aurora_jax.data.curation.documents import NotADocument, parse
 from aurora_jax.data.curation.filters import identify, language_rejection, measure
@@ -488,6 +488,21 @@ def test_lines_that_are_no_documents_are_named(line, said):
         parse("key", "input", line, {"en"})
 
 
+@pytest.mark.parametrize("size", [1, 7, 30, 64, 100])
+def test_wherever_a_file_is_cut_each_line_is_read_once(tmp_path, monkeypatch, size):
+    pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
+    path = tmp_path / "a.jsonl"
+    # Lines of many lengths, some of which end where a range does.
+    lines = [json.dumps({"text": "ä" * length, "language": "fi"}, ensure_ascii=False).encode() for length in (1, 40, 2, 3, 90, 11, 5)]
+    path.write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(documents, "RANGE_BYTES", size)
+    cut = documents.ranges("in", str(path), "a.jsonl", path.stat().st_size, splittable=True)
+    read = [document for part in cut for document in documents.read_range(part, {"fi"})]
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in lines[:-1])]
+    assert [document.key for document in read] == [f"in/a.jsonl:{start:015d}" for start in starts]
+    assert [document.record["text"] for document in read] == [json.loads(line)["text"] for line in lines]
+
+
 def test_hooks_are_parsed_loaded_and_refused(tmp_path):
     assert parse_classifier("long=builtins:len,max=3,language=en").maximum == 3
     assert parse_classifier("size=test_curation:sizes,min=2").scores(["a", "bcd"]) == [1, 3]
@@ -658,7 +673,6 @@ def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_
 def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
     """A hook turns documents away, shards part the rest without loss, and where ranges of a file are cut changes nothing."""
     pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
-    from aurora_jax.data.curation import documents
     from aurora_jax.data.curation.command import CurateCommand, curate
 
     def outcome(name: str, shards: int) -> list[bytes]:

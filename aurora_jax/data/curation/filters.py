@@ -53,7 +53,7 @@ _LETTER = regex.compile(r"\p{L}")
 
 
 def identify(text: str) -> tuple[str, float]:
-    """The language of a text and its probability: "code" with the share of lines that look like it, or an ISO 639-1 code among 97."""
+    """The language of a text and its probability: "code" with the share of lines that look like it, or that of one of 142 languages."""
     share = code_share(text)
     if share >= _CODE_SHARE and _is_mostly_ascii(text):
         return CODE, share

@@ -82,7 +82,7 @@ THRESHOLDS: Mapping[str, Thresholds] = {
     ),
     # Words are syllables. ROOTS: 30 words, word repetition 0.20, stop words 0.08 with pairs of syllables.
     "vi": Thresholds(minimum_words=15, maximum_word_repetition=0.55, minimum_stop_words=0.12, maximum_flagged_words=0.005),
-    # StarCoder (Li et al., 2023, section 3): mean line length at most 100, which drops minified and generated files.
+    # The Stack and StarCoder (Li et al., 2023): mean line length at most 100, which drops minified and generated files.
     CODE: Thresholds(
         language_probability=0.2,
         minimum_words=20,
