@@ -18,6 +18,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
+  aurora data curate OUT NAME=FILES filters, redacts, deduplicates and decontaminates documents, and reports what went and why
   aurora data build MIXTURE         token stores out of the sources of a SeqIO mixture, with Apache Beam
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
@@ -89,6 +90,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _data(arguments: Sequence[str]) -> None:
+    from aurora_jax.data.curation.command import CurateCommand
     from aurora_jax.data.sample import SampleCommand
     from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
 
@@ -96,7 +98,8 @@ def _data(arguments: Sequence[str]) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     from aurora_jax.data.build_command import BuildCommand
 
-    _subcommands("data", {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand, "build": BuildCommand}, arguments)
+    commands = {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand, "curate": CurateCommand, "build": BuildCommand}
+    _subcommands("data", commands, arguments)
 
 
 def _eval(arguments: Sequence[str]) -> None:
