@@ -19,7 +19,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
   aurora data curate OUT NAME=FILES filters, redacts, deduplicates and decontaminates documents, and reports what went and why
-  aurora data build MIXTURE         token stores out of the sources of a SeqIO mixture, with Apache Beam
+  aurora data build MIXTURE ...     token stores out of the sources of SeqIO mixtures, with Apache Beam
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language

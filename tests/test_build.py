@@ -182,7 +182,7 @@ def test_the_command(mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, ca
     arguments = ["data", "build", "nano_cap", "--tokenizer", str(mini_tokenizer), "--data-root", str(mini_corpus), "--workers", "1"]
     arguments += ["--output", str(tmp_path / "stores"), "--splits", "train", "validation"]
     assert main(arguments) == 0
-    assert re.search(r"sample_fi.*\n*.*valid", capsys.readouterr().out)
+    assert re.search(r"sample_fi *│ validation *│ fi *│ +4 │", capsys.readouterr().out)
     before = contents(tmp_path)
     assert main(arguments) == 0
     assert contents(tmp_path) == before

@@ -1,9 +1,10 @@
-"""`aurora data build MIXTURE`: token stores out of sources, with progress and a table at the end."""
+"""`aurora data build MIXTURE ...`: token stores out of sources, with progress and a table at the end."""
 
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +28,14 @@ RUNNERS = {"dataflow": "DataflowRunner", "flink": "FlinkRunner", "spark": "Spark
 
 @dataclass(frozen=True)
 class BuildCommand:
-    """Tokenize the tasks of a mixture into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
+    """Tokenize the tasks of mixtures into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
 
     A store that is complete is checked against its sources and left alone. Records that cannot be used go to rejected.jsonl in the store's
     folder, with the reason.
     """
 
-    mixture: tyro.conf.Positional[str]
-    """A SeqIO mixture or task: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
+    mixtures: tyro.conf.Positional[tuple[str, ...]]
+    """SeqIO mixtures or tasks: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
     tokenizer: Path
     """tokenizer.json, or its folder (a checkpoint of convert has one), a SentencePiece .model, or the word bytes."""
     output: str = "stores"
@@ -62,8 +63,9 @@ class BuildCommand:
         from aurora_jax.data.vocabulary import vocabulary_from
 
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
-        recipes = list(_recipes(mixture_rates(self.mixture), self.splits, recipe_of))
-        console = Console()
+        tasks = dict.fromkeys(task for mixture in self.mixtures for task, _ in mixture_rates(mixture))
+        recipes = list(_recipes(tasks, self.splits, recipe_of))
+        console = Console(width=None if sys.stdout.isatty() else 130)
         stores = build_stores(
             recipes,
             self.output,
@@ -77,10 +79,10 @@ class BuildCommand:
         console.print(summary(stores))
 
 
-def _recipes(rates, splits, recipe_of) -> Iterator[Recipe]:
+def _recipes(tasks: Iterable[str], splits: Sequence[str], recipe_of: Callable[[str, str], Recipe]) -> Iterator[Recipe]:
     import seqio
 
-    for task, _ in rates:
+    for task in tasks:
         for split in splits:
             if split == "train" or split in seqio.TaskRegistry.get(task).splits:
                 yield recipe_of(task, split)
