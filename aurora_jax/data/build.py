@@ -124,7 +124,8 @@ def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
         _write_chunk(folder, manifest, chunk, recipe.tokenizer.vocab_size)
     if bad:
         lines = [json.dumps({"where": one.where, "reason": one.reason, "begins": one.excerpt}, ensure_ascii=False) for one in bad]
-        folder.write(b"rejected.jsonl", ("\n".join(lines) + "\n").encode()).result()
+        # A lone surrogate becomes JSON's own spelling of it.
+        folder.write(b"rejected.jsonl", ("\n".join(lines) + "\n").encode(errors="backslashreplace")).result()
     manifest.digest, manifest.dropped, manifest.bad = digest.hexdigest(), dict(sorted(dropped.items())), dict(sorted(reasons.items()))
     manifest.kept = dict(sorted(manifest.kept.items()))
     return manifest
@@ -178,7 +179,7 @@ class PlanStore(beam.DoFn):
                 rejected.append(folder.read(f"parts/{job.key(part_number)}/rejected.jsonl").result().value)
         if rejected:
             folder.write(b"rejected.jsonl", b"".join(rejected)).result()
-        folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode()).result()
+        folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode(errors="backslashreplace")).result()
         if report["refused"]:
             return
         tokens, documents = report["tokens"], report["documents"]
