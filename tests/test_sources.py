@@ -435,6 +435,12 @@ def test_find_is_pythons_glob(tree: Path, monkeypatch: pytest.MonkeyPatch, patte
             assert opened.read() == Path(path).read_bytes()
 
 
+def test_relative_pattern_longer_than_the_way_to_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    found = find(f"{str(tree)[1:]}/d/*.txt")
+    assert [file.url for file in found] == sorted(glob.glob(f"{tree}/d/*.txt"))
+
+
 names = st.text("ab.", min_size=1, max_size=3).filter(lambda name: name.strip("."))
 patterns = st.lists(st.sampled_from(["**", "*", "a*", "*b", "?", ".*", "[ab]", "[!a]?"]) | names, min_size=1, max_size=4).map("/".join)
 
