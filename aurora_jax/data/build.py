@@ -276,6 +276,14 @@ class Complete(beam.DoFn):
         yield job.directory
 
 
+def begin(directory: str) -> None:
+    """Writes a first file where a store will be: if that cannot be, it is known at once. Raises InputError then."""
+    try:
+        kvstore_at(directory).write(b"parts/begun", b"").result()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{directory}: cannot be written: {error}; make the bucket or folder, or choose another --output") from error
+
+
 def delete_parts(directory: str) -> None:
     """Takes away what only the build needed."""
     kvstore_at(directory).delete_range(ts.KvStore.KeyRange("parts/", "parts0")).result()  # "0" is the character after "/"

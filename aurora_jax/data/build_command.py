@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora_jax.data.build import StoreJob, jobs_for, pipeline
+from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
@@ -115,11 +115,14 @@ def build_stores(
         The stores by "task/split".
 
     Raises:
-        InputError: sources are missing, too much of one is bad, or a store in place does not match. The other stores are built.
+        InputError: sources are missing, too much of one is bad, or a store in place does not match; the other stores are built. Or the
+            output cannot be written.
     """
     jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
     if console and missing:
         console.print(f"[yellow]left out, for lack of files:[/yellow] {', '.join(directory for directory in missing)}")
+    for job in jobs:
+        begin(job.directory)
     if jobs:
         with _progress(jobs, console if runner == "direct" else None):
             run_pipeline(jobs, runner, workers, beam_options)
