@@ -53,6 +53,8 @@ def find(pattern: str) -> list[File]:
             folder, deeper = literal.rsplit("/", 1)[0] or "/", "/" in path[len(literal) :] or "**" in path
             selector = fs.FileSelector(folder, allow_not_found=True, recursive=deeper)
             found = [info for info in filesystem.get_file_info(selector) if _matches(info.path.split("/"), path.split("/"))]
+    except NotADirectoryError:  # a file stands where the pattern has a folder
+        return []
     except OSError as error:
         raise InputError(f"{pattern}: cannot be listed: {error}") from error
     files = [File(scheme + info.path, info.size, info.mtime_ns or 0) for info in found if info.type == fs.FileType.File]
