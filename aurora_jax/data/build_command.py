@@ -54,8 +54,8 @@ class BuildCommand:
     """Beam's runner; direct is this machine."""
     workers: int = os.cpu_count() or 1
     """Processes of the direct runner."""
-    beam_options: tuple[str, ...] = ()
-    """Options of the runner, such as --project=P --region=R --temp_location=gs://... for Dataflow."""
+    beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
 
     def run(self) -> None:
         """Raises InputError if something given is wrong, or too much of a source is bad."""
@@ -63,6 +63,8 @@ class BuildCommand:
         from aurora_jax.data.vocabulary import vocabulary_from
 
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
+        if not self.mixtures:
+            raise InputError("aurora data build: name at least one mixture or task, such as nano_cap")
         tasks = dict.fromkeys(task for mixture in self.mixtures for task, _ in mixture_rates(mixture))
         recipes = list(_recipes(tasks, self.splits, recipe_of))
         console = Console(width=None if sys.stdout.isatty() else 130)

@@ -235,6 +235,13 @@ def _open_data(
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
     stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
+    for mixture, pairs in rates.items():
+        left_out = {task: rate for task, rate in pairs if task not in stores}
+        if left_out:
+            raised = sum(rate for _, rate in pairs) / sum(rate for task, rate in pairs if task in stores)
+            print(
+                f"{mixture}: without {', '.join(left_out)}, which have no store; the other rates are raised {raised:.3f}-fold", flush=True
+            )
     held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
     stages = [
         DataStage(stage.name, tuple((task, rate) for task, rate in rates[stage.mixture] if task in stores), stage.steps)
