@@ -240,7 +240,7 @@ def _open_data(
         if left_out:
             raised = sum(rate for _, rate in pairs) / sum(rate for task, rate in pairs if task in stores)
             print(
-                f"{mixture}: without {', '.join(left_out)}, which have no store; the other rates are raised {raised:.3f}-fold", flush=True
+                f"{mixture}: without {', '.join(left_out)}, which have no store; the others' rates are raised {raised:.3f}-fold", flush=True
             )
     held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
     stages = [
