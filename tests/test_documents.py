@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -424,6 +425,12 @@ def test_missing_field_makes_a_bad_record() -> None:
 @pytest.mark.parametrize("language", SENTENCES)
 def test_text_is_kept(language: str) -> None:
     given = document(SENTENCES[language])
+    assert MostSymbols()(given) is given
+
+
+@pytest.mark.parametrize("text", ["की में है से का के लिए", unicodedata.normalize("NFD", SENTENCES["vi"]), "ภาษาที่นี่", "", " \n"])
+def test_marks_are_part_of_letters(text: str) -> None:
+    given = document(text)
     assert MostSymbols()(given) is given
 
 

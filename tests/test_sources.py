@@ -151,6 +151,15 @@ def test_what_a_library_wrote_is_read_back(tmp_path: Path, monkeypatch: pytest.M
     assert (len(parts) > 1) == (name in divisible and part_bytes < file.size)
 
 
+def test_rows_are_counted_through_the_file(tmp_path: Path) -> None:
+    """Also where a part is more than pyarrow reads at once."""
+    numbers = [str(number) for number in range(150_000)]
+    parquet.write_table(pa.table({"text": numbers}), tmp_path / "a.parquet", row_group_size=100_000)
+    documents = read(source_of(tmp_path / "a.parquet"))
+    assert [document.where for document in documents] == [f"{tmp_path}/a.parquet, row {number:,}" for number in range(150_000)]
+    assert texts(documents) == numbers
+
+
 def test_dataset_saved_on_disk(tmp_path: Path) -> None:
     """The layout of the hub library's `save_to_disk`: data-*.arrow streams beside two JSON files."""
     for shard in range(3):
