@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from aurora_jax.data.build import StoreJob, jobs_for, pipeline
+from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
@@ -62,7 +63,8 @@ class BuildCommand:
         from aurora_jax.data.vocabulary import vocabulary_from
 
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
-        recipes = list(_recipes(mixture_rates(self.mixture), self.splits, recipe_of))
+        rates = mixture_rates(self.mixture)
+        recipes = list(_recipes(rates, self.splits, recipe_of))
         console = Console()
         stores = build_stores(
             recipes,
@@ -75,6 +77,8 @@ class BuildCommand:
             console=console,
         )
         console.print(summary(stores))
+        if "train" in self.splits and (absent := left_out(self.mixture, rates, {store.info.task for store in stores.values()})):
+            console.print(absent, style="yellow", highlight=False, markup=False)
 
 
 def _recipes(rates, splits, recipe_of) -> Iterator[Recipe]:

@@ -5,6 +5,7 @@ Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPO
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -62,6 +63,11 @@ def _matches(path: str, pattern: str) -> bool:
     if "**" in patterns:
         return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def patterns_text(patterns: Sequence[str]) -> str:
+    """Glob patterns for a message: of many, the first and how many more."""
+    return " ".join(patterns) if len(patterns) <= 3 else f"{patterns[0]} and {len(patterns) - 1} more like it"
 
 
 def open_file(url: str) -> pyarrow.NativeFile:

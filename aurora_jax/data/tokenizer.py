@@ -49,6 +49,10 @@ class Tokenizer(ABC):
     def special_id(self, name: str) -> int:
         """The id of a special token such as "<fim_prefix>". Raises InputError if there is none of that name."""
 
+    @abstractmethod
+    def special_name(self, i: int) -> str | None:
+        """The name of the special token with this id; None for ordinary tokens."""
+
     def encode(self, text: str) -> list[int]:
         """Encodes one text, without EOS."""
         return self.encode_batch([text])[0].tolist()
@@ -131,6 +135,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise self._no_special_token(name)
         return self._special_ids[name]
 
+    def special_name(self, i: int) -> str | None:
+        return next((name for name, special in self._special_ids.items() if special == i), None)
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`. Most normalise text (NFKC, runs of spaces): decoding gives the normalised text back, not the original.
@@ -178,6 +185,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise self._no_special_token(name)
         return i
 
+    def special_name(self, i: int) -> str | None:
+        return self._processor.id_to_piece(i) if self._processor.is_control(i) or i == self.unk_id else None
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, as ByT5 numbers them (Xue et al. 2022, arXiv 2105.13626): 0 padding, 1 `</s>`, 2 unknown, then the 256 bytes."""
@@ -200,6 +210,9 @@ class ByteTokenizer(Tokenizer):
         if name != "</s>":
             raise self._no_special_token(name)
         return self.eos_id
+
+    def special_name(self, i: int) -> str | None:
+        return {0: "<pad>", self.eos_id: "</s>", self.unk_id: "<unk>"}.get(i)
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:
