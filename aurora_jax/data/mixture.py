@@ -17,6 +17,8 @@ from aurora_jax.errors import InputError
 
 DEFAULT_BLOCK_SIZE = 256  # small enough that a run of a few hundred sequences keeps its rates; a task's share may be as low as 1/256
 
+NAMED = 8  # tasks in a message; `aurora data describe` names them all
+
 
 def block_size_for(rates: Sequence[float]) -> int:
     """A block in which even the smallest rate is a whole sequence: the default, or the next power of two that is large enough.
@@ -34,7 +36,8 @@ def left_out(name: str, rates: Sequence[tuple[str, float]], there: Container[str
         return ""
     share = sum(missing.values()) / sum(rate for _, rate in rates)
     rest = f"the rates of the others are {1 / (1 - share):.3g} times what they were" if len(missing) < len(rates) else "nothing is left"
-    return f"left out of {name}: {len(missing)} of {len(rates)} tasks, {share:.1%} of it ({', '.join(sorted(missing))}); {rest}"
+    names = [*sorted(missing)[:NAMED], *([f"{len(missing) - NAMED} more"] if len(missing) > NAMED else [])]
+    return f"left out of {name}: {len(missing)} of {len(rates)} tasks, {share:.1%} of it ({', '.join(names)}); {rest}"
 
 
 class BlockMixture:

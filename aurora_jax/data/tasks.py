@@ -263,6 +263,11 @@ def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = 
         for name, rates in MIXTURES.items():
             seqio.MixtureRegistry.add(name, list(rates.items()))
         _registered = wanted
+    import_modules(modules)
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Imports modules that register tasks and mixtures of their own. Raises InputError if one cannot be imported."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -270,6 +275,11 @@ def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = 
             raise InputError(
                 f"{module}: the module with further tasks cannot be imported: {error}; is its folder on PYTHONPATH?"
             ) from error
+
+
+def is_registered() -> bool:
+    """Whether our tasks are in SeqIO's registry."""
+    return _registered is not None
 
 
 def unregister() -> None:

@@ -113,7 +113,7 @@ TEXTS: tuple[Entry, ...] = (
         text="content",
     ),
     _redpajama("common_crawl", "common_crawl/*/*.jsonl.zst", 880),
-    _redpajama("c4", "c4/*.jsonl", 175),
+    _redpajama("c4", "c4/c4-train.*.jsonl", 175),
     _redpajama("arxiv", "arxiv/*.jsonl", 28),
     _redpajama("stackexchange", "stackexchange/*.jsonl", 20, "; its books, GitHub and Wikipedia are withdrawn or covered by other entries"),
     Entry(
