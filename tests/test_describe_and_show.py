@@ -128,6 +128,12 @@ def test_describe_draws_and_writes_markdown(tmp_path, capsys):
     assert "aurora_m_cap" in capsys.readouterr().err
 
 
+def test_the_document_holds_the_tables():
+    document = (Path(__file__).parents[1] / "docs" / "aurora_m_data.md").read_text()
+    for mixture in ("aurora_m_cap", "aurora_m_cat"):
+        assert markdown(task_rows(rates_of(mixture, "nowhere", ()), "nowhere", "nowhere")) in document
+
+
 MODULE = """
 import seqio
 import tensorflow as tf

@@ -23,7 +23,7 @@ KIND_COLOURS = {
     "safety": "#C44E52",
     "domain": "#B8952F",
 }
-NARROW = 0.045  # shares below it have no room for a label in their bar
+LETTER = 0.0085  # of the width of a chart: a share has room for its name only if the name fits
 SMALLEST = 1e-6
 
 
@@ -49,13 +49,17 @@ def _stacked(axes: Axes, title: str, parts: Mapping[str, float], colours: Mappin
     left = 0.0
     for name, share in parts.items():
         axes.barh([0], [share], left=left, color=colours.get(name, OTHER), edgecolor="white", height=0.7)
-        if share >= NARROW:
+        if share >= _room(name):
             axes.text(left + share / 2, 0, f"{name}\n{share:.1%}", ha="center", va="center", color="white", fontsize=8)
         left += share
-    narrow = [f"{name} {rate_text(share)}" for name, share in parts.items() if share < NARROW]
+    narrow = [f"{name} {rate_text(share)}" for name, share in parts.items() if share < _room(name)]
     axes.set_title(f"by {title}" + (f" (then {', '.join(narrow)})" if narrow else ""), loc="left", fontsize=9)
     axes.set_xlim(0, 1)
     axes.axis("off")
+
+
+def _room(name: str) -> float:
+    return LETTER * max(5, len(name))
 
 
 def _tasks(axes: Axes, rows: Sequence[TaskRow]) -> None:

@@ -97,14 +97,19 @@ class ShowCommand:
     what: tyro.conf.Positional[str]
     """A mixture or task; or a config file, whose stages, stores, seed, batch size and so on are then the defaults of the flags below."""
     step: int = 0
+    """Step of the run, from 0; for a mixture, of a run that reads nothing else."""
     row: int = 0
+    """Sequence of the global batch, from 0."""
     stores: str = "stores"
     """Folder of the token stores."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, a SentencePiece .model, or the word bytes: that of the stores."""
     seed: int = 0
+    """Of the run: it orders the data."""
     batch_size: int = 16
+    """Sequences a step, over all devices."""
     sequence_length: int = 512
+    """Tokens a sequence."""
     data_root: str = "corpus"
     """Folder of the sources, where --modules need it."""
     modules: tuple[str, ...] = ()
