@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 
 from aurora_jax.data import store as store_format
-from aurora_jax.data.files import File
+from aurora_jax.data.files import File, patterns_text
 from aurora_jax.data.opening import check_sources, store_directory
 from aurora_jax.data.recipe import Dropped, Recipe, Tokenized
 from aurora_jax.data.sources import Bad, Part
@@ -393,4 +393,4 @@ def jobs_for(
 def looked_for(recipe: Recipe) -> str:
     """Where a recipe's files should be."""
     splits = getattr(recipe.reader, "splits", None)
-    return " ".join(splits[recipe.split]) if splits else str(getattr(recipe.reader, "source", recipe.reader))
+    return patterns_text(splits[recipe.split]) if splits else str(getattr(recipe.reader, "source", recipe.reader))

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
+from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
@@ -65,7 +66,8 @@ class BuildCommand:
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
         if not self.mixtures:
             raise InputError("aurora data build: name at least one mixture or task, such as nano_cap")
-        tasks = dict.fromkeys(task for mixture in self.mixtures for task, _ in mixture_rates(mixture))
+        rates = {mixture: mixture_rates(mixture) for mixture in self.mixtures}
+        tasks = dict.fromkeys(task for pairs in rates.values() for task, _ in pairs)
         recipes = list(_recipes(tasks, self.splits, recipe_of))
         console = Console(width=None if sys.stdout.isatty() else 130)
         stores = build_stores(
@@ -79,6 +81,10 @@ class BuildCommand:
             console=console,
         )
         console.print(summary(stores))
+        there = {store.info.task for store in stores.values() if store.info.split == "train"}
+        for mixture, pairs in rates.items():
+            if "train" in self.splits and (absent := left_out(mixture, pairs, there)):
+                console.print(absent, style="yellow", highlight=False, markup=False)
 
 
 def _recipes(tasks: Iterable[str], splits: Sequence[str], recipe_of: Callable[[str, str], Recipe]) -> Iterator[Recipe]:

@@ -73,6 +73,11 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
     return (shown or patterns[0].startswith(".")) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
 
 
+def patterns_text(patterns: Sequence[str]) -> str:
+    """Glob patterns for a message: of many, the first and how many more."""
+    return " ".join(patterns) if len(patterns) <= 3 else f"{patterns[0]} and {len(patterns) - 1} more like it"
+
+
 def open_file(url: str) -> pyarrow.NativeFile:
     """The file for reading at any place. Raises InputError if it is not there."""
     filesystem, path = _locate(url)

@@ -20,7 +20,8 @@ from aurora_jax.data.documents import Document, DocumentStep, Piece
 from aurora_jax.data.files import File, find, open_file, open_stream
 from aurora_jax.errors import InputError
 
-Format = Literal["jsonl", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
+Format = Literal["jsonl", "json", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
+Kind = Literal["web", "code", "encyclopedia", "instruction", "safety", "domain"]
 
 PART_BYTES = 16 << 20
 LONGEST = 32 << 20
@@ -60,9 +61,9 @@ class Source:
     splits: Mapping[str, tuple[str, ...]]
     """Glob patterns of each split; local, gs:// or s3://."""
     format: Format
-    """jsonl: an object a line, plain, .gz or .zst. parquet. arrow: a Hugging Face dataset saved on disk (its data-*.arrow files).
-    array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document a line. text: a
-    document a file; its field `path` is the file's address."""
+    """jsonl: an object a line, plain, .gz or .zst. json: one array of objects. parquet. arrow: a Hugging Face dataset saved on disk (its
+    data-*.arrow files). array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document
+    a line. text: a document a file; its field `path` is the file's address."""
     text: str | None = "text"
     """Field that holds the text; None where a step makes the text of other fields."""
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -144,6 +145,14 @@ class TaskSpec:
     name: str
     source: Source
     steps: tuple[DocumentStep, ...] = ()
+    kind: Kind | None = None
+    """What sort of text it is; `aurora data describe` adds up shares by it."""
+    stages: tuple[str, ...] = ()
+    """Stages of Aurora-M that it is for."""
+    origin: str = ""
+    """Where the files come from: a data set of the Hugging Face hub, or an address."""
+    note: str = ""
+    """What a user should know of it: what is from memory, what is our choice."""
 
 
 Records = Iterator[tuple[str, Mapping[str, Any] | Bad]]
@@ -208,6 +217,25 @@ def _parse_json(where: str, line: bytes) -> Mapping[str, Any] | Bad:
     except (ValueError, RecursionError):
         return Bad(where, "not JSON", repr(line[:EXCERPT]))
     return record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
+
+
+class _Json:
+    """An array of objects: read whole, so for files that fit into memory."""
+
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        with _whole(part.url):
+            with open_stream(part.url, _compression(part.url)) as stream:
+                records = json.loads(stream.read())
+            if not isinstance(records, list):
+                raise ValueError("not an array of objects")
+        for number, record in enumerate(records):
+            where = f"{part.url}, record {number:,}"
+            yield where, record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
 
 
 class _Text:
@@ -369,6 +397,7 @@ def _as_text(value: Any) -> Any:
 
 READERS: Mapping[str, Any] = {
     "jsonl": _JsonLines,
+    "json": _Json,
     "lines": _Lines,
     "text": _Text,
     "parquet": _Parquet,
