@@ -20,8 +20,9 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
+  aurora data curate OUT NAME=FILES filters, redacts, deduplicates and decontaminates documents, and reports what went and why
   aurora data describe MIXTURE      its tasks, rates, licences, files, stores, and epochs over a planned run
-  aurora data build MIXTURE         token stores out of the sources of a SeqIO mixture, with Apache Beam
+  aurora data build MIXTURE ...     token stores out of the sources of SeqIO mixtures, with Apache Beam
   aurora data show MIXTURE          one row of a batch, decoded, as the model reads it
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
@@ -95,6 +96,7 @@ def _plan(arguments: Sequence[str]) -> None:
 DATA_COMMANDS = {
     "sample": "aurora_jax.data.sample:SampleCommand",
     "tokenizer": "aurora_jax.data.tokenizer_training:TrainTokenizerCommand",
+    "curate": "aurora_jax.data.curation.command:CurateCommand",
     "describe": "aurora_jax.data.describe:DescribeCommand",
     "build": "aurora_jax.data.build_command:BuildCommand",
     "show": "aurora_jax.data.show:ShowCommand",

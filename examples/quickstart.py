@@ -29,6 +29,11 @@ NEW_TOKENS = 60
 
 STEPS = (
     ("A real corpus in five languages and code, from packages", f"-m aurora_jax data sample {WORK}/corpus"),
+    (
+        "Text becomes tokens: the stores of both stages' mixtures, and of the held-out texts",
+        f"-m aurora_jax data build nano_cap nano_cat --tokenizer {NANO} --data-root {WORK}/corpus --output {WORK}/stores "
+        "--splits train validation",
+    ),
     ("PyTorch weights in: the base model becomes a Flax checkpoint", f"-m convert from-torch {NANO} {CONVERTED} --dtype float32"),
     ("Are the two the same model?", f"-m convert verify {NANO} {CONVERTED}"),
     (

@@ -338,3 +338,14 @@ def test_bad_stage_tables(stores: dict[str, TokenStore]) -> None:
     check([Stage("s", (("a", -1.0),), 1)], "positive")
     check([Stage("s", (("a", 1.0),), 1)], "at least 2 make a window", a=make_store([[0]]))
     check([Stage("s", (("a", 1.0), ("b", 1.0)), 1)], "different tokenizers", b=make_store([[1, 0]], tokenizer="another"))
+
+
+def test_what_is_not_to_be_learnt_has_no_loss() -> None:
+    """Tokens are their own places here: the weight of each target is the mask at it, and all of an epoch's are seen."""
+    learn = np.random.default_rng(0).random(97) < 0.5
+    store = write_store(f"memory://loader/{next(counter)}/", np.split(np.arange(97), [10, 40, 41]), learn=learn)
+    loader = Loader({"a": store}, [Stage("one", (("a", 1.0),), 3)], batch_size=12, sequence_length=L, seed=0)
+    batch = loader.batch(1)
+    inside = batch.segment_ids_BL > 0
+    np.testing.assert_array_equal(batch.loss_weights_BL, learn[batch.targets_BL] * inside)
+    assert sorted(batch.targets_BL[inside]) == list(range(1, 97))

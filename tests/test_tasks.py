@@ -1,8 +1,13 @@
 """SeqIO tasks and the stores built from them, held against SeqIO's own view of the same tasks."""
 
+import functools
 import json
+import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +15,14 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from aurora_jax.data.store import TokenStore, build_mixture_stores, build_store, read_info, task_fingerprint
-from aurora_jax.data.tasks import LANGUAGES, MIXTURES, JsonLinesSource, mixture_rates, register_sample_tasks, unregister_sample_tasks
-from aurora_jax.data.vocabulary import HuggingFaceVocabulary
+from aurora_jax.data.build_command import build_stores
+from aurora_jax.data.documents import FillInTheMiddle, Instruction
+from aurora_jax.data.opening import open_stores
+from aurora_jax.data.sample_tasks import LANGUAGES, MIXTURES
+from aurora_jax.data.sources import Source
+from aurora_jax.data.store import TokenStore, read_info
+from aurora_jax.data.tasks import FileSource, Prepare, mixture_rates, recipe_of, register, unregister
+from aurora_jax.data.vocabulary import Vocabulary, vocabulary_from
 from aurora_jax.errors import InputError
 
 DOCUMENTS = {
@@ -26,7 +36,7 @@ DOCUMENTS = {
 
 
 @pytest.fixture
-def vocabulary(tmp_path: Path) -> HuggingFaceVocabulary:
+def vocabulary(tmp_path: Path) -> Vocabulary:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -36,7 +46,7 @@ def vocabulary(tmp_path: Path) -> HuggingFaceVocabulary:
     )
     tokenizer.train_from_iterator([text for texts in DOCUMENTS.values() for text in texts], trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return HuggingFaceVocabulary(tmp_path / "tokenizer.json")
+    return vocabulary_from(tmp_path / "tokenizer.json")
 
 
 def write_corpus(directory: Path) -> Path:
@@ -49,12 +59,12 @@ def write_corpus(directory: Path) -> Path:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> Iterator[Path]:
+def corpus(tmp_path: Path, vocabulary: Vocabulary) -> Iterator[Path]:
     """A registered corpus."""
     directory = write_corpus(tmp_path / "corpus")
-    register_sample_tasks(directory, vocabulary)
+    register(directory, vocabulary)
     yield directory
-    unregister_sample_tasks()
+    unregister()
 
 
 def seqio_documents(name: str, split: str) -> list[list[int]]:
@@ -66,9 +76,14 @@ def store_documents(store: TokenStore) -> list[list[int]]:
     return [store.document(index).tolist() for index in range(store.info.documents)]
 
 
+def build(task: str, root: Path, split: str = "train", **options: Any) -> TokenStore:
+    (store,) = build_stores([recipe_of(task, split)], root, **options).values()
+    return store
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_store_equals_seqio(corpus: Path, tmp_path: Path, vocabulary: HuggingFaceVocabulary, split: str) -> None:
-    stores = build_mixture_stores("nano_cap", tmp_path / "stores", split, show_progress=False)
+def test_store_equals_seqio(corpus: Path, tmp_path: Path, vocabulary: Vocabulary, split: str) -> None:
+    stores = open_stores(MIXTURES["nano_cap"], split, tmp_path / "stores")
     assert stores.keys() == MIXTURES["nano_cap"].keys()
     for task, store in stores.items():
         texts = DOCUMENTS[task.removeprefix("sample_")]
@@ -99,128 +114,205 @@ def test_mixture_is_seqios(corpus: Path) -> None:
 
 def test_clean_differs_from_train(corpus: Path, tmp_path: Path) -> None:
     (corpus / "clean" / "en.jsonl").write_text('{"text": "clean", "language": "en"}\n')
-    assert build_store("sample_clean_en", "train", tmp_path / "a", show_progress=False).info.documents == 1
-    assert build_store("sample_en", "train", tmp_path / "b", show_progress=False).info.documents == len(DOCUMENTS["en"])
+    assert build("sample_clean_en", tmp_path).info.documents == 1
+    assert build("sample_en", tmp_path).info.documents == len(DOCUMENTS["en"])
 
 
-def test_without_eos(vocabulary: HuggingFaceVocabulary, tmp_path: Path) -> None:
+@contextmanager
+def registered(
+    name: str, source: seqio.DataSource, preprocessors: list, vocabulary: seqio.Vocabulary, add_eos: bool = True
+) -> Iterator[str]:
+    features = {"targets": seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)}
+    seqio.TaskRegistry.add(name, source=source, preprocessors=preprocessors, output_features=features)
+    try:
+        yield name
+    finally:
+        seqio.TaskRegistry.remove(name)
+
+
+def json_lines(pattern: Path | str) -> FileSource:
+    return FileSource(Source({"train": (str(pattern),)}, "jsonl", fields={"language": "language"}))
+
+
+def test_without_eos(vocabulary: Vocabulary, tmp_path: Path) -> None:
     """A task that appends none keeps its documents apart by offsets; empty ones vanish."""
     corpus = write_corpus(tmp_path / "corpus")
-    seqio.TaskRegistry.add(
-        "plain",
-        source=JsonLinesSource({"train": str(corpus / "train" / "*.jsonl")}),
-        preprocessors=[seqio.preprocessors.tokenize],
-        output_features={"targets": seqio.Feature(vocabulary, dtype=tf.int32)},
-    )
-    try:
-        store = build_store("plain", "train", tmp_path / "s", show_progress=False)
+    with registered("plain", json_lines(corpus / "train" / "*.jsonl"), [seqio.preprocessors.tokenize], vocabulary) as task:
+        store = build(task, tmp_path)
         assert (store.info.eos_id, store.info.language) == (None, "mul")
-        assert store_documents(store) == [ids for ids in seqio_documents("plain", "train") if ids]
+        assert store_documents(store) == [ids for ids in seqio_documents(task, "train") if ids]
         assert (
             np.flatnonzero(store.window_ends(np.array([0]), len(store))[0]).tolist()
             == (np.cumsum([len(ids) for ids in store_documents(store)]) - 1).tolist()
         )
-    finally:
-        seqio.TaskRegistry.remove("plain")
 
 
-def test_registering_again(corpus: Path, vocabulary: HuggingFaceVocabulary, tmp_path: Path) -> None:
-    register_sample_tasks(corpus, vocabulary)
-    other = write_corpus(tmp_path / "other")
-    with pytest.raises(InputError, match=f"{corpus} .*{other} "):
-        register_sample_tasks(other, vocabulary)
+def test_registering_again(corpus: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    register(corpus, vocabulary)
+    with pytest.raises(InputError, match=f"{corpus} .*{tmp_path / 'other'} "):
+        register(tmp_path / "other", vocabulary)
+    with pytest.raises(InputError, match="no_such_module"):
+        register(corpus, vocabulary, ["no_such_module"])
 
 
-def test_incomplete_corpus(tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> None:
+def test_missing_sources_are_named_together(vocabulary: Vocabulary, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
-    (corpus / "heldout" / "vi.jsonl").unlink()
-    with pytest.raises(InputError, match=r"heldout/vi\.jsonl is missing"):
-        register_sample_tasks(corpus, vocabulary)
+    for language in ("vi", "hi"):
+        (corpus / "train" / f"{language}.jsonl").unlink()
+    register(corpus, vocabulary)
+    try:
+        recipes = [recipe_of(task, "train") for task in MIXTURES["nano_cap"]]
+        with pytest.raises(InputError, match=r"(?s)2 of 6 tasks are missing.*train/hi\.jsonl.*train/vi\.jsonl"):
+            build_stores(recipes, tmp_path / "stores")
+        assert not (tmp_path / "stores").exists()
+        built = build_stores(recipes, tmp_path / "stores", skip_missing=True)
+        assert built.keys() == {f"sample_{language}/train" for language in ("en", "fi", "ja", "code")}
+        with pytest.raises(InputError, match=r"2 of 2 tasks are missing"):
+            open_stores(MIXTURES["nano_cap"], "train", tmp_path / "stores")
+        assert open_stores(MIXTURES["nano_cap"], "train", tmp_path / "stores", skip_missing=True).keys() == {
+            name.removesuffix("/train") for name in built
+        }
+    finally:
+        unregister()
 
 
-@pytest.mark.parametrize("line", ["not json", '{"txt": "a"}', '["text"]', '{"text": 3}', "", '{"text": "\\ud800"}'])
-def test_malformed_line_is_named(corpus: Path, tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "not JSON"),
+        ('{"txt": "a"}', "no field 'text'"),
+        ('["text"]', "not a JSON object"),
+        ('{"text": 3}', "field 'text' is no string"),
+        ("", "not JSON"),
+        ('{"text": "\\ud800"}', "not UTF-8"),
+    ],
+)
+def test_bad_lines_are_put_aside(corpus: Path, tmp_path: Path, line: str, reason: str) -> None:
+    """Too many of them: no store, and the source is named. A few: a store without them, and a file that says where they are and why."""
     path = corpus / "train" / "en.jsonl"
+    place = path.stat().st_size
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(InputError, match=rf"{path}, line {len(DOCUMENTS['en']) + 1}: not a JSON object"):
-        build_store("sample_en", "train", tmp_path / "s", show_progress=False)
-    assert not [left for left in (tmp_path / "s").rglob("*") if left.is_file()]
+    count = len(DOCUMENTS["en"]) + 1
+    with pytest.raises(InputError, match=re.escape(f"sample_en/train: 1 of {count} records are bad ({reason} (1))")):
+        build("sample_en", tmp_path)
+    assert read_info(tmp_path / "sample_en" / "train") is None
+    store = build("sample_en", tmp_path, max_bad_fraction=1 / count)
+    assert [store.document(index)[:-1].tolist() for index in range(store.info.documents)] == [
+        recipe_of("sample_en", "train").tokenizer.encode(text) for text in DOCUMENTS["en"]
+    ]
+    (rejected,) = (tmp_path / "sample_en" / "train" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["where"] == f"{path}, byte {place:,}"
+    assert json.loads(rejected)["reason"] == reason
 
 
-def test_store_is_reused_or_refused(corpus: Path, tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> None:
-    build_store("sample_fi", "train", tmp_path / "s", show_progress=False)
-    made = (tmp_path / "s" / "store.json").stat().st_mtime_ns
-    build_store("sample_fi", "train", tmp_path / "s", show_progress=False)
-    assert (tmp_path / "s" / "store.json").stat().st_mtime_ns == made
+def test_a_store_is_reused_or_refused(corpus: Path, tmp_path: Path) -> None:
+    """Reused if nothing or only the time of the file has changed; refused if its content has, even at the same size."""
+    build("sample_fi", tmp_path)
+    place, source = tmp_path / "sample_fi" / "train" / "store.json", corpus / "train" / "fi.jsonl"
+    made = place.stat().st_mtime_ns
+    os.utime(source, ns=(1, 1))
+    build("sample_fi", tmp_path)
+    assert place.stat().st_mtime_ns == made
 
-    before = task_fingerprint("sample_fi", "train")
-    with (corpus / "train" / "fi.jsonl").open("a") as file:
-        file.write('{"text": "lisää", "language": "fi"}\n')
-    after = task_fingerprint("sample_fi", "train")
-    with pytest.raises(InputError, match=f"{before[:16]}.*{after[:16]}"):
-        build_store("sample_fi", "train", tmp_path / "s", show_progress=False)
-    info = read_info(tmp_path / "s")
-    assert info is not None
-    assert info.fingerprint == before
+    content = source.read_text()
+    for change in (content + '{"text": "lisää", "language": "fi"}\n', content.replace("Hyv", "Hyb")):
+        source.write_text(change)
+        for look in (lambda: build("sample_fi", tmp_path), lambda: open_stores(["sample_fi"], "train", tmp_path)):
+            with pytest.raises(InputError, match="made of other records than its sources hold now"):
+                look()
+    assert place.stat().st_mtime_ns == made
+    source.unlink()
+    assert open_stores(["sample_fi"], "train", tmp_path).keys() == {"sample_fi"}, "a pod does not see the sources"
 
 
-def test_fingerprint_follows_what_matters(corpus: Path, tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> None:
-    """Split, tokenizer and preprocessors change it; the folder does not."""
-    here = task_fingerprint("sample_en", "train")
-    assert task_fingerprint("sample_en", "validation") != here
+def test_the_fingerprint_follows_what_matters(corpus: Path, tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """Split, tokenizer, preprocessors and their arguments change it; the folder does not."""
+    here = recipe_of("sample_en", "train").fingerprint
+    assert recipe_of("sample_en", "validation").fingerprint != here
+    moved = FileSource(Source({"train": ("/elsewhere/en.jsonl",)}, "jsonl", fields={"language": "language"}, language="en"))
 
-    def fingerprint(vocabulary: HuggingFaceVocabulary, *extra: object) -> str:
-        preprocessors = [*extra, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
-        features = {"targets": seqio.Feature(vocabulary, dtype=tf.int32)}
-        source = JsonLinesSource({"train": str(moved / "train" / "en.jsonl")})
-        seqio.TaskRegistry.add("other", source=source, preprocessors=preprocessors, output_features=features)
-        try:
-            return task_fingerprint("other", "train")
-        finally:
-            seqio.TaskRegistry.remove("other")
+    def fingerprint(vocabulary: Vocabulary, *preprocessors: Any) -> str:
+        with registered("other", moved, list(preprocessors) or [Prepare()], vocabulary) as task:
+            return recipe_of(task, "train").fingerprint
 
-    moved = write_corpus(tmp_path / "moved")
     assert fingerprint(vocabulary) == here
-    assert fingerprint(vocabulary, _lower) != here
+    assert fingerprint(vocabulary, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos) == here
     changed = tmp_path / "changed.json"
-    changed.write_bytes(vocabulary.path.read_bytes() + b"\n")
-    assert fingerprint(HuggingFaceVocabulary(changed)) != here
+    changed.write_bytes(Path(vocabulary.tokenizer.path).read_bytes() + b"\n")
+    others = [
+        fingerprint(vocabulary_from(changed)),
+        fingerprint(vocabulary, _lower, Prepare()),
+        fingerprint(vocabulary, Prepare(FillInTheMiddle())),
+        fingerprint(vocabulary, Prepare(FillInTheMiddle(rate=0.25))),
+    ]
+    assert len({here, *others}) == 5
+    build("sample_en", tmp_path)
+    with pytest.raises(InputError, match=here[:16]):
+        TokenStore.open(tmp_path / "sample_en" / "train", others[0])
 
 
 def _lower(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(lambda example: example | {"targets": tf.strings.lower(example["targets"], encoding="utf-8")})
 
 
-def test_text_preprocessors_are_applied(corpus: Path, tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> None:
-    seqio.TaskRegistry.add(
-        "lower",
-        source=JsonLinesSource({"train": str(corpus / "train" / "*.jsonl")}),
-        preprocessors=[_lower, seqio.CacheDatasetPlaceholder(), seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
-        output_features={"targets": seqio.Feature(vocabulary, dtype=tf.int32)},
-    )
-    try:
-        store = build_store("lower", "train", tmp_path / "s", show_progress=False)
-        assert store_documents(store) == seqio_documents("lower", "train")
+def test_preprocessors_of_seqio_are_applied(corpus: Path, tmp_path: Path, vocabulary: Vocabulary) -> None:
+    steps = [_lower, seqio.CacheDatasetPlaceholder(), seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
+    with registered("lower", json_lines(corpus / "train" / "*.jsonl"), steps, vocabulary) as task:
+        store = build(task, tmp_path)
+        assert store_documents(store) == seqio_documents(task, "train")
         assert "the quick brown fox.<|endoftext|>" in [vocabulary.decode_all(ids) for ids in store_documents(store)]
-    finally:
-        seqio.TaskRegistry.remove("lower")
 
 
-def test_unsuitable_tasks_are_refused(corpus: Path, tmp_path: Path, vocabulary: HuggingFaceVocabulary) -> None:
-    def build(preprocessors: list, vocabulary: seqio.Vocabulary) -> None:
-        features = {"targets": seqio.Feature(vocabulary, dtype=tf.int32)}
-        source = JsonLinesSource({"train": str(corpus / "train" / "en.jsonl")})
-        seqio.TaskRegistry.add("unsuitable", source=source, preprocessors=preprocessors, output_features=features)
-        try:
-            build_store("unsuitable", "train", tmp_path / "s", show_progress=False)
-        finally:
-            seqio.TaskRegistry.remove("unsuitable")
+def test_sources_of_seqio_are_read(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """A TextLineDataSource of two shards, and its order."""
+    for shard in range(2):
+        (tmp_path / f"text-{shard}").write_text("".join(f"line {number} of {shard}\n" for number in range(20)))
+    rekey = functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"})
+    source = seqio.TextLineDataSource({"train": str(tmp_path / "text-*")})
+    with registered("text_lines", source, [_as_text, rekey, Prepare()], vocabulary) as task:
+        store = build(task, tmp_path / "stores")
+        texts = [vocabulary.decode_all(ids[:-1]) for ids in store_documents(store)]
+        assert texts == [f"line {number} of {shard}" for shard in range(2) for number in range(20)]
+
+
+def _cut(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
+    return dataset.map(lambda example: example | {"targets": tf.strings.substr(example["targets"], 0, length)})
+
+
+def _as_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.map(lambda line: {"text": line})
+
+
+def test_steps_give_the_same_in_seqio_and_in_the_store(tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """Instructions: the same tokens from both, and the questions are not to be learnt."""
+    pairs = [{"q": f"What is {number} + 1?", "a": f"{number + 1}."} for number in range(30)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = FileSource(Source({"train": (f"{tmp_path}/qa.jsonl",)}, "jsonl", text=None, fields={"instruction": "q", "response": "a"}))
+    with registered("questions", source, [Prepare(Instruction(learn="response"))], vocabulary) as task:
+        store = build(task, tmp_path / "stores")
+        documents = store_documents(store)
+        assert documents == seqio_documents(task, "train")
+        (learn,) = store.window_learn(np.array([0]), len(store))
+        place = 0
+        for pair, ids in zip(pairs, documents, strict=True):
+            assert vocabulary.decode_all(ids[:-1]) == f"### Instruction:\n{pair['q']}\n### Response:\n{pair['a']}"
+            answer = [*vocabulary.encode(pair["a"]), 0]
+            assert learn[place : place + len(ids)].tolist() == [False] * (len(ids) - len(answer)) + [True] * len(answer)
+            place += len(ids)
+
+
+def test_unsuitable_tasks_are_refused(corpus: Path, vocabulary: Vocabulary) -> None:
+    def recipe(preprocessors: list, vocabulary: seqio.Vocabulary) -> None:
+        with registered("unsuitable", json_lines(corpus / "train" / "en.jsonl"), preprocessors, vocabulary) as task:
+            recipe_of(task, "train")
 
     with pytest.raises(InputError, match="append_eos_after_trim"):
-        build([seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim], vocabulary)
+        recipe([seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim], vocabulary)
     with pytest.raises(InputError, match="ByteVocabulary"):
-        build([seqio.preprocessors.tokenize], seqio.ByteVocabulary())
+        recipe([seqio.preprocessors.tokenize], seqio.ByteVocabulary())
+    with pytest.raises(InputError, match="needs length"):
+        recipe([_cut, Prepare()], vocabulary)
     with pytest.raises(InputError, match="no SeqIO task is named 'nothing'"):
-        build_store("nothing", "train", tmp_path / "s")
+        recipe_of("nothing", "train")
     with pytest.raises(InputError, match="no split 'test'; it has: train, validation"):
-        build_store("sample_en", "test", tmp_path / "s")
+        recipe_of("sample_en", "test")

@@ -1,9 +1,10 @@
-"""`aurora data build MIXTURE`: token stores out of sources, with progress and a table at the end."""
+"""`aurora data build MIXTURE ...`: token stores out of sources, with progress and a table at the end."""
 
 import json
 import os
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora_jax.data.build import StoreJob, jobs_for, pipeline
+from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
 from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
@@ -28,14 +29,14 @@ RUNNERS = {"dataflow": "DataflowRunner", "flink": "FlinkRunner", "spark": "Spark
 
 @dataclass(frozen=True)
 class BuildCommand:
-    """Tokenize the tasks of a mixture into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
+    """Tokenize the tasks of mixtures into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
 
     A store that is complete is checked against its sources and left alone. Records that cannot be used go to rejected.jsonl in the store's
     folder, with the reason.
     """
 
-    mixture: tyro.conf.Positional[str]
-    """A SeqIO mixture or task: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
+    mixtures: tyro.conf.Positional[tuple[str, ...]]
+    """SeqIO mixtures or tasks: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
     tokenizer: Path
     """tokenizer.json, or its folder (a checkpoint of convert has one), a SentencePiece .model, or the word bytes."""
     output: str = "stores"
@@ -54,8 +55,8 @@ class BuildCommand:
     """Beam's runner; direct is this machine."""
     workers: int = os.cpu_count() or 1
     """Processes of the direct runner."""
-    beam_options: tuple[str, ...] = ()
-    """Options of the runner, such as --project=P --region=R --temp_location=gs://... for Dataflow."""
+    beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
 
     def run(self) -> None:
         """Raises InputError if something given is wrong, or too much of a source is bad."""
@@ -63,9 +64,12 @@ class BuildCommand:
         from aurora_jax.data.vocabulary import vocabulary_from
 
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
-        rates = mixture_rates(self.mixture)
-        recipes = list(_recipes(rates, self.splits, recipe_of))
-        console = Console()
+        if not self.mixtures:
+            raise InputError("aurora data build: name at least one mixture or task, such as nano_cap")
+        rates = {mixture: mixture_rates(mixture) for mixture in self.mixtures}
+        tasks = dict.fromkeys(task for its_rates in rates.values() for task, _ in its_rates)
+        recipes = list(_recipes(tasks, self.splits, recipe_of))
+        console = Console(width=None if sys.stdout.isatty() else 130)
         stores = build_stores(
             recipes,
             self.output,
@@ -77,14 +81,15 @@ class BuildCommand:
             console=console,
         )
         console.print(summary(stores))
-        if "train" in self.splits and (absent := left_out(self.mixture, rates, {store.info.task for store in stores.values()})):
-            console.print(absent, style="yellow", highlight=False, markup=False)
+        for mixture, its_rates in rates.items() if "train" in self.splits else ():
+            if absent := left_out(mixture, its_rates, {store.info.task for store in stores.values()}):
+                console.print(absent, style="yellow", highlight=False, markup=False)
 
 
-def _recipes(rates, splits, recipe_of) -> Iterator[Recipe]:
+def _recipes(tasks: Iterable[str], splits: Sequence[str], recipe_of: Callable[[str, str], Recipe]) -> Iterator[Recipe]:
     import seqio
 
-    for task, _ in rates:
+    for task in tasks:
         for split in splits:
             if split == "train" or split in seqio.TaskRegistry.get(task).splits:
                 yield recipe_of(task, split)
@@ -117,11 +122,14 @@ def build_stores(
         The stores by "task/split".
 
     Raises:
-        InputError: sources are missing, too much of one is bad, or a store in place does not match. The other stores are built.
+        InputError: sources are missing, too much of one is bad, or a store in place does not match; the other stores are built. Or the
+            output cannot be written.
     """
     jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
     if console and missing:
         console.print(f"[yellow]left out, for lack of files:[/yellow] {', '.join(directory for directory in missing)}")
+    for job in jobs:
+        begin(job.directory)
     if jobs:
         with _progress(jobs, console if runner == "direct" else None):
             run_pipeline(jobs, runner, workers, beam_options)
@@ -192,8 +200,9 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
 
 def summary(stores: dict[str, TokenStore]) -> Table:
     """Documents, tokens, bytes a token, and what was left out, by task and language."""
-    table = Table("task", "language", *(("documents", "tokens", "bytes/token", "dropped", "bad")))
-    for column in table.columns[2:]:
+    table = Table("task", "split", "language", "documents", "tokens", "bytes/token", "dropped", "bad")
+    table.columns[0].overflow = "fold"
+    for column in table.columns[3:]:
         column.justify = "right"
     totals = [0, 0, 0, 0, 0]
     for name, store in stores.items():
@@ -202,9 +211,10 @@ def summary(stores: dict[str, TokenStore]) -> Table:
         dropped, bad = sum(report["dropped"].values()), sum(report["bad"].values())
         for language, (documents, tokens, text_bytes) in report["kept"].items():
             here = sum(count for reason, count in report["dropped"].items() if reason.endswith(f"\t{language}"))
-            table.add_row(name, language, f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
+            counts = (f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
+            table.add_row(*name.rsplit("/", 1), language, *counts)
         totals = [a + b for a, b in zip(totals, (report["documents"], report["tokens"], report["text_bytes"], dropped, bad), strict=True)]
     documents, tokens, text_bytes, dropped, bad = totals
     table.add_section()
-    table.add_row("all", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
+    table.add_row("all", "", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
     return table

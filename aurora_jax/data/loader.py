@@ -137,7 +137,7 @@ class Loader:
             self._stages.append(placed)
             first_step, consumed = first_step + stage.steps, placed.consumed_after(stage.steps * batch_size)
 
-    def batch(self, step: int, rows: slice | None = None) -> Batch:
+    def batch(self, step: int, rows: slice | np.ndarray | None = None) -> Batch:
         """The batch of a step, or some rows of it (a host's share): only these are read.
 
         Raises:
@@ -163,7 +163,7 @@ class Loader:
         windows = int(self._windows[task])
         return Place(stage.stage.name, step - stage.first_step, self.tasks[task], epoch, turn, windows, window * self._length)
 
-    def _windows_of(self, step: int, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _windows_of(self, step: int, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Task, epoch, turn within the epoch, and window of rows of a batch; int64 [B] each."""
         stage = self._stage_at(step)
         row = np.arange(self._batch_size, dtype=np.int64)[rows]
@@ -176,7 +176,7 @@ class Loader:
         return task_B, epoch_B, turn_B, window_B
 
     def prefetched(
-        self, first_step: int, last_step: int, depth: int = 2, rows: slice | None = None
+        self, first_step: int, last_step: int, depth: int = 2, rows: slice | np.ndarray | None = None
     ) -> Generator[tuple[int, Batch], None, None]:
         """Yields (step, batch) for the steps [first_step, last_step), with the next `depth` batches computed in threads meanwhile.
 

@@ -45,7 +45,7 @@ def open_stores(tasks: Iterable[str], split: str, root: str | Path, *, skip_miss
 
         built = build_stores(missing, root, console=Console())
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
-    if not stores:
+    if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")
     return stores
 

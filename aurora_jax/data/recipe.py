@@ -95,9 +95,9 @@ class Recipe:
         """The records of a part before any step; `digest` is fed with them."""
         return _digested(self.reader.read(part), digest)
 
-    def prepared(self, documents: Iterable[Document | Bad]) -> Iterator[Outcome]:
-        """What becomes of documents, in order."""
-        for batch in _batches(map(self._prepared, documents)):
+    def prepared(self, documents: Iterable[Document | Bad], batch_bytes: int = BATCH_BYTES) -> Iterator[Outcome]:
+        """What becomes of documents, in order; they are tokenized in batches of about so many bytes."""
+        for batch in _batches(map(self._prepared, documents), batch_bytes):
             yield from self._tokenized(batch)
 
     def _prepared(self, document: Document | Bad) -> Document | Bad | Dropped:
@@ -153,13 +153,13 @@ def _digested(documents: Iterable[Document | Bad], digest: "hashlib._Hash") -> I
         yield document
 
 
-def _batches(documents: Iterable[Document | Bad | Dropped]) -> Iterator[list[Document | Bad | Dropped]]:
+def _batches(documents: Iterable[Document | Bad | Dropped], batch_bytes: int) -> Iterator[list[Document | Bad | Dropped]]:
     batch: list[Document | Bad | Dropped] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text) if isinstance(document, Document) else 0
-        if size >= BATCH_BYTES:
+        if size >= batch_bytes:
             yield batch
             batch, size = [], 0
     if batch:

@@ -88,7 +88,8 @@ class Prepare:
         recipe = Recipe("", "", Source({}, "jsonl"), self.steps, feature.vocabulary.tokenizer, feature.add_eos)
 
         def examples() -> Iterator[dict[str, Any]]:
-            for outcome in recipe.prepared(map(_document, dataset.as_numpy_iterator())):
+            # One at a time: SeqIO repeats its datasets, and a batch of an endless one would never be full.
+            for outcome in recipe.prepared(map(_document, dataset.as_numpy_iterator()), batch_bytes=0):
                 if isinstance(outcome, Bad):
                     raise InputError(f"{outcome.where}: {outcome.reason}; mend or remove it")
                 if isinstance(outcome, Tokenized):

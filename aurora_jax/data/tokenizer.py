@@ -8,6 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         self._special_ids = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "sha256": self.sha256, "content": self._special.to_str()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer._unpickled, (self.path, self.sha256, self._special.to_str())
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.sha256 = state["path"], state["sha256"]
-        self._load(state["content"])
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def _unpickled(path: Path, sha256: str, content: str) -> "HuggingFaceTokenizer":
+        # Parsed once a process: every stage of a pipeline brings its own copy, and StarCoder's takes half a second.
+        tokenizer = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
+        tokenizer.path, tokenizer.sha256 = path, sha256
+        tokenizer._load(content)
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)

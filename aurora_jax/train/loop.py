@@ -28,7 +28,7 @@ from aurora_jax.model.division import Division
 from aurora_jax.model.sharding import TABLE, nest
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.mesh import make_mesh, place
+from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> TrainState:
     shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
     replicated = NamedSharding(mesh, PartitionSpec())
     place_here = partial(place, mesh)
+    rows = rows_of_this_process(mesh, config.data.batch_size)
 
     # ---------------------------------------------------------------- Model, optimizer, step
     compute = config.compute
@@ -162,9 +163,9 @@ def train(config: TrainConfig) -> TrainState:
                 )
 
         dispatched: tuple[int, str, dict] | None = None
-        for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch):
+        for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows):
             stage = loader.position(step)["stage"]
-            state, metrics = train_step(state, place_here(batch))
+            state, metrics = train_step(state, place_here(batch, rows, config.data.batch_size))
             # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
             if dispatched is not None:
                 record(*dispatched)

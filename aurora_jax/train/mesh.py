@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -40,11 +41,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """A host batch on the mesh: rows over data and fsdp, places over `sequence`."""
+def rows_of_this_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending; int64 [rows]. A host reads no others."""
+    slices = NamedSharding(mesh, PartitionSpec(BATCH_AXES)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def place(mesh: Mesh, batch: Batch, rows: np.ndarray | None = None, batch_size: int | None = None) -> Batch:
+    """A batch on the mesh: rows over data and fsdp, places over `sequence`.
+
+    Args:
+        mesh: where to.
+        batch: the whole batch, or `rows` of it.
+        rows: as `rows_of_this_process` gives them; None for a whole batch.
+        batch_size: of the whole batch, if `rows` are given.
+    """
 
     def put(array):
         partition = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS) if array.ndim == 2 else PartitionSpec(BATCH_AXES)
-        return jax.device_put(array, NamedSharding(mesh, partition))
+        sharding = NamedSharding(mesh, partition)
+        if rows is None or batch_size is None:
+            return jax.device_put(array, sharding)
+
+        shape = (batch_size, *array.shape[1:])
+        shards = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None  # of a device of this process
+            wanted = np.arange(batch_size)[index[0]]
+            first = np.searchsorted(rows, wanted[0])
+            shards.append(jax.device_put(array[(slice(first, first + len(wanted)), *index[1:])], device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
     return jax.tree.map(put, batch)
