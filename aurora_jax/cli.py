@@ -138,7 +138,7 @@ def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
             seed=config.seed,
             batch_size=config.data.batch_size,
             sequence_length=config.data.sequence_length,
-            data_root=str(config.data.corpus),
+            data_root=config.data.corpus,
             modules=config.data.modules,
             skip_missing=config.data.skip_missing,
             stages=tuple((stage.name, stage.mixture, stage.steps) for stage in config.stages),
