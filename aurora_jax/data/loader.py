@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aurora_jax.data.mixture import DEFAULT_BLOCK_SIZE, BlockMixture, block_size_for
-from aurora_jax.data.permutation import Permutation, derive_key
+from aurora_jax.data.permutation import Permutation, derive_key, permute
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
 
@@ -169,10 +169,9 @@ class Loader:
         row = np.arange(self._batch_size, dtype=np.int64)[rows]
         task_B, index_B = stage.assign((step - stage.first_step) * self._batch_size + row)
         epoch_B, turn_B = np.divmod(index_B, self._windows[task_B])
-        window_B = np.empty_like(turn_B)
-        for task, epoch in np.unique(np.stack([task_B, epoch_B], axis=1), axis=0).tolist():
-            here = (task_B == task) & (epoch_B == epoch)
-            window_B[here] = Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch))(turn_B[here])
+        pairs, which_B = np.unique(np.stack([task_B, epoch_B], axis=1), axis=0, return_inverse=True)
+        orders = [Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch)) for task, epoch in pairs.tolist()]
+        window_B = permute(orders, which_B, turn_B)
         return task_B, epoch_B, turn_B, window_B
 
     def prefetched(
