@@ -43,6 +43,8 @@ bench: setup
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/convert_memory.py
 	$(BIN)/python benchmarks/flash_attention.py
+	$(BIN)/python -m aurora_jax data sample quickstart/corpus
+	$(BIN)/python benchmarks/data.py
 
 clean:
 	rm -rf $(VENV) quickstart
