@@ -28,7 +28,8 @@ from aurora_jax.model.sharding import TABLE, flatten, nest
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
-"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat."""
+"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat. Only key
+and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM 176B."""
 
 PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
 
