@@ -61,12 +61,15 @@ def compare(expected, found, label: str) -> None:
 QUICK = ((2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (1, 1, 1, 2, 4), (1, 4, 1, 1, 2), (4, 1, 1, 2, 1))
 
 
+QUICK_OF = {"multi-query": QUICK, "multi-head": QUICK[::2], "bloom": QUICK[1:3]}
+
+
 def main(attention: str, which: str) -> None:
     shapes = [shape for shape in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if np.prod(shape) == 8]
     for name, model in MODELS.items():
         for isolate in (False, True) if which == "all" else (True,):
             expected = gradient(model, attention, isolate, None)
-            for shape in shapes if which == "all" else QUICK[:: 1 if name == "multi-query" else 2]:
+            for shape in shapes if which == "all" else QUICK_OF[name]:
                 sizes = dict(zip(MESH_AXES, shape, strict=True))
                 mesh, label = make_mesh(MeshConfig(**sizes)), f"{name} {attention} {isolate} {sizes}"
                 compare(expected, gradient(model, attention, isolate, mesh), label)

@@ -13,8 +13,8 @@ WORKER = Path(__file__).with_name("divided_step.py")
 @pytest.mark.parametrize(
     ("attention", "which", "comparisons"),
     [
-        ("xla", "quick", 14),
-        ("flash_interpreted", "quick", 14),
+        ("xla", "quick", 13),
+        ("flash_interpreted", "quick", 13),
         pytest.param("xla", "all", 240, marks=pytest.mark.full),
         pytest.param("flash_interpreted", "all", 240, marks=pytest.mark.full),
     ],
