@@ -195,11 +195,11 @@ def test_metadata_from_before_there_was_bloom_is_read(metadata):
 
 def test_the_length_of_training_is_part_of_the_architecture_where_positions_are_learned():
     longer = dataclasses.replace(CONFIG, max_positions=18)
-    with pytest.raises(InputError, match="max_positions = 17.*max_positions = 18"):
+    with pytest.raises(InputError, match=r"max_positions = 17.*max_positions = 18"):
         checkpoint.require_same_architecture(CONFIG, longer, "a", "b")
     alibi, longer = (dataclasses.replace(config, positions="alibi") for config in (CONFIG, longer))
     checkpoint.require_same_architecture(alibi, longer, "a", "b")
-    with pytest.raises(InputError, match="positions = 'learned'.*positions = 'alibi'"):
+    with pytest.raises(InputError, match=r"positions = 'learned'.*positions = 'alibi'"):
         checkpoint.require_same_architecture(CONFIG, alibi, "a", "b")
 
 
