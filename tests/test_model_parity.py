@@ -174,7 +174,7 @@ def test_documents_in_one_row_are_as_each_alone(pair, attention):
 
 @of_both_families
 def test_a_row_never_changes_another(pair, attention):
-    """transformers' BLOOM fails this in bf16 (transformers#18809); here other tokens and other padding beside a row leave its every bit."""
+    """Other tokens and other padding beside a row leave its every bit (reported of BLOOM in bf16: transformers#18809)."""
     _, structure, parameters = pair
     tokens, changed = tokens_BL(), tokens_BL()
     changed[1] = tokens_BL(1)[1]
