@@ -1,9 +1,11 @@
 """The command line: `aurora` or `python -m aurora_jax`."""
 
+import importlib
 import importlib.util
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
   aurora data sample DIR            a real corpus in English, Finnish, Hindi, Japanese, Vietnamese and code, from packages
   aurora data tokenizer CORPUS OUT  a byte-level BPE tokenizer in StarCoder's layout
   aurora data curate OUT NAME=FILES filters, redacts, deduplicates and decontaminates documents, and reports what went and why
+  aurora data describe MIXTURE      its tasks, rates, licences, files, stores, and epochs over a planned run
   aurora data build MIXTURE ...     token stores out of the sources of SeqIO mixtures, with Apache Beam
+  aurora data show MIXTURE          one row of a batch, decoded, as the model reads it
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
@@ -89,17 +93,57 @@ def _plan(arguments: Sequence[str]) -> None:
     return main(load_config(Path(arguments[0])), list(arguments[1:]), f"aurora plan {arguments[0]}")
 
 
-def _data(arguments: Sequence[str]) -> None:
-    from aurora_jax.data.curation.command import CurateCommand
-    from aurora_jax.data.sample import SampleCommand
-    from aurora_jax.data.tokenizer_training import TrainTokenizerCommand
+DATA_COMMANDS = {
+    "sample": "aurora_jax.data.sample:SampleCommand",
+    "tokenizer": "aurora_jax.data.tokenizer_training:TrainTokenizerCommand",
+    "curate": "aurora_jax.data.curation.command:CurateCommand",
+    "describe": "aurora_jax.data.describe:DescribeCommand",
+    "build": "aurora_jax.data.build_command:BuildCommand",
+    "show": "aurora_jax.data.show:ShowCommand",
+}
 
+
+def _data(arguments: Sequence[str]) -> None:
     # Beam warns through the root logger of cloud libraries that are not installed.
     logging.getLogger().setLevel(logging.ERROR)
-    from aurora_jax.data.build_command import BuildCommand
+    if arguments[:1] == ["show"] and len(arguments) > 1 and arguments[1].endswith(".py"):
+        return _show_of_config(Path(arguments[1]), arguments[2:])
+    # Beam takes seconds to import: only the command that is wanted is imported, and all of them where none is named.
+    wanted = [name for name in arguments[:1] if name in DATA_COMMANDS] or DATA_COMMANDS
+    commands = {}
+    for name in wanted:
+        module, command = DATA_COMMANDS[name].split(":")
+        commands[name] = getattr(importlib.import_module(module), command)
+    if len(commands) == 1:
+        return tyro.cli(commands[arguments[0]], args=list(arguments[1:]), prog=f"aurora data {arguments[0]}").run()
+    return _subcommands("data", commands, arguments)
 
-    commands = {"sample": SampleCommand, "tokenizer": TrainTokenizerCommand, "curate": CurateCommand, "build": BuildCommand}
-    _subcommands("data", commands, arguments)
+
+def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
+    """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
+    from aurora_jax.data.show import ShowCommand
+    from aurora_jax.model import checkpoint
+
+    config = load_config(path)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = config.data.tokenizer or config.output / "tokenizer"
+        if not tokenizer.exists() and config.initial_checkpoint is not None and config.initial_checkpoint.exists():
+            tokenizer = Path(folder)
+            for name, text in checkpoint.read_tokenizer(config.initial_checkpoint).items():
+                (tokenizer / name).write_text(text)
+        default = ShowCommand(
+            what=str(path),
+            stores=config.data.stores,
+            tokenizer=tokenizer if tokenizer.exists() else None,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            sequence_length=config.data.sequence_length,
+            data_root=config.data.corpus,
+            modules=config.data.modules,
+            skip_missing=config.data.skip_missing,
+            stages=tuple((stage.name, stage.mixture, stage.steps) for stage in config.stages),
+        )
+        tyro.cli(ShowCommand, default=default, args=[str(path), *arguments], prog="aurora data show").run()
 
 
 def _eval(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@
     load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on the way
     share    a batch, as the train loop gets it, against a step of configs/nano_aurora.py
     seek     opening the stores and making the batch of step 1,000,000
-    memory   of a process that reads 300 batches at random places of a store of 20 million tokens, and of one of 400 million
+    memory   peak of a process that reads 300 batches at random places of a store of 20 million tokens, and of one of 400 million
 
 Each measurement is a process of its own, the two sides take turns, and the median counts.
 """
@@ -157,16 +157,15 @@ def seek(corpus: str, tokenizer: str, work: str) -> float:
 
 
 def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
-    """Bytes of memory that reading has added to the peak."""
+    """Bytes of the process's peak."""
     from aurora_jax.data.loader import Loader, Stage
     from aurora_jax.data.store import TokenStore
 
     stores = {"random": TokenStore.open(f"{work}/random-{tokens}")}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loader = Loader(stores, [Stage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0)
     for _ in loader.prefetched(0, 300):
         pass
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def open_loader(corpus: str, tokenizer: str, work: str):
@@ -245,6 +244,7 @@ def main(benchmark: Benchmark) -> None:
 
         def figure(name: str, ours: float, peer: float, unit: str, target: float, met: bool) -> None:
             figures.append({"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer, "target": target, "met": met})
+            console.print(f"{name}: {ours:.4g} against {peer:.4g} {unit}", highlight=False)
 
         with console.status("building"):
             ours, peer = both("build_ours", "build_peer", copies)

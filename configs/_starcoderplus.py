@@ -26,7 +26,7 @@ def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1)
         output=Path("runs/starcoderplus_cap"),
         initial_checkpoint=Path("checkpoints/starcoderplus"),
         stages=(Stage("cap", "nano_cap", steps=90_000, learning_rate=LearningRate(peak=1e-4, warmup_steps=2_000, final=1e-5)),),
-        data=DataConfig(corpus=Path("corpus"), batch_size=TOKENS // 8_192, sequence_length=8_192),
+        data=DataConfig(corpus="corpus", batch_size=TOKENS // 8_192, sequence_length=8_192),
         mesh=mesh,
         compute=replace(compute, attention="flash", compiler_options=MORE_SCRATCH + compute.compiler_options),
         optimizer=OptimizerConfig(micro_batches=micro_batches),

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from aurora_jax.cli import COMMANDS, HELP, load_config, main
@@ -55,10 +57,9 @@ def test_unknown_flag_is_an_error(capsys):
 def test_every_config_is_a_valid_run(path):
     config = load_config(path)
     assert isinstance(config, TrainConfig)
-    schedule = learning_rate_schedule(config.stages)
-    rates = [float(schedule(step)) for step in range(config.steps)]
-    assert min(rates) > 0
-    assert max(rates) == pytest.approx(max(stage.learning_rate.peak for stage in config.stages if stage.learning_rate))
+    rates = jax.jit(jax.vmap(learning_rate_schedule(config.stages)))(jnp.arange(config.steps))
+    assert rates.min() > 0
+    assert rates.max() == pytest.approx(max(stage.learning_rate.peak for stage in config.stages if stage.learning_rate))
 
 
 def test_help_does_not_import_tensorflow_or_torch():

@@ -12,7 +12,7 @@ from stores import write_store
 
 from aurora_jax.data.loader import Batch, Loader, Stage, evaluation_batches
 from aurora_jax.data.mixture import BlockMixture
-from aurora_jax.data.permutation import Permutation
+from aurora_jax.data.permutation import Permutation, permute
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
 
@@ -51,6 +51,17 @@ def test_permutation_mixes(n: int) -> None:
     # An affine map may show no serial correlation, but has one step only; a random permutation has about (1 - 1/e) n different ones mod n.
     steps = len(np.unique(np.diff(image) % n))
     assert steps == pytest.approx((1 - np.exp(-1)) * n, rel=0.1)
+
+
+@given(sizes=st.lists(st.integers(1, 5_000), min_size=1, max_size=5), data=st.data())
+def test_many_permutations_at_once_are_each_of_them(sizes: list[int], data: st.DataObject) -> None:
+    permutations = [Permutation(n, key=number) for number, n in enumerate(sizes)]
+    draws = data.draw(
+        st.lists(st.integers(0, len(sizes) - 1).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, sizes[p] - 1))), max_size=20)
+    )
+    which, indices = np.array(draws, dtype=np.int64).reshape(-1, 2).T
+    found = permute(permutations, which, indices)
+    assert found.tolist() == [int(permutations[p](np.array([i]))[0]) for p, i in draws]
 
 
 @pytest.mark.parametrize("index", [-1, 10])

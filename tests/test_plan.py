@@ -37,7 +37,7 @@ MODEL = replace(PRESETS["starcoderplus"], layers=2).with_dropout(0.0)
 CONFIG = TrainConfig(
     output=Path("unused"),
     stages=(Stage("cap", "nano_cap", steps=10, learning_rate=LearningRate(peak=1e-4, warmup_steps=2, final=1e-5)),),
-    data=DataConfig(corpus=Path("unused"), batch_size=4, sequence_length=2048),
+    data=DataConfig(corpus="unused", batch_size=4, sequence_length=2048),
     model=MODEL,
     mesh=MeshConfig(fsdp=2, fsdp_inner=2),
     compute=ComputeConfig(attention="flash", rematerialisation="full"),

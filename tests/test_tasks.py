@@ -275,6 +275,33 @@ def test_sources_of_seqio_are_read(tmp_path: Path, vocabulary: Vocabulary) -> No
         assert texts == [f"line {number} of {shard}" for shard in range(2) for number in range(20)]
 
 
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_is_read(tmp_path: Path, vocabulary: Vocabulary, file_format: str) -> None:
+    """A data set prepared by TFDS: through SeqIO's own source, and by its files."""
+    import tensorflow_datasets as tfds
+
+    texts = [f"{number}: {text}" for number in range(9) for text in DOCUMENTS["hi"]]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="small_hindi",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        split_datasets={"train": tf.data.Dataset.from_tensor_slices({"text": texts})},
+        data_dir=tmp_path,
+        file_format=file_format,
+    )
+    rekey = functools.partial(seqio.preprocessors.rekey, key_map={"targets": "text"})
+    through_seqio = seqio.TfdsDataSource(tfds_name="small_hindi:1.0.0", tfds_data_dir=str(tmp_path), splits=["train"])
+    by_files = FileSource(Source({"train": (f"{tmp_path}/small_hindi/1.0.0/*-train.{file_format}*",)}, file_format))  # type: ignore[arg-type]
+    found = []
+    roads = [("by_files", by_files, []), ("through_seqio", through_seqio, [rekey])]
+    # TFDS itself makes no tf.data dataset of ArrayRecord files, which SeqIO asks for.
+    for name, source, before in roads if file_format == "tfrecord" else roads[:1]:
+        with registered(name, source, [*before, Prepare()], vocabulary) as task:
+            found.append([vocabulary.decode_all(ids[:-1]) for ids in store_documents(build(task, tmp_path / "stores"))])
+    assert sorted(found[0]) == sorted(texts)
+    assert found.count(found[0]) == len(found)
+
+
 def _cut(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
     return dataset.map(lambda example: example | {"targets": tf.strings.substr(example["targets"], 0, length)})
 

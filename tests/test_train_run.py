@@ -41,7 +41,7 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         output=folder / "undisturbed",
         stages=STAGES,
         model=MODEL,
-        data=DataConfig(corpus=mini_corpus, tokenizer=mini_tokenizer, stores=str(folder / "stores"), batch_size=8, sequence_length=32),
+        data=DataConfig(corpus=str(mini_corpus), tokenizer=mini_tokenizer, stores=str(folder / "stores"), batch_size=8, sequence_length=32),
         compute=ComputeConfig("float32", "float32"),
         evaluation=EvaluationConfig(tasks=("sample_en", "sample_fi"), every=4, quick_windows=2, batch_size=2),
         checkpoint=CheckpointConfig(every=4),

@@ -4,12 +4,15 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import seqio
 import tensorflow as tf
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aurora_jax.data.tokenizer import ByteTokenizer, tokenizer_from
 from aurora_jax.data.vocabulary import Vocabulary, vocabulary_from
 from aurora_jax.errors import InputError
 
@@ -68,6 +71,8 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_id=1,
         unk_id=2,
         bos_id=-1,
+        control_symbols=["<fim_prefix>", "<fim_middle>"],
+        user_defined_symbols=["<mine>"],
         minloglevel=2,
     )
     return folder / "spm.model"
@@ -156,6 +161,79 @@ def test_sentencepiece(sentencepiece_model: Path) -> None:
     assert vocabulary.decode([*a, 1, *b]) == "a"
     assert "b" in vocabulary.decode_all([*a, 1, *b])
     assert vocabulary.sha256 == vocabulary_from(sentencepiece_model).sha256
+
+
+def test_sentencepiece_special_ids(sentencepiece_model: Path) -> None:
+    """Control symbols, which no text becomes, are special; other pieces, and names that are none, are not."""
+    import sentencepiece
+
+    tokenizer = tokenizer_from(sentencepiece_model)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    names = ["<fim_prefix>", "<fim_middle>", "</s>", "<pad>"]
+    ids = [tokenizer.special_id(name) for name in names]
+    assert ids == [processor.piece_to_id(name) for name in names]
+    assert len(set(ids)) == 4
+    assert not set(ids) & set(tokenizer.encode(" ".join(names)))
+    assert tokenizer.special_id("</s>") == tokenizer.eos_id
+    ordinary = next(piece for piece in map(processor.id_to_piece, range(10, 400)) if piece.isalpha())
+    for name in ("<mine>", "<0x41>", "<unk>", ordinary, "<fim_suffix>", ""):
+        with pytest.raises(InputError, match="no special token") as caught:
+            tokenizer.special_id(name)
+        assert str(sentencepiece_model) in str(caught.value)
+
+
+def test_sentencepiece_can_be_pickled(sentencepiece_model: Path, tmp_path: Path) -> None:
+    """With what is in the file, not with its path: workers need not see it."""
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(sentencepiece_model.read_bytes())
+    tokenizer = tokenizer_from(copy)
+    expected = [tokenizer.encode(text) for text in TEXTS.values()]
+    content = pickle.dumps(tokenizer)
+    copy.unlink()
+    other = pickle.loads(content)
+    assert other == tokenizer
+    assert [other.encode(text) for text in TEXTS.values()] == expected
+    assert (other.eos_id, other.unk_id, other.vocab_size, other.path) == (1, 2, 400, copy)
+    assert other.special_id("<fim_prefix>") == tokenizer.special_id("<fim_prefix>")
+
+
+def test_special_ids_of_a_tokenizer_json(starcoder: Vocabulary, small: Vocabulary) -> None:
+    names = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>", "<gh_stars>"]
+    assert [starcoder.tokenizer.special_id(name) for name in names] == list(range(7))
+    assert starcoder.tokenizer.special_id("<reponame>") == 18
+    for name in ("<fim_suffix>", "the", ""):
+        with pytest.raises(InputError, match="no special token"):
+            small.tokenizer.special_id(name)
+
+
+@given(st.text())
+def test_bytes_are_numbered_as_by_byt5(text: str) -> None:
+    ids = ByteTokenizer().encode(text)
+    assert ids == seqio.ByteVocabulary().encode(text)
+    assert ByteTokenizer().decode([*ids, 1]) == text
+
+
+def test_byte_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no folder named "bytes" is here
+    tokenizer = tokenizer_from("bytes")
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert (tokenizer.eos_id, tokenizer.unk_id, tokenizer.vocab_size) == (1, 2, 259)
+    assert tokenizer.special_id("</s>") == seqio.ByteVocabulary().eos_id
+    with pytest.raises(InputError, match="no special token '<fim_prefix>'"):
+        tokenizer.special_id("<fim_prefix>")
+    batch = tokenizer.encode_batch(["", "aä", TRAP])
+    assert [ids.dtype for ids in batch] == [np.int32] * 3
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in ("", "aä", TRAP)]
+    assert min(batch[2]) >= 3
+    assert tokenizer.decode([0, 2, *batch[1], 1, 3 + 0xFF]) == "aä\ufffd"
+    other = pickle.loads(pickle.dumps(tokenizer))
+    assert other == tokenizer
+    assert hash(other) == hash(tokenizer)
+    assert other.encode(TRAP) == tokenizer.encode(TRAP)
+
+
+def test_different_kinds_are_not_equal(small: Vocabulary, sentencepiece_model: Path) -> None:
+    assert len({small.tokenizer, tokenizer_from(sentencepiece_model), ByteTokenizer(), ByteTokenizer()}) == 3
 
 
 @pytest.mark.parametrize(

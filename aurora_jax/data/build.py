@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 
 from aurora_jax.data import store as store_format
-from aurora_jax.data.files import File
+from aurora_jax.data.files import File, patterns_text
 from aurora_jax.data.opening import check_sources, store_directory
 from aurora_jax.data.recipe import Dropped, Recipe, Tokenized
 from aurora_jax.data.sources import Bad, Part
@@ -124,7 +124,8 @@ def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
         _write_chunk(folder, manifest, chunk, recipe.tokenizer.vocab_size)
     if bad:
         lines = [json.dumps({"where": one.where, "reason": one.reason, "begins": one.excerpt}, ensure_ascii=False) for one in bad]
-        folder.write(b"rejected.jsonl", ("\n".join(lines) + "\n").encode()).result()
+        # A lone surrogate becomes JSON's own spelling of it.
+        folder.write(b"rejected.jsonl", ("\n".join(lines) + "\n").encode(errors="backslashreplace")).result()
     manifest.digest, manifest.dropped, manifest.bad = digest.hexdigest(), dict(sorted(dropped.items())), dict(sorted(reasons.items()))
     manifest.kept = dict(sorted(manifest.kept.items()))
     return manifest
@@ -178,7 +179,7 @@ class PlanStore(beam.DoFn):
                 rejected.append(folder.read(f"parts/{job.key(part_number)}/rejected.jsonl").result().value)
         if rejected:
             folder.write(b"rejected.jsonl", b"".join(rejected)).result()
-        folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode()).result()
+        folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode(errors="backslashreplace")).result()
         if report["refused"]:
             return
         tokens, documents = report["tokens"], report["documents"]
@@ -273,6 +274,14 @@ class Complete(beam.DoFn):
         finish(job.directory, info)
         delete_parts(job.directory)
         yield job.directory
+
+
+def begin(directory: str) -> None:
+    """Writes a first file where a store will be: if that cannot be, it is known at once. Raises InputError then."""
+    try:
+        kvstore_at(directory).write(b"parts/begun", b"").result()
+    except (ValueError, OSError) as error:
+        raise InputError(f"{directory}: cannot be written: {error}; make the bucket or folder, or choose another --output") from error
 
 
 def delete_parts(directory: str) -> None:
@@ -384,4 +393,4 @@ def jobs_for(
 def looked_for(recipe: Recipe) -> str:
     """Where a recipe's files should be."""
     splits = getattr(recipe.reader, "splits", None)
-    return " ".join(splits[recipe.split]) if splits else str(getattr(recipe.reader, "source", recipe.reader))
+    return patterns_text(splits[recipe.split]) if splits else str(getattr(recipe.reader, "source", recipe.reader))

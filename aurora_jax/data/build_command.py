@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aurora_jax.data.build import StoreJob, jobs_for, pipeline
+from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
+from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
@@ -54,8 +55,8 @@ class BuildCommand:
     """Beam's runner; direct is this machine."""
     workers: int = os.cpu_count() or 1
     """Processes of the direct runner."""
-    beam_options: tuple[str, ...] = ()
-    """Options of the runner, such as --project=P --region=R --temp_location=gs://... for Dataflow."""
+    beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
 
     def run(self) -> None:
         """Raises InputError if something given is wrong, or too much of a source is bad."""
@@ -63,7 +64,10 @@ class BuildCommand:
         from aurora_jax.data.vocabulary import vocabulary_from
 
         register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
-        tasks = dict.fromkeys(task for mixture in self.mixtures for task, _ in mixture_rates(mixture))
+        if not self.mixtures:
+            raise InputError("aurora data build: name at least one mixture or task, such as nano_cap")
+        rates = {mixture: mixture_rates(mixture) for mixture in self.mixtures}
+        tasks = dict.fromkeys(task for pairs in rates.values() for task, _ in pairs)
         recipes = list(_recipes(tasks, self.splits, recipe_of))
         console = Console(width=None if sys.stdout.isatty() else 130)
         stores = build_stores(
@@ -77,6 +81,10 @@ class BuildCommand:
             console=console,
         )
         console.print(summary(stores))
+        there = {store.info.task for store in stores.values() if store.info.split == "train"}
+        for mixture, pairs in rates.items():
+            if "train" in self.splits and (absent := left_out(mixture, pairs, there)):
+                console.print(absent, style="yellow", highlight=False, markup=False)
 
 
 def _recipes(tasks: Iterable[str], splits: Sequence[str], recipe_of: Callable[[str, str], Recipe]) -> Iterator[Recipe]:
@@ -115,11 +123,14 @@ def build_stores(
         The stores by "task/split".
 
     Raises:
-        InputError: sources are missing, too much of one is bad, or a store in place does not match. The other stores are built.
+        InputError: sources are missing, too much of one is bad, or a store in place does not match; the other stores are built. Or the
+            output cannot be written.
     """
     jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
     if console and missing:
         console.print(f"[yellow]left out, for lack of files:[/yellow] {', '.join(directory for directory in missing)}")
+    for job in jobs:
+        begin(job.directory)
     if jobs:
         with _progress(jobs, console if runner == "direct" else None):
             run_pipeline(jobs, runner, workers, beam_options)

@@ -123,6 +123,8 @@ class FillInTheMiddle(DocumentStep):
         if chance.random() >= self.rate:
             return document
         length = sum(len(piece.text) for piece in document.pieces)
+        if not length:  # the reference, too, leaves empty documents alone
+            return document
         low, high = sorted((chance.randint(0, length), chance.randint(0, length)))
         prefix, rest = _cut(document.pieces, low)
         middle, suffix = _cut(rest, high - sum(len(piece.text) for piece in prefix))
@@ -180,11 +182,18 @@ class Instruction(DocumentStep):
         return replace(document, pieces=tuple(pieces))
 
     def _pair(self, fields: Mapping[str, Any]) -> tuple[str, str]:
-        x, y = str(fields[self.instruction]).strip(), str(fields[self.response]).strip()
-        context = str(fields.get(self.context) or "").strip() if self.context else ""
+        x, y = _said(fields[self.instruction]), _said(fields[self.response])
+        context = _said(fields.get(self.context)) if self.context else ""
         if not x or not y:
             raise Rejected("no answered instruction")
         return (f"{x}\n{context}" if context else x), y
+
+
+def _said(value: Any) -> str:
+    """A field's text; null says nothing. Raises Rejected for lists and objects (images, calls of tools), which are no text."""
+    if isinstance(value, list | tuple | Mapping):
+        raise Rejected("an instruction or response that is no text")
+    return "" if value is None else str(value).strip()
 
 
 _ASKS = ("user", "human", "prompter", "question")
@@ -200,7 +209,7 @@ def _turns(conversation: Sequence[Any]) -> list[tuple[str, str]]:
             messages.append((number % 2 == 0, message.strip()))
             continue
         role = str(message.get("role", message.get("from", ""))).lower()
-        content = str(message.get("content", message.get("value", ""))).strip()
+        content = _said(message.get("content", message.get("value")))
         if role == "system":
             system = content
         elif role in _ASKS or role in _ANSWERS:

@@ -5,6 +5,7 @@ Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPO
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -37,11 +38,13 @@ class File:
 def find(pattern: str) -> list[File]:
     """The files that a glob pattern names, by address; `**` goes through folders. Empty if there are none.
 
+    As with Python's `glob`, names that begin with a dot are found only by patterns that do.
+
     Raises:
         InputError: the file system cannot be reached, or its scheme is none that we know.
     """
     filesystem, path = _locate(pattern)
-    scheme = pattern[: len(pattern) - len(path)]
+    scheme = pattern[: pattern.index("://") + 3] if "://" in pattern else ""
     try:
         if not any(character in path for character in WILDCARDS):
             found = [filesystem.get_file_info(path)]
@@ -49,19 +52,30 @@ def find(pattern: str) -> list[File]:
             literal = path[: min(path.index(c) for c in WILDCARDS if c in path)]
             folder, deeper = literal.rsplit("/", 1)[0] or "/", "/" in path[len(literal) :] or "**" in path
             selector = fs.FileSelector(folder, allow_not_found=True, recursive=deeper)
-            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path, path)]
+            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path.split("/"), path.split("/"))]
+    except NotADirectoryError:  # a file stands where the pattern has a folder
+        return []
     except OSError as error:
         raise InputError(f"{pattern}: cannot be listed: {error}") from error
     files = [File(scheme + info.path, info.size, info.mtime_ns or 0) for info in found if info.type == fs.FileType.File]
     return sorted(files, key=lambda file: file.url)
 
 
-def _matches(path: str, pattern: str) -> bool:
-    """fnmatch, part by part, so that `*` stops at a slash; `**` stands for any number of parts."""
-    parts, patterns = path.split("/"), pattern.split("/")
-    if "**" in patterns:
-        return fnmatch.fnmatchcase(path, pattern.replace("**/", "*"))
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """fnmatch, part by part, so that `*` stops at a slash; the part `**` stands for any number of parts, as the last one for some."""
+    if not parts or not patterns:
+        return not parts and not patterns
+    shown = not parts[0].startswith(".")
+    if patterns == ["**"]:
+        return shown and (len(parts) == 1 or _matches(parts[1:], patterns))
+    if patterns[0] == "**":
+        return _matches(parts, patterns[1:]) or (shown and _matches(parts[1:], patterns))
+    return (shown or patterns[0].startswith(".")) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+
+
+def patterns_text(patterns: Sequence[str]) -> str:
+    """Glob patterns for a message: of many, the first and how many more."""
+    return " ".join(patterns) if len(patterns) <= 3 else f"{patterns[0]} and {len(patterns) - 1} more like it"
 
 
 def open_file(url: str) -> pyarrow.NativeFile:
@@ -87,7 +101,7 @@ def _locate(url: str) -> tuple[fs.FileSystem, str]:
     if "://" not in url:
         return _filesystem("file", None), os.path.abspath(url)
     if parts.scheme == "file":
-        return _filesystem("file", None), url[len("file://") :]
+        return _filesystem("file", None), os.path.abspath(url[len("file://") :])
     endpoint = {"gs": "STORAGE_EMULATOR_HOST", "s3": "AWS_ENDPOINT_URL"}.get(parts.scheme)
     if endpoint is None:
         raise InputError(f"{url}: a file is a local path, or begins with gs:// or s3://")
@@ -98,7 +112,7 @@ def _locate(url: str) -> tuple[fs.FileSystem, str]:
 def _filesystem(scheme: str, endpoint: str | None) -> fs.FileSystem:
     if scheme == "file":
         return fs.LocalFileSystem()
-    server = urlsplit(endpoint or "")
+    server = urlsplit(endpoint if not endpoint or "://" in endpoint else f"http://{endpoint}")
     if scheme == "gs" and endpoint:
         return fs.GcsFileSystem(anonymous=True, scheme=server.scheme, endpoint_override=server.netloc, retry_time_limit=RETRY)
     if scheme == "gs":

@@ -8,15 +8,15 @@ Token values decide nothing: token 0 is real.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from aurora_jax.data.mixture import DEFAULT_BLOCK_SIZE, BlockMixture
-from aurora_jax.data.permutation import Permutation, derive_key
+from aurora_jax.data.mixture import DEFAULT_BLOCK_SIZE, BlockMixture, block_size_for
+from aurora_jax.data.permutation import Permutation, derive_key, permute
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
 
@@ -36,6 +36,36 @@ class Stage:
     rates: tuple[tuple[str, float], ...]
     steps: int
     block_size: int = DEFAULT_BLOCK_SIZE
+
+
+def stage_over(stores: Container[str], name: str, rates: Sequence[tuple[str, float]], steps: int) -> Stage:
+    """A stage of those tasks that have a store, with blocks that hold its smallest rate. Raises InputError if none has."""
+    there = tuple((task, rate) for task, rate in rates if task in stores)
+    if not there:
+        raise InputError(f"stage {name!r}: none of its tasks has a store: {', '.join(task for task, _ in rates)}")
+    return Stage(name, there, steps, block_size_for([rate for _, rate in there]))
+
+
+class Place(NamedTuple):
+    """Where a row of a batch comes from.
+
+    Attributes:
+        stage: name of its stage.
+        stage_step: the step, counted from the stage's first.
+        task: name of its task.
+        epoch: of the task, from 0.
+        turn: which window of the epoch it is, in the order of training, from 0.
+        windows: windows of an epoch.
+        start: its first token's place in the task's store.
+    """
+
+    stage: str
+    stage_step: int
+    task: str
+    epoch: int
+    turn: int
+    windows: int
+    start: int
 
 
 class Batch(NamedTuple):
@@ -113,16 +143,8 @@ class Loader:
         Raises:
             IndexError: the step is outside [0, steps).
         """
-        stage = self._stage_at(step)
-        row = np.arange(self._batch_size, dtype=np.int64)[rows if rows is not None else slice(None)]
-        task_B, index_B = stage.assign((step - stage.first_step) * self._batch_size + row)
-        epoch_B, place_B = np.divmod(index_B, self._windows[task_B])
-        window_B = np.empty_like(place_B)
-        for task, epoch in np.unique(np.stack([task_B, epoch_B], axis=1), axis=0).tolist():
-            here = (task_B == task) & (epoch_B == epoch)
-            window_B[here] = Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch))(place_B[here])
-
-        batch = _empty_batch(len(row), self._length)
+        task_B, _, _, window_B = self._windows_of(step, rows if rows is not None else slice(None))
+        batch = _empty_batch(len(task_B), self._length)
         batch.task_ids_B[:] = task_B
         for task in np.unique(task_B).tolist():
             here = np.flatnonzero(task_B == task)
@@ -131,6 +153,26 @@ class Loader:
             if store.info.masked:
                 batch.loss_weights_BL[here] *= store.window_learn(starts + 1, self._length)
         return batch
+
+    def place(self, step: int, row: int) -> Place:
+        """Where a row of the batch of a step comes from. Raises IndexError: there is no such step or row."""
+        if not 0 <= row < self._batch_size:
+            raise IndexError(f"row {row} is outside the batch, which has the rows [0, {self._batch_size})")
+        stage = self._stage_at(step)
+        task, epoch, turn, window = (int(value[0]) for value in self._windows_of(step, slice(row, row + 1)))
+        windows = int(self._windows[task])
+        return Place(stage.stage.name, step - stage.first_step, self.tasks[task], epoch, turn, windows, window * self._length)
+
+    def _windows_of(self, step: int, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Task, epoch, turn within the epoch, and window of rows of a batch; int64 [B] each."""
+        stage = self._stage_at(step)
+        row = np.arange(self._batch_size, dtype=np.int64)[rows]
+        task_B, index_B = stage.assign((step - stage.first_step) * self._batch_size + row)
+        epoch_B, turn_B = np.divmod(index_B, self._windows[task_B])
+        pairs, which_B = np.unique(np.stack([task_B, epoch_B], axis=1), axis=0, return_inverse=True)
+        orders = [Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch)) for task, epoch in pairs.tolist()]
+        window_B = permute(orders, which_B, turn_B)
+        return task_B, epoch_B, turn_B, window_B
 
     def prefetched(
         self, first_step: int, last_step: int, depth: int = 2, rows: slice | np.ndarray | None = None

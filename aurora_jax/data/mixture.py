@@ -5,7 +5,8 @@ kept back in one block is paid in a later one, so that realised rates never stra
 keyed permutation sets the order.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -15,6 +16,28 @@ from aurora_jax.data.permutation import Permutation, derive_key
 from aurora_jax.errors import InputError
 
 DEFAULT_BLOCK_SIZE = 256  # small enough that a run of a few hundred sequences keeps its rates; a task's share may be as low as 1/256
+
+NAMED = 8  # tasks in a message; `aurora data describe` names them all
+
+
+def block_size_for(rates: Sequence[float]) -> int:
+    """A block in which even the smallest rate is a whole sequence: the default, or the next power of two that is large enough.
+
+    Larger blocks hold the same rates; only it takes longer until they hold exactly.
+    """
+    wanted = math.ceil(sum(map(Fraction, rates)) / Fraction(min(rates)))
+    return max(DEFAULT_BLOCK_SIZE, 1 << (wanted - 1).bit_length())
+
+
+def left_out(name: str, rates: Sequence[tuple[str, float]], there: Container[str]) -> str:
+    """What a mixture loses, and the others gain, where only some of its tasks are there; empty where all are."""
+    missing = {task: rate for task, rate in rates if task not in there}
+    if not missing:
+        return ""
+    share = sum(missing.values()) / sum(rate for _, rate in rates)
+    rest = f"the rates of the others are {1 / (1 - share):.3g} times what they were" if len(missing) < len(rates) else "nothing is left"
+    names = [*sorted(missing)[:NAMED], *([f"{len(missing) - NAMED} more"] if len(missing) > NAMED else [])]
+    return f"left out of {name}: {len(missing)} of {len(rates)} tasks, {share:.1%} of it ({', '.join(names)}); {rest}"
 
 
 class BlockMixture:

@@ -5,7 +5,8 @@ mixing function does not.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Permutation:
         Raises:
             IndexError: an index lies outside range(n).
         """
-        return self._walk(indices, self._forward)
+        return self._walk(indices, _forward)
 
     def inverse(self, indices: np.ndarray) -> np.ndarray:
         """The indices that the permutation sends to these; int64, of the shape of `indices`.
@@ -49,42 +50,68 @@ class Permutation:
         Raises:
             IndexError: an index lies outside range(n).
         """
-        return self._walk(indices, self._backward)
+        return self._walk(indices, _backward)
 
-    def _walk(self, indices: np.ndarray, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def _walk(self, indices: np.ndarray, network: "Network") -> np.ndarray:
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= self.n):
             raise IndexError(f"index {indices.min() if indices.min() < 0 else indices.max()} is outside range({self.n})")
-        values = network(indices.reshape(-1).astype(np.uint64))
+        values = network(indices.reshape(-1).astype(np.uint64), *self._widths, self._round_keys)
         # Cycle walking: what falls outside range(n) goes through again, until it comes home.
         outside = np.flatnonzero(values >= self.n)
         while outside.size:
-            values[outside] = network(values[outside])
+            values[outside] = network(values[outside], *self._widths, self._round_keys)
             outside = outside[values[outside] >= self.n]
         return values.astype(np.int64).reshape(indices.shape)
 
-    def _forward(self, values: np.ndarray) -> np.ndarray:
-        left_width, right_width = self._widths
-        left, right = values >> right_width, values & _mask(right_width)
-        for key in self._round_keys:
-            left, right = right, left ^ (_mix(right, key) & _mask(left_width))
-            left_width, right_width = right_width, left_width
-        return (left << right_width) | right
 
-    def _backward(self, values: np.ndarray) -> np.ndarray:
-        left_width, right_width = self._widths
-        left, right = values >> right_width, values & _mask(right_width)
-        for key in self._round_keys[::-1]:
-            left_width, right_width = right_width, left_width
-            left, right = right ^ (_mix(left, key) & _mask(left_width)), left
-        return (left << right_width) | right
+def permute(permutations: Sequence[Permutation], which: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Where permutation `which[i]` sends `indices[i]`, for all i at once: a batch draws a few numbers from each of many permutations.
+
+    Args:
+        permutations: of any sizes.
+        which: int64 [n], places in `permutations`.
+        indices: int64 [n], inside the ranges of their permutations.
+
+    Returns:
+        int64 [n].
+    """
+    n = np.array([permutation.n for permutation in permutations], dtype=np.uint64)[which]
+    left, right = np.array([permutation._widths for permutation in permutations], dtype=np.uint64)[which].T
+    keys = np.stack([permutation._round_keys for permutation in permutations])[which].T
+    values = _forward(indices.astype(np.uint64), left, right, keys)
+    outside = np.flatnonzero(values >= n)
+    while outside.size:
+        values[outside] = _forward(values[outside], left[outside], right[outside], keys[:, outside])
+        outside = outside[values[outside] >= n[outside]]
+    return values.astype(np.int64)
 
 
-def _mask(width: np.uint64) -> np.uint64:
+Network = Callable[[np.ndarray, Any, Any, np.ndarray], np.ndarray]
+"""(values [n], widths of the left and right halves (one, or [n]), keys of the rounds (one each, or [ROUNDS, n])) -> values [n]."""
+
+
+def _forward(values: np.ndarray, left_width: Any, right_width: Any, keys: np.ndarray) -> np.ndarray:
+    left, right = values >> right_width, values & _mask(right_width)
+    for key in keys:
+        left, right = right, left ^ (_mix(right, key) & _mask(left_width))
+        left_width, right_width = right_width, left_width
+    return (left << right_width) | right
+
+
+def _backward(values: np.ndarray, left_width: Any, right_width: Any, keys: np.ndarray) -> np.ndarray:
+    left, right = values >> right_width, values & _mask(right_width)
+    for key in keys[::-1]:
+        left_width, right_width = right_width, left_width
+        left, right = right ^ (_mix(left, key) & _mask(left_width)), left
+    return (left << right_width) | right
+
+
+def _mask(width: Any) -> Any:
     return (np.uint64(1) << width) - np.uint64(1)
 
 
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+def _mix(values: np.ndarray, key: Any) -> np.ndarray:
     """The finaliser of SplitMix64: every input bit flips about half of the output bits. uint64 arithmetic wraps, as intended."""
     values = values + key
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -6,6 +6,7 @@ comes out as `Bad`, with the reason, and stops nothing.
 
 import io
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +14,19 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import pyarrow
+
 from aurora_jax.data.documents import Document, DocumentStep, Piece
 from aurora_jax.data.files import File, find, open_file, open_stream
 from aurora_jax.errors import InputError
 
-Format = Literal["jsonl", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
+Format = Literal["jsonl", "json", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
+Kind = Literal["web", "code", "encyclopedia", "instruction", "safety", "domain"]
 
 PART_BYTES = 16 << 20
 LONGEST = 32 << 20
 EXCERPT = 200
+TFRECORD_FRAME = 16  # bytes about a record: its length and two checksums
 COMPRESSION: Mapping[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -56,9 +61,9 @@ class Source:
     splits: Mapping[str, tuple[str, ...]]
     """Glob patterns of each split; local, gs:// or s3://."""
     format: Format
-    """jsonl: an object a line, plain, .gz or .zst. parquet. arrow: a Hugging Face dataset saved on disk (its data-*.arrow files).
-    array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document a line. text: a
-    document a file; its field `path` is the file's address."""
+    """jsonl: an object a line, plain, .gz or .zst. json: one array of objects. parquet. arrow: a Hugging Face dataset saved on disk (its
+    data-*.arrow files). array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document
+    a line. text: a document a file; its field `path` is the file's address."""
     text: str | None = "text"
     """Field that holds the text; None where a step makes the text of other fields."""
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +106,8 @@ class Source:
                 fields[name] = _inward(record, path)
             except (KeyError, TypeError):
                 continue
-        if not isinstance(fields["language"], str):
+        language = fields["language"]
+        if not (isinstance(language, str) and language and language.isprintable()):  # reports count by it
             fields["language"] = self.language
         if self.text is None:
             return Document((), fields, where)
@@ -139,6 +145,14 @@ class TaskSpec:
     name: str
     source: Source
     steps: tuple[DocumentStep, ...] = ()
+    kind: Kind | None = None
+    """What sort of text it is; `aurora data describe` adds up shares by it."""
+    stages: tuple[str, ...] = ()
+    """Stages of Aurora-M that it is for."""
+    origin: str = ""
+    """Where the files come from: a data set of the Hugging Face hub, or an address."""
+    note: str = ""
+    """What a user should know of it: what is from memory, what is our choice."""
 
 
 Records = Iterator[tuple[str, Mapping[str, Any] | Bad]]
@@ -161,7 +175,7 @@ class _Lines:
             with _whole(part.url), io.BufferedReader(open_stream(part.url, compression), 1 << 20) as stream:
                 yield from cls._parsed(part, enumerate(stream, start=1), "line")
             return
-        with io.BufferedReader(open_file(part.url), 1 << 20) as file:
+        with _whole(part.url), io.BufferedReader(open_file(part.url), 1 << 20) as file:
             place = part.start
             if place:
                 # The line that begins before the part belongs to the one before it.
@@ -177,7 +191,7 @@ class _Lines:
 
     @staticmethod
     def parse(where: str, line: bytes) -> Mapping[str, Any] | Bad:
-        return {"text": line.rstrip(b"\r\n")}
+        return {"text": line.removesuffix(b"\n").removesuffix(b"\r")}
 
 
 class _JsonLines(_Lines):
@@ -200,9 +214,28 @@ def _parse_json(where: str, line: bytes) -> Mapping[str, Any] | Bad:
         record = json.loads(line)
     except UnicodeDecodeError:
         return Bad(where, "not UTF-8", repr(line[:EXCERPT]))
-    except ValueError:
+    except (ValueError, RecursionError):
         return Bad(where, "not JSON", repr(line[:EXCERPT]))
     return record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
+
+
+class _Json:
+    """An array of objects: read whole, so for files that fit into memory."""
+
+    @staticmethod
+    def parts(file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @staticmethod
+    def records(part: Part) -> Records:
+        with _whole(part.url):
+            with open_stream(part.url, _compression(part.url)) as stream:
+                records = json.loads(stream.read())
+            if not isinstance(records, list):
+                raise ValueError("not an array of objects")
+        for number, record in enumerate(records):
+            where = f"{part.url}, record {number:,}"
+            yield where, record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
 
 
 class _Text:
@@ -238,9 +271,8 @@ class _Parquet:
             groups = range(part.start, file.metadata.num_row_groups if part.stop < 0 else part.stop)
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
             for batch in file.iter_batches(row_groups=list(groups)):
-                for record in batch.to_pylist():
-                    yield f"{part.url}, row {row:,}", record
-                    row += 1
+                yield from _rows(part.url, row, batch)
+                row += len(batch)
 
 
 class _Arrow:
@@ -255,9 +287,24 @@ class _Arrow:
         row = 0
         with _whole(part.url), open_stream(part.url) as stream:
             for batch in ipc.open_stream(stream):
-                for record in batch.to_pylist():
-                    yield f"{part.url}, row {row:,}", record
-                    row += 1
+                yield from _rows(part.url, row, batch)
+                row += len(batch)
+
+
+def _rows(url: str, first: int, batch: pyarrow.RecordBatch) -> Records:
+    try:
+        records: list[Mapping[str, Any] | Bad] = batch.to_pylist()
+    except UnicodeDecodeError:  # one row of it; the others are good
+        records = [_row(f"{url}, row {first + number:,}", batch.slice(number, 1)) for number in range(len(batch))]
+    for number, record in enumerate(records):
+        yield f"{url}, row {first + number:,}", record
+
+
+def _row(where: str, batch: pyarrow.RecordBatch) -> Mapping[str, Any] | Bad:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Bad(where, "not UTF-8", repr(error.object[:EXCERPT]))
 
 
 class _ArrayRecord:
@@ -305,14 +352,18 @@ class _TFRecord:
     def records(part: Part) -> Records:
         import tensorflow as tf
 
-        with _local(part.url) as path:
-            compression = "GZIP" if part.url.endswith(".gz") else ""
+        # TensorFlow takes a file that is cut short in a record's head, and most that gzip cut short, for one that ends there.
+        with _whole(part.url), _local(part.url, _compression(part.url)) as path:
+            read = 0
             try:
-                for number, content in enumerate(tf.data.TFRecordDataset(path, compression).as_numpy_iterator()):
+                for number, content in enumerate(tf.data.TFRecordDataset(path).as_numpy_iterator()):
                     where = f"{part.url}, record {number:,}"
                     yield where, _parse_record(where, content)
+                    read += len(content) + TFRECORD_FRAME
             except tf.errors.OpError as error:
                 raise InputError(f"{part.url}: a damaged TFRecord file: {error.message}") from error
+            if read != os.path.getsize(path):
+                raise InputError(f"{part.url}: a damaged TFRecord file: it ends within a record")
 
 
 def _parse_record(where: str, content: bytes) -> Mapping[str, Any] | Bad:
@@ -346,6 +397,7 @@ def _as_text(value: Any) -> Any:
 
 READERS: Mapping[str, Any] = {
     "jsonl": _JsonLines,
+    "json": _Json,
     "lines": _Lines,
     "text": _Text,
     "parquet": _Parquet,
@@ -366,17 +418,17 @@ def _whole(url: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, pyarrow.ArrowException) as error:
         raise InputError(f"{url}: truncated, or not of its format: {error}") from error
 
 
 @contextmanager
-def _local(url: str) -> Iterator[str]:
-    """A path for libraries that read local files only: the file's own, or a copy's."""
-    if "://" not in url:
+def _local(url: str, compression: Literal["gzip", "zstd"] | None = None) -> Iterator[str]:
+    """A path for libraries that read local, uncompressed files only: the file's own, or a copy's."""
+    if "://" not in url and not compression:
         yield url
         return
-    with tempfile.NamedTemporaryFile() as copy, open_stream(url) as stream:
+    with tempfile.NamedTemporaryFile() as copy, open_stream(url, compression) as stream:
         while block := stream.read(1 << 22):
             copy.write(block)
         copy.flush()

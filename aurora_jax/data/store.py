@@ -15,8 +15,11 @@ The arrays are zarr3, sharded, compressed, with checksums. Reading takes memory 
 of the store.
 """
 
+import itertools
 import json
-from collections.abc import Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +34,9 @@ ARRAYS = ("tokens", "ends", "offsets")
 TYPES = {"ends": np.dtype(bool), "learn": np.dtype(bool), "offsets": np.dtype(np.uint64)}
 SHARD_ELEMENTS = 1 << 22  # one object in the bucket
 CHUNK_ELEMENTS = 1 << 14  # what a read decodes at least
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 32 << 20  # of TensorStore's own cache (shards' indices), and of the chunks that windows are cut from
+
+_COUNTER = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class TokenStore:
         self.directory = directory
         self.info = info
         self._arrays = arrays
+        # Not the directory: another store may be built there later.
+        self._arrays_id = next(_COUNTER)
 
     @classmethod
     def open(cls, directory: str | Path, expected_fingerprint: str | None = None) -> "TokenStore":
@@ -135,11 +142,50 @@ class TokenStore:
         array = self._arrays[name]
         size = array.shape[0]
         windows = np.zeros((len(starts), length), dtype=array.dtype.numpy_dtype)
-        reads = [array[start : min(start + length, size)].read() for start in np.asarray(starts).tolist()]  # all of them in flight at once
-        for row, read in zip(windows, reads, strict=True):
-            values = read.result()
-            row[: len(values)] = values
+        spans = [(start, min(start + length, size)) for start in np.asarray(starts).tolist()]
+        numbers = {number for start, stop in spans for number in range(start // CHUNK_ELEMENTS, -(-stop // CHUNK_ELEMENTS))}
+        cached = {number: _CHUNKS.get((self._arrays_id, name, number)) for number in numbers}
+        chunks = {number: chunk for number, chunk in cached.items() if chunk is not None}
+        missing = numbers - chunks.keys()
+        # All of them in flight at once.
+        reads = {number: array[number * CHUNK_ELEMENTS : min((number + 1) * CHUNK_ELEMENTS, size)].read() for number in missing}
+        for number, read in reads.items():
+            chunks[number] = read.result()
+            _CHUNKS.put((self._arrays_id, name, number), chunks[number])
+        for row, (start, stop) in zip(windows, spans, strict=True):
+            place = start
+            while place < stop:
+                number, offset = divmod(place, CHUNK_ELEMENTS)
+                values = chunks[number][offset : offset + stop - place]
+                row[place - start : place - start + len(values)] = values
+                place += len(values)
         return windows
+
+
+class _ChunkCache:
+    """The chunks read last, up to a size, by all stores of the process: a read of TensorStore's costs 50 times a look here."""
+
+    def __init__(self, limit: int):
+        self._limit, self._size, self._lock = limit, 0, threading.Lock()
+        self._chunks: OrderedDict[Hashable, np.ndarray] = OrderedDict()
+
+    def get(self, key: Hashable) -> np.ndarray | None:
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            return self._chunks.get(key)
+
+    def put(self, key: Hashable, chunk: np.ndarray) -> None:
+        with self._lock:
+            if key in self._chunks:
+                return
+            self._chunks[key] = chunk
+            self._size += chunk.nbytes
+            while self._size > self._limit:
+                self._size -= self._chunks.popitem(last=False)[1].nbytes
+
+
+_CHUNKS = _ChunkCache(CACHE_BYTES)
 
 
 def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents: int, masked: bool) -> None:

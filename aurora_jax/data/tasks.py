@@ -22,11 +22,11 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from aurora_jax.data.catalogue import MIXTURES, absolute, task_specs
 from aurora_jax.data.documents import Document, DocumentStep, Piece
 from aurora_jax.data.files import File, find
 from aurora_jax.data.recipe import Recipe, Tokenized, describe
-from aurora_jax.data.sample_tasks import MIXTURES, sample_tasks
-from aurora_jax.data.sources import EXCERPT, Bad, Part, Source, TaskSpec
+from aurora_jax.data.sources import EXCERPT, Bad, Part, Source
 from aurora_jax.data.vocabulary import Vocabulary
 from aurora_jax.errors import InputError
 
@@ -251,20 +251,24 @@ def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = 
         InputError: our tasks are registered for another root or tokenizer, or a module cannot be imported.
     """
     global _registered
-    root = str(root) if "://" in str(root) else str(Path(root).absolute())
-    wanted = (root.rstrip("/"), vocabulary.sha256)
+    wanted = (absolute(root), vocabulary.sha256)
     if _registered not in (None, wanted):
         raise InputError(
             f"the tasks are already registered for {_registered[0]} with tokenizer {_registered[1][:12]}, not for {wanted[0]} with "
             f"tokenizer {wanted[1][:12]}; a process works with one of them: unregister() first"
         )
     if _registered is None:
-        for spec in _specs(wanted[0]):
+        for spec in task_specs(wanted[0]):
             feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
             seqio.TaskRegistry.add(spec.name, FileSource(spec.source), {"targets": feature}, [Prepare(*spec.steps)])
         for name, rates in MIXTURES.items():
             seqio.MixtureRegistry.add(name, list(rates.items()))
         _registered = wanted
+    import_modules(modules)
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Imports modules that register tasks and mixtures of their own. Raises InputError if one cannot be imported."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -274,6 +278,11 @@ def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = 
             ) from error
 
 
+def is_registered() -> bool:
+    """Whether our tasks are in SeqIO's registry."""
+    return _registered is not None
+
+
 def unregister() -> None:
     """Takes our tasks and mixtures out of SeqIO's registry again."""
     global _registered
@@ -281,10 +290,6 @@ def unregister() -> None:
         return
     for name in MIXTURES:
         seqio.MixtureRegistry.remove(name)
-    for spec in _specs(_registered[0]):
+    for spec in task_specs(_registered[0]):
         seqio.TaskRegistry.remove(spec.name)
     _registered = None
-
-
-def _specs(root: str) -> list[TaskSpec]:
-    return sample_tasks(root)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ import tokenizers
 from aurora_jax.errors import InputError
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>")
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The characters by which byte-level vocabularies name bytes (GPT-2's table): printable ones of Latin-1 themselves, others from 256."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+BYTE_OF = _bytes_of_characters()
 
 
 class Tokenizer(ABC):
@@ -48,6 +59,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def special_id(self, name: str) -> int:
         """The id of a special token such as "<fim_prefix>". Raises InputError if there is none of that name."""
+
+    @abstractmethod
+    def special_name(self, i: int) -> str | None:
+        """The name of the special token with this id; None for ordinary tokens."""
+
+    @abstractmethod
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that an ordinary token stands for; in byte-level vocabularies they need not be whole characters."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes one text, without EOS."""
@@ -103,17 +122,24 @@ class HuggingFaceTokenizer(Tokenizer):
         if not ids:
             raise InputError(f"{self.path}: no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} must be in the vocabulary")
         self.eos_id = ids[0]
-        unknown = json.loads(content)["model"].get("unk_token")
+        definition = json.loads(content)
+        self._byte_level = (definition.get("decoder") or {}).get("type") == "ByteLevel"
+        unknown = definition["model"].get("unk_token")
         self.unk_id = self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
         self._special_ids = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "sha256": self.sha256, "content": self._special.to_str()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer._unpickled, (self.path, self.sha256, self._special.to_str())
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.sha256 = state["path"], state["sha256"]
-        self._load(state["content"])
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def _unpickled(path: Path, sha256: str, content: str) -> "HuggingFaceTokenizer":
+        # Parsed once a process: every stage of a pipeline brings its own copy, and StarCoder's takes half a second.
+        tokenizer = HuggingFaceTokenizer.__new__(HuggingFaceTokenizer)
+        tokenizer.path, tokenizer.sha256 = path, sha256
+        tokenizer._load(content)
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -130,6 +156,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if name not in self._special_ids:
             raise self._no_special_token(name)
         return self._special_ids[name]
+
+    def special_name(self, i: int) -> str | None:
+        return next((name for name, special in self._special_ids.items() if special == i), None)
+
+    def token_bytes(self, i: int) -> bytes:
+        name = self._plain.id_to_token(i) or ""
+        if self._byte_level and all(character in BYTE_OF for character in name):
+            return bytes(BYTE_OF[character] for character in name)
+        return self.decode([i]).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -178,6 +213,13 @@ class SentencePieceTokenizer(Tokenizer):
             raise self._no_special_token(name)
         return i
 
+    def special_name(self, i: int) -> str | None:
+        return self._processor.id_to_piece(i) if self._processor.is_control(i) or i == self.unk_id else None
+
+    def token_bytes(self, i: int) -> bytes:
+        piece = self._processor.id_to_piece(i)
+        return bytes([int(piece[1:-1], 16)]) if self._processor.is_byte(i) else piece.replace("\u2581", " ").encode()
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes, as ByT5 numbers them (Xue et al. 2022, arXiv 2105.13626): 0 padding, 1 `</s>`, 2 unknown, then the 256 bytes."""
@@ -200,6 +242,12 @@ class ByteTokenizer(Tokenizer):
         if name != "</s>":
             raise self._no_special_token(name)
         return self.eos_id
+
+    def special_name(self, i: int) -> str | None:
+        return {0: "<pad>", self.eos_id: "</s>", self.unk_id: "<unk>"}.get(i)
+
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i - self.FIRST])
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:

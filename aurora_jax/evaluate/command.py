@@ -21,7 +21,7 @@ class EvalCommand:
 
     checkpoint: tyro.conf.Positional[Path]
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
-    corpus: Path = Path("corpus")
+    corpus: str = "corpus"
     """Corpus folder, as `aurora data sample` writes it."""
     stores: str = "stores"
     """Folder of the token stores; those that are missing are built."""

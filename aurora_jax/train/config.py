@@ -13,7 +13,7 @@ from aurora_jax.train.stages import Stage
 class DataConfig:
     """Where the text is and how it becomes batches."""
 
-    corpus: Path
+    corpus: str
     """Folder of the sources: a sample corpus, or the --data-root of `aurora data build`; not needed where the stores are."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, or a SentencePiece model; without it, the tokenizer of `initial_checkpoint`."""

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aurora_jax.data.loader import Loader
+from aurora_jax.data.loader import Loader, stage_over
 from aurora_jax.data.loader import Stage as DataStage
+from aurora_jax.data.mixture import left_out
 from aurora_jax.data.opening import open_stores
 from aurora_jax.data.store import TokenStore
 from aurora_jax.errors import InputError
@@ -236,10 +237,10 @@ def _open_data(
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
     stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
     held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
-    stages = [
-        DataStage(stage.name, tuple((task, rate) for task, rate in rates[stage.mixture] if task in stores), stage.steps)
-        for stage in config.stages
-    ]
+    for mixture, its_rates in rates.items():
+        if absent := left_out(mixture, its_rates, stores):
+            print(absent, flush=True)
+    stages = [stage_over(stores, stage.name, rates[stage.mixture], stage.steps) for stage in config.stages]
     return stages, stores, held_out
 
 

@@ -1,0 +1,1 @@
+"""Aurora-M's sources as tasks, and its two mixtures."""
