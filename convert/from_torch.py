@@ -13,11 +13,12 @@ from rich.table import Table
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.checkpoint import TOKENIZER_FILES, CheckpointMetadata, require_free, tokenizer_sha256, write_checkpoint
+from aurora_jax.model.config import family_of
 from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
 from convert.progress import byte_progress
 from convert.source import HuggingFaceFolder, StoredTensor, read_folder
 from convert.streaming import StreamedArray, streamed_handler
-from convert.weight_map import TIED_HEAD, TOKEN_EMBEDDING, WEIGHT_MAP, Row, hf_tensors
+from convert.weight_map import TIED_HEAD, Row, hf_tensors, token_embedding, weight_map
 
 ParameterDtype = Literal["float32", "bfloat16"]
 DTYPES: dict[ParameterDtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -49,7 +50,7 @@ def from_torch(source: str | os.PathLike[str], destination: str | os.PathLike[st
     )
     total = sum(tensor.nbytes for name, tensor in folder.tensors.items() if name != TIED_HEAD)
     with byte_progress(f"{folder.path} -> {destination}", total) as advance:
-        arrays = {row.ours: _streamed(row, folder, DTYPES[parameter_dtype], advance) for row in WEIGHT_MAP}
+        arrays = {row.ours: _streamed(row, folder, DTYPES[parameter_dtype], advance) for row in weight_map(folder.config)}
         write_checkpoint(path, streamed_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, tokenizer)
 
 
@@ -84,24 +85,25 @@ def check_tensors(folder: HuggingFaceFolder) -> None:
     for name, shape in expected.items():
         if name not in folder.tensors:
             raise InputError(f"{folder.path}: the tensor {name} {list(shape)} is missing from the weights ({_names(folder)}).")
+    embedding, family = token_embedding(config).hf, family_of(config)
     for name, tensor in folder.tensors.items():
-        wanted = expected[TOKEN_EMBEDDING] if name == TIED_HEAD else expected.get(name)
+        wanted = expected[embedding] if name == TIED_HEAD else expected.get(name)
         if wanted is None:
-            raise InputError(f"{tensor.file}: the tensor {name} {list(tensor.shape)} is unexpected: a GPTBigCode model has no such weight.")
+            raise InputError(f"{tensor.file}: the tensor {name} {list(tensor.shape)} is unexpected: a {family} model has no such weight.")
         if tensor.shape != wanted:
-            reason = f"config.json has vocab_size {config.vocabulary_size}" if name in (TOKEN_EMBEDDING, TIED_HEAD) else "config.json asks"
+            reason = f"config.json has vocab_size {config.vocabulary_size}" if name in (embedding, TIED_HEAD) else "config.json asks"
             raise InputError(f"{tensor.file}: the tensor {name} has the shape {list(tensor.shape)}; {reason}, that is {list(wanted)}.")
 
 
 def _check_tied_head(folder: HuggingFaceFolder) -> None:
-    head, embedding = folder.tensors.get(TIED_HEAD), folder.tensors[TOKEN_EMBEDDING]
+    row = token_embedding(folder.config)
+    head, embedding = folder.tensors.get(TIED_HEAD), folder.tensors[row.hf]
     if head is None or head == embedding:  # the same bytes of a .bin file
         return
-    row = next(row for row in WEIGHT_MAP if row.hf == TOKEN_EMBEDDING)
     for start, stop in row.blocks(folder.config, np.dtype(np.float32).itemsize):
         if not np.array_equal(head.read_rows([(start, stop)]), embedding.read_rows([(start, stop)])):
             raise InputError(
-                f"{head.file}: {TIED_HEAD} differs from {TOKEN_EMBEDDING} in the rows {start} to {stop - 1}; only models whose head is "
+                f"{head.file}: {TIED_HEAD} differs from {row.hf} in the rows {start} to {stop - 1}; only models whose head is "
                 "the token embedding can be converted."
             )
 

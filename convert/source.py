@@ -17,7 +17,7 @@ import numpy as np
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, from_hf_config
-from convert.weight_map import IGNORED
+from convert.weight_map import IGNORED, PREFIX, TIED_HEAD
 
 SAFETENSORS_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 MAXIMUM_HEADER_BYTES = 100_000_000
@@ -58,7 +58,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
-    """A checked folder: `config.json` and every tensor of its weight files, buffers that are no weights left out."""
+    """A checked folder: `config.json` and every tensor of its weight files, buffers that are no weights left out.
+
+    Tensors are named as in a model with a head, `transformer.` first, whether or not the files do so.
+    """
 
     path: Path
     hf_config: dict[str, Any]
@@ -84,7 +87,9 @@ def read_folder(path: str | os.PathLike[str]) -> HuggingFaceFolder:
     except InputError as error:
         raise InputError(f"{folder}/{error}") from None
     tensors, files = _read_weights(folder)
-    return HuggingFaceFolder(folder, hf_config, config, {n: t for n, t in tensors.items() if not IGNORED.fullmatch(n)}, files)
+    prefix = "" if any(name.startswith(PREFIX) for name in tensors) else PREFIX
+    weights = {name if name == TIED_HEAD else prefix + name: stored for name, stored in tensors.items() if not IGNORED.fullmatch(name)}
+    return HuggingFaceFolder(folder, hf_config, config, weights, files)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:

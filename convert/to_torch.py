@@ -27,7 +27,7 @@ from aurora_jax.model.config import ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.progress import byte_progress
 from convert.source import SAFETENSORS_DTYPES
-from convert.weight_map import WEIGHT_MAP, Row, hf_tensors
+from convert.weight_map import Row, hf_tensors, weight_map
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -58,7 +58,8 @@ def to_torch(
         max_shard_size: largest file, such as 5GB or 500MB (decimal); a single larger tensor is a file of its own.
 
     Raises:
-        InputError: not a checkpoint, a damaged one, or a destination that exists or cannot be written.
+        InputError: not a checkpoint, a damaged one, a model that no Hugging Face architecture computes, or a destination that exists or
+            cannot be written.
     """
     limit = parse_size(max_shard_size)
     folder = Path(require_free(destination))
@@ -68,10 +69,11 @@ def to_torch(
     name: ParameterDtype = dtype or metadata.parameter_dtype  # type: ignore[assignment]
     if name not in DTYPES:
         raise InputError(f"{path}: parameter_dtype is {name!r}; writable are {', '.join(DTYPES)}.")
+    rows = weight_map(config)
     stores = open_parameters(path)
-    if any(stores[row.ours].chunk_layout.read_chunk.shape != row.chunk_shape(config, _itemsize(stores[row.ours])) for row in WEIGHT_MAP):
+    if any(stores[row.ours].chunk_layout.read_chunk.shape != row.chunk_shape(config, _itemsize(stores[row.ours])) for row in rows):
         # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would be read many times.
-        stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in WEIGHT_MAP if row.stacked))
+        stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in rows if row.stacked))
     shards = plan_shards(config, DTYPES[name].itemsize, limit)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
@@ -188,7 +190,6 @@ def _write_text_files(
     config = metadata.config
     hf_config = {**(metadata.hf_config or {}), **to_hf_config(config), "torch_dtype": dtype}
     hf_config.pop("dtype", None)  # the newer name of torch_dtype, which every version of transformers reads
-    hf_config["num_key_value_heads"] = config.kv_heads
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     files = {
         "config.json": _json(hf_config),

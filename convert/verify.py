@@ -18,7 +18,7 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 from convert.source import read_folder
 
 WINDOW = 512
-"""Tokens that are read at a time, or the positions of the smaller model."""
+"""Tokens that are read at a time; fewer where a model has learned fewer positions."""
 
 RANDOM_TOKENS = 1024
 SEED = 0
@@ -80,7 +80,7 @@ def verify(
             f"{a} has a vocabulary of {config_a.vocabulary_size} tokens, {b} of {config_b.vocabulary_size}: nothing to compare."
         )
     tokens_L, origin = _tokens(a, b, text, config_a.vocabulary_size)
-    window = min(WINDOW, config_a.max_positions, config_b.max_positions)
+    window = int(min(WINDOW, config_a.longest_sequence, config_b.longest_sequence))
     agreement = compare(_model(a), _model(b), [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)])
     passed = bool(agreement.max_kl <= max_kl)
     table = Table("A against B", "", title=f"A: {a}\nB: {b}", title_justify="left")
@@ -154,12 +154,12 @@ def _our_model(path: str | os.PathLike[str]) -> Logits:
 def _hf_model(path: str | os.PathLike[str]) -> Logits:
     try:
         import torch
-        from transformers import GPTBigCodeForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise InputError(f"{path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
     disable_progress_bar()
-    model = GPTBigCodeForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
     def logits_LV(tokens_L: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

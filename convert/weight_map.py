@@ -1,4 +1,4 @@
-"""The one map between Hugging Face's GPTBigCode weights and ours. It drives both directions.
+"""The one map between Hugging Face's weights, GPTBigCode's and BLOOM's, and ours. It drives both directions.
 
 N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
 A Hugging Face tensor is cut into *units* along its rows (a head, a feature, a token): units are what is read, transposed and written, some
@@ -14,14 +14,16 @@ from typing import Literal
 import numpy as np
 
 from aurora_jax.model.checkpoint import CHUNK_BYTES
-from aurora_jax.model.config import ModelConfig
-from aurora_jax.model.sharding import TABLE, dimensions
+from aurora_jax.model.config import Family, ModelConfig, family_of
+from aurora_jax.model.sharding import TABLE, dimensions, rows_of
 
-IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 """Causal-mask buffers that old `.bin` files hold; they are not weights."""
 
+PREFIX = "transformer."
+"""Of all tensors but the head. Files that were saved without a head, as BLOOM's on the hub were, leave it out."""
+
 TIED_HEAD = "lm_head.weight"
-TOKEN_EMBEDDING = "transformer.wte.weight"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Row:
     letters: str
     """Its dimensions in Hugging Face's order. The first one counts units, and is streamed over."""
     fused: Literal["", "query", "key_value"] = ""
-    """Which part of the fused projection `c_attn`.
+    """Which part of the fused projection, `c_attn` or `query_key_value`.
 
     For each key/value head in turn, its rows are the queries that share the head, then its key, then its value. Multi-query attention
     (K = 1) thus has all queries, the key, the value; multi-head attention (K = H) has a query, a key and a value for each head.
@@ -132,34 +134,88 @@ class Row:
         return (math.prod(sizes[letter] for letter in columns),) if columns else ()
 
 
-WEIGHT_MAP: tuple[Row, ...] = (
-    Row("token_embedding.embedding", TOKEN_EMBEDDING, "VD"),
-    Row("position_embedding.embedding", "transformer.wpe.weight", "PD"),
-    Row("layers.attention_norm.scale", "transformer.h.{layer}.ln_1.weight", "D"),
-    Row("layers.attention_norm.bias", "transformer.h.{layer}.ln_1.bias", "D"),
-    Row("layers.attention.query.kernel", "transformer.h.{layer}.attn.c_attn.weight", "HCD", "query"),
-    Row("layers.attention.query.bias", "transformer.h.{layer}.attn.c_attn.bias", "HC", "query"),
-    Row("layers.attention.key_value.kernel", "transformer.h.{layer}.attn.c_attn.weight", "K2CD", "key_value"),
-    Row("layers.attention.key_value.bias", "transformer.h.{layer}.attn.c_attn.bias", "K2C", "key_value"),
-    Row("layers.attention.output.kernel", "transformer.h.{layer}.attn.c_proj.weight", "DHC"),
-    Row("layers.attention.output.bias", "transformer.h.{layer}.attn.c_proj.bias", "D"),
-    Row("layers.mlp_norm.scale", "transformer.h.{layer}.ln_2.weight", "D"),
-    Row("layers.mlp_norm.bias", "transformer.h.{layer}.ln_2.bias", "D"),
-    Row("layers.mlp.up.kernel", "transformer.h.{layer}.mlp.c_fc.weight", "FD"),
-    Row("layers.mlp.up.bias", "transformer.h.{layer}.mlp.c_fc.bias", "F"),
-    Row("layers.mlp.down.kernel", "transformer.h.{layer}.mlp.c_proj.weight", "DF"),
-    Row("layers.mlp.down.bias", "transformer.h.{layer}.mlp.c_proj.bias", "D"),
-    Row("final_norm.scale", "transformer.ln_f.weight", "D"),
-    Row("final_norm.bias", "transformer.ln_f.bias", "D"),
-)
+MODULES: dict[Family, dict[str, str]] = {
+    "gpt_bigcode": {
+        "token_embedding": "wte",
+        "position_embedding": "wpe",
+        "layers.attention_norm": "h.{layer}.ln_1",
+        "layers.attention.query": "h.{layer}.attn.c_attn",
+        "layers.attention.key_value": "h.{layer}.attn.c_attn",
+        "layers.attention.output": "h.{layer}.attn.c_proj",
+        "layers.mlp_norm": "h.{layer}.ln_2",
+        "layers.mlp.up": "h.{layer}.mlp.c_fc",
+        "layers.mlp.down": "h.{layer}.mlp.c_proj",
+        "final_norm": "ln_f",
+    },
+    "bloom": {
+        "token_embedding": "word_embeddings",
+        "embedding_norm": "word_embeddings_layernorm",
+        "layers.attention_norm": "h.{layer}.input_layernorm",
+        "layers.attention.query": "h.{layer}.self_attention.query_key_value",
+        "layers.attention.key_value": "h.{layer}.self_attention.query_key_value",
+        "layers.attention.output": "h.{layer}.self_attention.dense",
+        "layers.mlp_norm": "h.{layer}.post_attention_layernorm",
+        "layers.mlp.up": "h.{layer}.mlp.dense_h_to_4h",
+        "layers.mlp.down": "h.{layer}.mlp.dense_4h_to_h",
+        "final_norm": "ln_f",
+    },
+}
+"""Our modules and those of each family: their weight is our kernel, embedding or scale, their bias our bias."""
+
+LETTERS = {
+    "token_embedding.embedding": "VD",
+    "position_embedding.embedding": "PD",
+    "embedding_norm.scale": "D",
+    "embedding_norm.bias": "D",
+    "layers.attention_norm.scale": "D",
+    "layers.attention_norm.bias": "D",
+    "layers.attention.query.kernel": "HCD",
+    "layers.attention.query.bias": "HC",
+    "layers.attention.key_value.kernel": "K2CD",
+    "layers.attention.key_value.bias": "K2C",
+    "layers.attention.output.kernel": "DHC",
+    "layers.attention.output.bias": "D",
+    "layers.mlp_norm.scale": "D",
+    "layers.mlp_norm.bias": "D",
+    "layers.mlp.up.kernel": "FD",
+    "layers.mlp.up.bias": "F",
+    "layers.mlp.down.kernel": "DF",
+    "layers.mlp.down.bias": "D",
+    "final_norm.scale": "D",
+    "final_norm.bias": "D",
+}
+"""Each parameter's dimensions in Hugging Face's order: see `Row.letters`."""
+
+FUSED: dict[str, Literal["query", "key_value"]] = {"layers.attention.query": "query", "layers.attention.key_value": "key_value"}
+
+
+def weight_map(config: ModelConfig) -> tuple[Row, ...]:
+    """A row for each parameter of the model, named as its family names it.
+
+    Raises:
+        InputError: no Hugging Face architecture computes what the config says.
+    """
+    modules = MODULES[family_of(config)]
+    rows = []
+    for path in rows_of(config):
+        module, _, name = path.rpartition(".")
+        hf = f"{PREFIX}{modules[module]}.{'bias' if name == 'bias' else 'weight'}"
+        rows.append(Row(path, hf, LETTERS[path], FUSED.get(module, "")))
+    return tuple(rows)
+
+
+def token_embedding(config: ModelConfig) -> Row:
+    """The row of the token embedding, which is the tied head as well."""
+    return next(row for row in weight_map(config) if row.ours == "token_embedding.embedding")
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, list[tuple[Row, int]]]:
     """Every Hugging Face tensor of the model, in the order of its layers, with the (row, layer) parts that it consists of."""
     tensors: dict[str, list[tuple[Row, int]]] = {}
-    before = [row for row in WEIGHT_MAP if not row.stacked and not row.ours.startswith("final_norm")]
-    stacked = [row for row in WEIGHT_MAP if row.stacked]
-    after = [row for row in WEIGHT_MAP if row.ours.startswith("final_norm")]
+    rows = weight_map(config)
+    before = [row for row in rows if not row.stacked and not row.ours.startswith("final_norm")]
+    stacked = [row for row in rows if row.stacked]
+    after = [row for row in rows if row.ours.startswith("final_norm")]
     parts = [
         *((row, 0) for row in before),
         *((row, layer) for layer in range(config.layers) for row in stacked),

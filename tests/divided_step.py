@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from aurora_jax.data.loader import Batch
-from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.config import BLOOM, ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.division import WHOLE, Division
-from aurora_jax.model.sharding import MESH_AXES, TABLE, flatten, nest
+from aurora_jax.model.sharding import MESH_AXES, flatten, nest, rows_of
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.mesh import make_mesh, place
 from aurora_jax.train.step import make_gradient, make_loss
@@ -20,6 +20,7 @@ V, L, B, MICRO_BATCHES = 64, 64, 16, 2
 MODELS = {
     "multi-query": ModelConfig(V, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2).with_dropout(0.0),
     "multi-head": ModelConfig(V, L, 64, 2, 8, 128, multi_query=False, layer_norm_epsilon=1e-2).with_dropout(0.0),
+    "bloom": ModelConfig(V, L, 64, 2, 8, 128, **BLOOM, layer_norm_epsilon=1e-2).with_dropout(0.0),
 }
 
 
@@ -40,7 +41,7 @@ def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.shardi
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
     batch = make_batch()
     if mesh is not None:
-        shardings = nest({path: jax.sharding.NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
+        shardings = nest({path: jax.sharding.NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
         parameters, batch = jax.device_put(parameters, shardings), place(mesh, batch)
     value, nll_BL, gradients = jax.jit(make_gradient(loss, MICRO_BATCHES, mesh, "float32" if gather == "step" else None))(
         parameters, batch, None
@@ -60,12 +61,15 @@ def compare(expected, found, label: str) -> None:
 QUICK = ((2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (1, 1, 1, 2, 4), (1, 4, 1, 1, 2), (4, 1, 1, 2, 1))
 
 
+QUICK_OF = {"multi-query": QUICK, "multi-head": QUICK[::2], "bloom": QUICK[1:3]}
+
+
 def main(attention: str, which: str) -> None:
     shapes = [shape for shape in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if np.prod(shape) == 8]
     for name, model in MODELS.items():
         for isolate in (False, True) if which == "all" else (True,):
             expected = gradient(model, attention, isolate, None)
-            for shape in shapes if which == "all" else QUICK[:: 1 if name == "multi-query" else 2]:
+            for shape in shapes if which == "all" else QUICK_OF[name]:
                 sizes = dict(zip(MESH_AXES, shape, strict=True))
                 mesh, label = make_mesh(MeshConfig(**sizes)), f"{name} {attention} {isolate} {sizes}"
                 compare(expected, gradient(model, attention, isolate, mesh), label)

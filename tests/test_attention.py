@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_jax.model.attention import QUERY_BLOCK, attention
+from aurora_jax.model.attention import QUERY_BLOCK, alibi_slopes, attention
 
 LENGTHS = [1, 2, 65, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 37]
 
@@ -22,12 +22,14 @@ def inputs(seed: int, B: int, L: int, H: int, K: int, C: int):
     return query, key, value, segments_BL, rng.normal(size=query.shape)
 
 
-def reference(query, key, value, segments_BL, d_context):
+def reference(query, key, value, segments_BL, slopes_H, d_context):
     """Context and gradients with respect to query, key and value, in fp64 numpy."""
     B, L, H, C = query.shape
     group = H // key.shape[2]
     key_BLHC, value_BLHC = (np.repeat(array, group, axis=2) for array in (key, value))
     scores = np.einsum("bqhc,bkhc->bhqk", query, key_BLHC) / np.sqrt(C)
+    if slopes_H is not None:
+        scores += slopes_H[:, None, None] * (np.arange(L)[None, :] - np.arange(L)[:, None])
     visible = np.tril(np.ones((L, L), bool))[None, None]
     if segments_BL is not None:
         visible = visible & (segments_BL[:, None, :, None] == segments_BL[:, None, None, :])
@@ -48,8 +50,9 @@ def reference(query, key, value, segments_BL, d_context):
 
 
 @jax.jit
-def ours(query, key, value, segments_BL, d_context):
-    context, pull_back = jax.vjp(lambda q, k, v: attention("xla", q, k, v, segment_ids_BL=segments_BL), query, key, value)
+def ours(query, key, value, segments_BL, slopes_H, d_context):
+    facts = {"segment_ids_BL": segments_BL, "alibi_slopes_H": slopes_H}
+    context, pull_back = jax.vjp(lambda q, k, v: attention("xla", q, k, v, **facts), query, key, value)
     return context, *pull_back(d_context)
 
 
@@ -64,12 +67,14 @@ def as_fp32(*arrays):
     heads=st.sampled_from([(1, 1), (3, 1), (4, 1), (4, 2), (3, 3)]),
     C=st.sampled_from([3, 8, 16]),
     packed=st.booleans(),
+    alibi=st.booleans(),
 )
-def test_values_and_gradients(seed, length, heads, C, packed):
+def test_values_and_gradients(seed, length, heads, C, packed, alibi):
     query, key, value, segments_BL, d_context = inputs(seed, 2, length, *heads, C)
     segments_BL = segments_BL if packed else None
-    expected = reference(query, key, value, segments_BL, d_context)
-    found = ours(*as_fp32(query, key, value, segments_BL, d_context))
+    slopes_H = alibi_slopes(heads[0]) if alibi else None
+    expected = reference(query, key, value, segments_BL, slopes_H, d_context)
+    found = ours(*as_fp32(query, key, value, segments_BL, slopes_H, d_context))
     for name, one, other in zip(("context", "d_query", "d_key", "d_value"), found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1, np.abs(other).max()), rtol=0, err_msg=name)
 
@@ -94,11 +99,21 @@ def test_documents_do_not_see_each_other():
     other = [array.copy() for array in (query, key, value, d_context)]
     for array in other:
         array[:, :cut] += np.random.default_rng(2).normal(size=array[:, :cut].shape)
-    found = ours(*as_fp32(query, key, value, segments_BL, d_context))
-    changed = ours(*as_fp32(*other[:3], segments_BL, other[3]))
+    found = ours(*as_fp32(query, key, value, segments_BL, None, d_context))
+    changed = ours(*as_fp32(*other[:3], segments_BL, None, other[3]))
     for one, two in zip(found, changed, strict=True):
         np.testing.assert_array_equal(one[:, cut:], two[:, cut:])
         assert np.any(one[:, :cut] != two[:, :cut])
+
+
+def test_slopes_are_those_of_transformers():
+    """For every number of heads to that of BLOOM 176B and beyond; the last bit is PyTorch's vector unit's business."""
+    torch = pytest.importorskip("torch")
+    modeling_bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    for heads in range(1, 130):
+        # The second of two keys has the slope itself for its bias.
+        theirs = modeling_bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), heads, torch.float32)[:, 0, 1]
+        np.testing.assert_array_max_ulp(alibi_slopes(heads), theirs.numpy(), maxulp=1)
 
 
 def test_gradient_through_dropout_is_that_of_its_forward():

@@ -186,6 +186,23 @@ def test_missing_metadata_keys_are_named(metadata):
         CheckpointMetadata.from_json(values)
 
 
+def test_metadata_from_before_there_was_bloom_is_read(metadata):
+    values = metadata.to_json()
+    assert values["config"].pop("positions") == "learned"
+    assert values["config"].pop("embedding_norm") is False
+    assert CheckpointMetadata.from_json(values) == metadata
+
+
+def test_the_length_of_training_is_part_of_the_architecture_where_positions_are_learned():
+    longer = dataclasses.replace(CONFIG, max_positions=18)
+    with pytest.raises(InputError, match=r"max_positions = 17.*max_positions = 18"):
+        checkpoint.require_same_architecture(CONFIG, longer, "a", "b")
+    alibi, longer = (dataclasses.replace(config, positions="alibi") for config in (CONFIG, longer))
+    checkpoint.require_same_architecture(alibi, longer, "a", "b")
+    with pytest.raises(InputError, match=r"positions = 'learned'.*positions = 'alibi'"):
+        checkpoint.require_same_architecture(CONFIG, alibi, "a", "b")
+
+
 def test_dropout_is_not_part_of_the_architecture():
     checkpoint.require_same_architecture(CONFIG, CONFIG.with_dropout(0.0), "a", "b")
     with pytest.raises(InputError, match="a has layers = 2, but b has layers = 3"):

@@ -24,13 +24,17 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 SIZES = {"vocab_size": 97, "n_positions": 33, "n_embd": 20, "n_layer": 2, "n_head": 5, "n_inner": 51, "bos_token_id": 0, "eos_token_id": 0}
+BLOOM_SIZES = {"vocab_size": 97, "hidden_size": 20, "n_layer": 2, "n_head": 5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 TOKENIZER = {"tokenizer.json": '{"ä": 1}\n', "merges.txt": "a b\n"}
 
 
-def make_model(multi_query: bool = True, dtype: torch.dtype = torch.float32) -> transformers.GPTBigCodeForCausalLM:
-    """A GPTBigCode of odd sizes with random numbers in every weight, biases and LayerNorms included."""
-    config = transformers.GPTBigCodeConfig(**SIZES, multi_query=multi_query)
-    model = transformers.GPTBigCodeForCausalLM(config).eval()
+def make_model(kind: str = "multi-query", dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """A GPTBigCode or BLOOM of odd sizes with random numbers in every weight, biases and LayerNorms included."""
+    if kind == "bloom":
+        model = transformers.BloomForCausalLM(transformers.BloomConfig(**BLOOM_SIZES)).eval()
+    else:
+        config = transformers.GPTBigCodeConfig(**SIZES, multi_query=kind == "multi-query")
+        model = transformers.GPTBigCodeForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,12 +43,13 @@ def make_model(multi_query: bool = True, dtype: torch.dtype = torch.float32) -> 
 
 
 def save_bin(model: torch.nn.Module, folder: Path, shards: int) -> None:
-    """As older versions of transformers saved: with the tied head and the causal-mask buffers."""
+    """As older versions of transformers saved: with the tied head, if there is one, and the causal-mask buffers."""
     folder.mkdir()
     model.config.save_pretrained(folder)
     state = dict(model.state_dict())
-    state["transformer.h.0.attn.bias"] = torch.ones(33, 33, dtype=torch.bool)
-    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    prefix = "transformer." if "lm_head.weight" in state else ""
+    state[f"{prefix}h.0.attn.bias"] = torch.ones(33, 33, dtype=torch.bool)
+    state[f"{prefix}h.0.attn.masked_bias"] = torch.tensor(-1e4)
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
@@ -72,16 +77,17 @@ def single(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("multi_query", [True, False], ids=["multi-query", "multi-head"])
-@pytest.mark.parametrize("layout", ["single", "sharded", "bin", "sharded-bin"])
-def test_round_trip_is_bit_exact(tmp_path, monkeypatch, multi_query, dtype, layout):
+@pytest.mark.parametrize("kind", ["multi-query", "multi-head", "bloom"])
+@pytest.mark.parametrize("layout", ["single", "sharded", "bin", "sharded-bin", "headless", "headless-bin"])
+def test_round_trip_is_bit_exact(tmp_path, monkeypatch, kind, dtype, layout):
     monkeypatch.setattr(weight_map, "CHUNK_BYTES", 500)  # so that these small tensors too take many blocks
-    model = make_model(multi_query, dtype)
+    model = make_model(kind, dtype)
     source, ours, back = tmp_path / "hf", tmp_path / "ours", tmp_path / "back"
+    saved = model.transformer if layout.startswith("headless") else model  # without a head, names have no prefix
     if layout.endswith("bin"):
-        save_bin(model, source, shards=3 if layout == "sharded-bin" else 1)
+        save_bin(saved, source, shards=3 if layout == "sharded-bin" else 1)
     else:
-        model.save_pretrained(source, max_shard_size="9KB" if layout == "sharded" else "5GB")
+        saved.save_pretrained(source, max_shard_size="9KB" if layout == "sharded" else "5GB")
     for name, text in TOKENIZER.items():
         (source / name).write_text(text, encoding="utf-8")
 
@@ -171,18 +177,20 @@ def test_dry_run_prints_the_mapping_and_writes_nothing(tmp_path, single, capsys)
     assert os.listdir(tmp_path) == ["hf"]
 
 
-def test_verify_says_whether_models_agree(tmp_path, single, capsys):
+@pytest.mark.parametrize(("kind", "up"), [("multi-query", "mlp.c_fc"), ("bloom", "mlp.dense_h_to_4h")])
+def test_verify_says_whether_models_agree(tmp_path, capsys, kind, up):
+    model, single = make_model(kind), tmp_path / "hf"
+    model.save_pretrained(single)
     assert main(["from-torch", str(single), str(tmp_path / "ours")]) == 0
     assert main(["verify", str(single), str(tmp_path / "ours")]) == 0
     assert "random, seed 0" in capsys.readouterr().out
-    model = make_model()
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.bias[3] += 1.0
+        model.get_parameter(f"transformer.h.1.{up}.bias")[3] += 1.0
     model.save_pretrained(tmp_path / "changed")
     assert main(["verify", str(single), str(tmp_path / "changed")]) == 1
     assert main(["verify", str(tmp_path / "ours"), str(tmp_path / "changed"), "--max-kl", "1e9"]) == 0
     with torch.no_grad():
-        model.transformer.wte.weight[5, 5] = float("nan")
+        model.get_input_embeddings().weight[5, 5] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     assert main(["verify", str(single), str(tmp_path / "nan"), "--max-kl", "1e9"]) == 1
 

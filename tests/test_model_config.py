@@ -1,11 +1,13 @@
 """ModelConfig: published sizes, and exact inverses between ours and Hugging Face's config."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import PRESETS, ModelConfig, from_hf_config, to_hf_config
+from aurora_jax.model.config import BLOOM, PRESETS, ModelConfig, from_hf_config, to_hf_config
 from aurora_jax.model.sharding import parameter_count
 
 # Derived from the shapes of the published checkpoints; the tied head is counted once.
@@ -20,9 +22,15 @@ PARAMETERS = {
     "aurora-m-8k": 15_517_456_384,
     "tiny_starcoder_py": 164_144_128,
     "santacoder": 1_124_886_528,
+    "bloom-560m": 559_214_592,
+    "bloom-1b1": 1_065_314_304,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "bloom": 176_247_271_424,
 }
 
-configs = st.builds(
+gpt_bigcode_configs = st.builds(
     lambda heads, head_dim, **fields: ModelConfig(heads=heads, width=heads * head_dim, **fields),
     heads=st.integers(1, 9),
     head_dim=st.integers(1, 9),
@@ -41,6 +49,8 @@ configs = st.builds(
     eos_token_id=st.none() | st.integers(0, 9),
     pad_token_id=st.none() | st.integers(0, 9),
 )
+bloom_configs = gpt_bigcode_configs.map(lambda config: replace(config, mlp_width=4 * config.width, embedding_dropout=0.0, **BLOOM))
+configs = gpt_bigcode_configs | bloom_configs
 
 
 def test_presets_have_the_published_sizes():
@@ -55,7 +65,7 @@ def test_from_hf_inverts_to_hf(config):
 @given(configs)
 def test_to_hf_inverts_from_hf_through_transformers(config):
     transformers = pytest.importorskip("transformers")
-    hf = transformers.GPTBigCodeConfig(**to_hf_config(config)).to_dict()
+    hf = transformers.AutoConfig.for_model(**to_hf_config(config)).to_dict()
     ours = to_hf_config(config)
     assert to_hf_config(from_hf_config(hf)) == ours
     assert all(hf[key] == value for key, value in ours.items())
@@ -79,9 +89,53 @@ def test_what_is_not_implemented_is_named(change, said):
         from_hf_config(to_hf_config(PRESETS["starcoderplus"]) | change)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
-def test_a_missing_key_is_named(key):
-    hf = to_hf_config(PRESETS["starcoderplus"])
+def test_blooms_own_config_is_read():
+    """`config.json` of bigscience/bloom-560m as published, in the names of its time."""
+    hf = {
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "masked_softmax_fusion": True,
+        "model_type": "bloom",
+        "n_embed": 1024,
+        "n_inner": None,
+        "n_layer": 24,
+        "num_attention_heads": 16,
+        "offset_alibi": 100,
+        "pad_token_id": 3,
+        "pretraining_tp": 1,
+        "skip_bias_add": True,
+        "skip_bias_add_qkv": False,
+        "unk_token_id": 0,
+        "use_cache": True,
+        "vocab_size": 250880,
+    }
+    assert from_hf_config(hf) == PRESETS["bloom-560m"]
+    with pytest.raises(InputError, match="apply_residual_connection_post_layernorm"):
+        from_hf_config(hf | {"apply_residual_connection_post_layernorm": True})
+
+
+def test_what_no_hugging_face_architecture_computes_is_not_written():
+    between = replace(PRESETS["starcoderplus"], positions="alibi")
+    with pytest.raises(InputError, match=r"embedding_norm = True.*found multi_query = True.*embedding_norm = False"):
+        to_hf_config(between)
+
+
+@pytest.mark.parametrize(
+    ("preset", "key"),
+    [
+        *(("starcoderplus", key) for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")),
+        *(("bloom", key) for key in ("vocab_size", "hidden_size", "n_layer", "n_head")),
+    ],
+)
+def test_a_missing_key_is_named(preset, key):
+    hf = to_hf_config(PRESETS[preset])
     del hf[key]
     with pytest.raises(InputError, match=key):
         from_hf_config(hf)

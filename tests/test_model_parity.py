@@ -1,9 +1,12 @@
-"""The decoder against transformers' GPTBigCode: logits, the gradient of every parameter, greedy decoding.
+"""The decoder against transformers' GPTBigCode and BLOOM: logits, the gradient of every parameter, greedy decoding.
 
 B batch, L sequence, V vocabulary.
 """
 
 import copy
+import itertools
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -36,20 +39,39 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+# Six heads: no power of two, so that ALiBi's slopes are of both kinds.
+BLOOM_SIZES = {"vocab_size": 199, "seq_length": 211, "hidden_size": 48, "n_layer": 3, "n_head": 6}
+BLOOM_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 B, L = 2, 177
 
-CASES = [(multi_query, activation) for multi_query in (True, False) for activation in ("gelu", "gelu_pytorch_tanh")]
 
-
-def random_hf_model(multi_query: bool, activation: str):
-    """Weights large enough that attention is far from uniform; dropout off."""
-    torch.manual_seed(0)
+def gpt_bigcode(multi_query: bool, activation: str):
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = transformers.GPTBigCodeConfig(**SIZES, **dropouts, multi_query=multi_query, activation_function=activation)
-    model = transformers.GPTBigCodeForCausalLM(config).eval()
+    return transformers.GPTBigCodeForCausalLM(config)
+
+
+def bloom():
+    return transformers.BloomForCausalLM(transformers.BloomConfig(**BLOOM_SIZES, **BLOOM_TOKENS))
+
+
+CASES = {
+    "mqa-gelu": partial(gpt_bigcode, True, "gelu"),
+    "mqa-gelu_pytorch_tanh": partial(gpt_bigcode, True, "gelu_pytorch_tanh"),
+    "mha-gelu": partial(gpt_bigcode, False, "gelu"),
+    "mha-gelu_pytorch_tanh": partial(gpt_bigcode, False, "gelu_pytorch_tanh"),
+    "bloom": bloom,
+}
+
+
+def random_hf_model(case: str):
+    """Weights large enough that attention is far from uniform; dropout off."""
+    torch.manual_seed(0)
+    model = CASES[case]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1 if "ln_" in name and name.endswith("weight") else 0, 0.15)
+            is_scale = ("ln_" in name or "layernorm" in name) and name.endswith("weight")
+            parameter.normal_(1 if is_scale else 0, 0.15)
     return model
 
 
@@ -69,10 +91,10 @@ def with_values(model, values: list):
     return model
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{'mqa' if case[0] else 'mha'}-{case[1]}")
+@pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     """A transformers model, our structure and our parameters of the same model."""
-    model = random_hf_model(*request.param)
+    model = random_hf_model(request.param)
     config, parameters = to_ours(model, tmp_path_factory.mktemp("model"))
     return model, structure_of(config, FP32), parameters
 
@@ -81,21 +103,37 @@ def tokens_BL(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(SIZES["vocab_size"], size=(B, L))
 
 
-def our_logits(structure, parameters, tokens, **inputs) -> np.ndarray:
-    decoder = merge(structure, parameters)
-    return np.asarray(decoder.logits(decoder(jnp.asarray(tokens), **inputs)))
+def our_logits(structure, parameters, tokens, attention: str = "xla", **inputs) -> np.ndarray:
+    config = merge(structure, parameters).config
+
+    @jax.jit
+    def logits(parameters, tokens, inputs):
+        decoder = merge(structure_of(config, replace(FP32, attention=attention)), parameters)
+        return decoder.logits(decoder(tokens, **inputs))
+
+    return np.asarray(logits(parameters, jnp.asarray(tokens), inputs))
 
 
-def test_logits(pair):
+IMPLEMENTATIONS = ("xla", "flash_interpreted")
+BOTH_FAMILIES = list(itertools.product(("mqa-gelu", "bloom"), IMPLEMENTATIONS))
+EVERY_CASE = [*itertools.product(CASES, ("xla",)), *(each for each in BOTH_FAMILIES if each[1] != "xla")]
+of_every_case = pytest.mark.parametrize(("pair", "attention"), EVERY_CASE, indirect=["pair"])
+of_both_families = pytest.mark.parametrize(("pair", "attention"), BOTH_FAMILIES, indirect=["pair"])
+
+
+@of_every_case
+def test_logits(pair, attention):
     model, structure, parameters = pair
     with torch.inference_mode():
         expected = model(torch.tensor(tokens_BL())).logits.numpy()
     assert np.std(expected) > 1  # not a trivial model
-    np.testing.assert_allclose(our_logits(structure, parameters, tokens_BL()), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(our_logits(structure, parameters, tokens_BL(), attention), expected, atol=1e-4, rtol=0)
 
 
 def test_given_positions(pair):
     model, structure, parameters = pair
+    if model.config.model_type == "bloom":
+        pytest.skip("BLOOM has no position ids")
     positions_BL = np.random.default_rng(1).integers(SIZES["n_positions"], size=(B, L))
     with torch.inference_mode():
         # An explicit mask of ones: without one, transformers takes a jump in position_ids for the start of another packed document.
@@ -104,19 +142,48 @@ def test_given_positions(pair):
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
-def test_left_padding(pair):
+@of_every_case
+def test_left_padding(pair, attention):
     model, structure, parameters = pair
     real_BL = np.arange(L)[None, :] >= np.array([[0], [23]])
     positions_BL = np.maximum(np.cumsum(real_BL, axis=1) - 1, 0)
+    their_positions = {} if model.config.model_type == "bloom" else {"position_ids": torch.tensor(positions_BL)}
     with torch.inference_mode():
-        expected = model(
-            torch.tensor(tokens_BL()), attention_mask=torch.tensor(real_BL).long(), position_ids=torch.tensor(positions_BL)
-        ).logits.numpy()
-    ours = our_logits(
-        structure, parameters, tokens_BL(), positions_BL=jnp.asarray(positions_BL), segment_ids_BL=jnp.asarray(real_BL.astype(np.int32))
-    )
+        expected = model(torch.tensor(tokens_BL()), attention_mask=torch.tensor(real_BL).long(), **their_positions).logits.numpy()
+    inputs = {"positions_BL": jnp.asarray(positions_BL), "segment_ids_BL": jnp.asarray(real_BL.astype(np.int32))}
+    ours = our_logits(structure, parameters, tokens_BL(), attention, **inputs)
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours[real_BL], expected[real_BL], atol=1e-4, rtol=0)
+    alone = our_logits(structure, parameters, tokens_BL()[1:, 23:], attention)
+    np.testing.assert_allclose(ours[1:, 23:], alone, atol=1e-5 * np.abs(alone).max(), rtol=0)
+
+
+@of_both_families
+def test_documents_in_one_row_are_as_each_alone(pair, attention):
+    _, structure, parameters = pair
+    lengths = (40, 110, 27)
+    positions_L = np.concatenate([np.arange(length) for length in lengths])
+    segments_L = np.repeat(np.arange(3, dtype=np.int32), lengths)
+    inputs = {"positions_BL": jnp.asarray(positions_L)[None], "segment_ids_BL": jnp.asarray(segments_L)[None]}
+    packed_LV = our_logits(structure, parameters, tokens_BL()[:1], attention, **inputs)[0]
+    for document in range(3):
+        here = segments_L == document
+        alone_LV = our_logits(structure, parameters, tokens_BL()[:1, here], attention)[0]
+        np.testing.assert_allclose(packed_LV[here], alone_LV, atol=1e-5 * np.abs(alone_LV).max(), rtol=0)
+
+
+@of_both_families
+def test_a_row_never_changes_another(pair, attention):
+    """Other tokens and other padding beside a row leave its every bit (reported of BLOOM in bf16: transformers#18809)."""
+    _, structure, parameters = pair
+    tokens, changed = tokens_BL(), tokens_BL()
+    changed[1] = tokens_BL(1)[1]
+    segments_BL, others_BL = np.ones((B, L), np.int32), np.ones((B, L), np.int32)
+    others_BL[1, :50] = 0
+    before = our_logits(structure, parameters, tokens, attention, segment_ids_BL=jnp.asarray(segments_BL))
+    after = our_logits(structure, parameters, changed, attention, segment_ids_BL=jnp.asarray(others_BL))
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before[1] - after[1]).max() > 1
 
 
 def test_gradient_of_every_parameter(pair, tmp_path):
@@ -147,17 +214,16 @@ def test_gradient_of_every_parameter(pair, tmp_path):
 def test_64_greedy_tokens(pair):
     model, structure, parameters = pair
     prompt = tokens_BL(2)[:, :30]
+    inputs = {"attention_mask": torch.ones(B, 30, dtype=torch.long), "pad_token_id": 0}
     with torch.inference_mode():
-        expected = model.generate(
-            torch.tensor(prompt), attention_mask=torch.ones(B, 30), max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0
-        ).numpy()
+        expected = model.generate(torch.tensor(prompt), **inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False).numpy()
 
     @jax.jit
     def next_token(tokens_BL, length):
         decoder = merge(structure, parameters)
         logits_B1V = decoder.logits(jax.lax.dynamic_slice_in_dim(decoder(tokens_BL), length - 1, 1, axis=1))
-        # min_new_tokens forbids the end of text, id 0.
-        return jnp.argmax(logits_B1V[:, 0, 1:], axis=-1) + 1
+        # min_new_tokens forbids the end of text.
+        return jnp.argmax(logits_B1V[:, 0].at[:, model.config.eos_token_id].set(-jnp.inf), axis=-1)
 
     tokens = np.zeros((B, 94), np.int32)
     tokens[:, :30] = prompt
@@ -166,10 +232,16 @@ def test_64_greedy_tokens(pair):
     np.testing.assert_array_equal(tokens, expected)
 
 
-def test_too_long_a_sequence_is_an_error(pair):
-    _, structure, parameters = pair
-    with pytest.raises(InputError, match=r"212 tokens.*211 positions"):
-        merge(structure, parameters)(jnp.zeros((1, 212), jnp.int32))
+def test_learned_positions_end_and_alibi_does_not(pair):
+    model, structure, parameters = pair
+    tokens = np.random.default_rng(5).integers(SIZES["vocab_size"], size=(1, 300))
+    if model.config.model_type != "bloom":
+        with pytest.raises(InputError, match=r"212 tokens.*211 positions"):
+            merge(structure, parameters)(jnp.asarray(tokens[:, :212]))
+        return
+    with torch.inference_mode():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(our_logits(structure, parameters, tokens), expected, atol=1e-4, rtol=0)
 
 
 CONFIG = ModelConfig(vocabulary_size=61, max_positions=150, width=24, layers=3, heads=3, mlp_width=40)

@@ -20,12 +20,13 @@ from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.model.decoder import initial_parameters
+from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from aurora_jax.train import loop
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.loop import Diverged, train
 from aurora_jax.train.stages import LearningRate, Stage
+from convert.__main__ import main as convert
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24)
@@ -112,6 +113,36 @@ def test_stages_are_kept_with_their_lineage(base, undisturbed, tmp_path):
     shutil.rmtree(tmp_path / "run" / "stages" / "cat")
     train(replace(base, output=tmp_path / "run"))
     assert_same_state(checkpoint.restore_parameters(tmp_path / "run" / "stages" / "cat"), state.parameters)
+
+
+def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
+    """PyTorch's BLOOM, two stages with a stop between, on sequences twice as long as its config says, PyTorch's BLOOM again."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 416, "hidden_size": 18, "n_layer": 2, "n_head": 3, "seq_length": 16}  # more rows than the tokenizer has ids
+    transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "hf")
+    shutil.copytree(mini_tokenizer, tmp_path / "hf", dirs_exist_ok=True)
+    assert convert(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+
+    data = replace(base.data, tokenizer=None, attend_across_documents=False)
+    config = replace(base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "ours", data=data)
+    train(replace(config, stop_after=8))
+    state = train(config)
+    found = losses(tmp_path / "run")
+    assert len(found) == 12
+    assert found[11][0] < found[0][0] - 0.5
+
+    assert convert(["to-torch", str(tmp_path / "run" / "stages" / "cat"), str(tmp_path / "back")]) == 0
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert isinstance(model, transformers.BloomForCausalLM)
+    assert not any(report.values()), report
+    tokens = np.random.default_rng(0).integers(416, size=(2, 40))
+    decoder = merge(structure_of(checkpoint.read_metadata(tmp_path / "run").config, base.compute), state.parameters)
+    with torch.inference_mode():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(decoder.logits(decoder(jnp.asarray(tokens))), expected, atol=1e-4, rtol=0)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (mini_tokenizer / "tokenizer.json").read_bytes()
 
 
 def config_file(base: TrainConfig, folder: Path) -> Path:

@@ -1,16 +1,17 @@
-"""The weight map against GPTBigCode's own module: names, shapes, and which number goes where."""
+"""The weight map against transformers' own modules of both families: names, shapes, and which number goes where."""
 
 import numpy as np
 import pytest
 
-from aurora_jax.model.config import PRESETS, ModelConfig, to_hf_config
-from aurora_jax.model.sharding import TABLE, parameter_shapes
-from convert import weight_map
-from convert.weight_map import WEIGHT_MAP, hf_tensors
+from aurora_jax.model.config import BLOOM, PRESETS, ModelConfig, to_hf_config
+from aurora_jax.model.sharding import parameter_count, parameter_shapes
+from convert import weight_map as module
+from convert.weight_map import hf_tensors, weight_map
 
 CONFIGS = {
     "multi-query": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=27),
     "multi-head": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=27, multi_query=False),
+    "bloom": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=80, **BLOOM),
 }
 
 
@@ -19,19 +20,22 @@ def config(request) -> ModelConfig:
     return CONFIGS[request.param]
 
 
-def test_every_parameter_has_one_row():
-    assert sorted(row.ours for row in WEIGHT_MAP) == sorted(TABLE)
+def test_every_parameter_has_one_row(config):
+    assert [row.ours for row in weight_map(config)] == list(parameter_shapes(config))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "starcoderbase-1b", "aurora-m"])
+@pytest.mark.parametrize("name", [*CONFIGS, "starcoderbase-1b", "aurora-m", *(name for name in PRESETS if name.startswith("bloom"))])
 def test_names_and_shapes_are_those_of_transformers(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = {**CONFIGS, **PRESETS}[name]
+    hf_config = to_hf_config(config)
     with torch.device("meta"):
-        model = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**to_hf_config(config)))
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf_config))
+    assert [type(model).__name__] == hf_config["architectures"]
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert {name: parts[0][0].hf_shape(config) for name, parts in hf_tensors(config).items()} == theirs
+    assert model.num_parameters() == parameter_count(config)
 
 
 def test_parts_cover_each_tensor_exactly_once(config):
@@ -40,10 +44,11 @@ def test_parts_cover_each_tensor_exactly_once(config):
         assert sorted(rows) == list(range(parts[0][0].hf_shape(config)[0])), name
 
 
-def test_fused_projection_is_split_as_gpt_bigcode_splits_it(config):
-    """GPTBigCodeAttention: multi-query rows are [all queries, key, value]; multi-head rows are [head, (query, key, value)]."""
+def test_fused_projection_is_split_as_transformers_splits_it(config):
+    """GPTBigCodeAttention: multi-query rows are [all queries, key, value]; multi-head rows, BLOOM's too, [head, (query, key, value)]."""
     D, H, C = config.width, config.heads, config.head_dim
-    query, key_value = (next(row for row in WEIGHT_MAP if row.ours == f"layers.attention.{part}.kernel") for part in ("query", "key_value"))
+    rows_of = {row.ours: row for row in weight_map(config)}
+    query, key_value = (rows_of[f"layers.attention.{part}.kernel"] for part in ("query", "key_value"))
     fused = np.random.default_rng(0).normal(size=query.hf_shape(config))
 
     def part(row):
@@ -61,27 +66,29 @@ def test_fused_projection_is_split_as_gpt_bigcode_splits_it(config):
     np.testing.assert_allclose(np.einsum("d,dxkc->xkc", hidden_D, part(key_value)), np.stack([keys, values]))
 
 
-@pytest.mark.parametrize("row", WEIGHT_MAP, ids=lambda row: row.ours)
-def test_blocks_rebuild_the_array_and_invert(config, row, monkeypatch):
+def test_blocks_rebuild_the_array_and_invert(config, monkeypatch):
     """Blocks of any size, put where the map says, make our array; back through `to_hf` they make the rows again."""
-    monkeypatch.setattr(weight_map, "CHUNK_BYTES", 100)
-    shape = row.hf_shape(config)
-    tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    ours = np.full(parameter_shapes(config)[row.ours].shape, -1, np.float32)
-    chunk = row.chunk_shape(config, 4)
-    for layer in range(config.layers if row.stacked else 1):
-        for start, stop in row.blocks(config, 4):
-            rows = np.concatenate([tensor[first:last] for first, last in row.spans(config, start, stop)])
-            block = row.to_ours(rows, config)
-            index = row.index(layer, start, stop)
-            assert start % chunk[row.unit_axis + row.stacked] == 0, "a block must begin where a chunk does"
-            ours[index] = block
-            np.testing.assert_array_equal(row.to_hf(ours[index], config), rows)
-    assert not np.any(ours == -1)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 100)
+    for row in weight_map(config):
+        shape = row.hf_shape(config)
+        tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        ours = np.full(parameter_shapes(config)[row.ours].shape, -1, np.float32)
+        chunk = row.chunk_shape(config, 4)
+        for layer in range(config.layers if row.stacked else 1):
+            for start, stop in row.blocks(config, 4):
+                rows = np.concatenate([tensor[first:last] for first, last in row.spans(config, start, stop)])
+                block = row.to_ours(rows, config)
+                index = row.index(layer, start, stop)
+                assert start % chunk[row.unit_axis + row.stacked] == 0, "a block must begin where a chunk does"
+                ours[index] = block
+                np.testing.assert_array_equal(row.to_hf(ours[index], config), rows, err_msg=row.ours)
+        assert not np.any(ours == -1), row.ours
 
 
 def test_blocks_are_bounded_whatever_the_model():
+    """A unit that is larger is a block of its own: key and value of one head of BLOOM 176B in fp32."""
     for config in PRESETS.values():
-        for row in WEIGHT_MAP:
-            assert np.prod(row.chunk_shape(config, 4)) * 4 <= weight_map.CHUNK_BYTES
+        for row in weight_map(config):
+            assert np.prod(row.chunk_shape(config, 4)) * 4 <= module.CHUNK_BYTES or row.block_units(config, 4) == 1
+            assert np.prod(row.chunk_shape(config, 4)) * 4 <= 2 * module.CHUNK_BYTES
             assert sum(stop - start for start, stop in row.blocks(config, 4)) == row.units(config)

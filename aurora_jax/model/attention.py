@@ -9,6 +9,7 @@ from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention, sharded_flash_attention
@@ -24,17 +25,20 @@ def attention(
     value_BLKC: jax.Array,
     *,
     segment_ids_BL: jax.Array | None = None,
+    alibi_slopes_H: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     product_dtype: jnp.dtype = jnp.float32,
     sequence_axis: str | None = None,
 ) -> jax.Array:
-    """Causal softmax(q k^T / sqrt(C)) v, with the softmax in fp32.
+    """Causal softmax(q k^T / sqrt(C) + ALiBi) v, with the softmax in fp32.
 
     Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids
     (0 and above) are given, only to keys of its own segment.
 
     Args:
+        alibi_slopes_H: slope x (key place - query place) is added to the scores of each query head (Press et al. 2022, arXiv 2108.12409).
+            Places are counted along the row: segments must be contiguous. Constants, which get no gradient; see `alibi_slopes`.
         implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs
             the kernels' program on a CPU, slowly, for tests.
         sequence_axis: inside `shard_map`, the mesh axis over which L is divided: keys and values are gathered along it.
@@ -57,13 +61,15 @@ def attention(
         if dropout_key is not None and dropout_rate:
             raise InputError(f"Attention {implementation!r} has no dropout (rate {dropout_rate}): set it to 0, or choose attention 'xla'.")
         interpret = implementation == "flash_interpreted"
-        return _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, sequence_axis, interpret=interpret)
+        arrays = query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H
+        return _flash(*arrays, product_dtype, sequence_axis, interpret=interpret)
     if sequence_axis is not None:
         # Queries too, for simplicity: this implementation is for CPUs, where a divided sequence is only tested.
         whole_BLHC = attention(
             implementation,
             *(_gathered(array, sequence_axis) for array in (query_BLHC, key_BLKC, value_BLKC)),
             segment_ids_BL=None if segment_ids_BL is None else _gathered(segment_ids_BL, sequence_axis),
+            alibi_slopes_H=alibi_slopes_H,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
             product_dtype=product_dtype,
@@ -72,17 +78,30 @@ def attention(
     query_ZRC = jnp.moveaxis(query_BLHC.reshape(B, L, K, G, C), 2, 1).reshape(B * K, L * G, C)
     key_ZMC, value_ZMC = (jnp.moveaxis(array, 2, 1).reshape(B * K, L, C) for array in (key_BLKC, value_BLKC))
     segment_ids_ZM = None if segment_ids_BL is None else jnp.repeat(segment_ids_BL, K, axis=0)
+    slopes_ZG = None if alibi_slopes_H is None else jnp.tile(alibi_slopes_H.reshape(K, G), (B, 1))
     dropout = (dropout_rate, dropout_key) if dropout_key is not None and dropout_rate else None
-    context_ZRC = _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product_dtype)
+    context_ZRC = _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, slopes_ZG, dropout, product_dtype)
     return jnp.moveaxis(context_ZRC.reshape(B, K, L, G, C), 1, 2).reshape(B, L, H, C)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """Slope of each query head [H], fp32, as BLOOM has them: 2^(-8/n), 2^(-16/n), ..., 2^-8, with n the power of two at or below H.
+
+    Heads beyond the first n take every other slope of a model with 2 n heads, from its first on (Press et al. 2022, arXiv 2108.12409, and
+    `build_alibi_tensor` of transformers, whose base is rounded to fp32 before it is raised to powers; so is this one).
+    """
+    n = 1 << (heads.bit_length() - 1)
+    base, base_between = (np.float64(np.float32(2.0 ** (-8.0 / count))) for count in (n, 2 * n))
+    slopes = np.concatenate([base ** np.arange(1, n + 1), base_between ** np.arange(1, 2 * (heads - n), 2)])
+    return slopes.astype(np.float32)
 
 
 def _gathered(array_BL, axis: str):
     return jax.lax.all_gather(array_BL, axis, axis=1, tiled=True)
 
 
-def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, sequence_axis, *, interpret: bool):
-    options: dict = {"segment_ids": segment_ids_BL, "interpret": interpret}
+def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H, product_dtype, sequence_axis, *, interpret: bool):
+    options: dict = {"segment_ids": segment_ids_BL, "alibi_slopes": alibi_slopes_H, "interpret": interpret}
     if sequence_axis is not None:
         length = query_BLHC.shape[1]
         key_BLKC, value_BLKC = (_gathered(array.astype(product_dtype), sequence_axis) for array in (key_BLKC, value_BLKC))
@@ -105,12 +124,12 @@ def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, product_dtype, sequ
 # precision, for the backward pass.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product_dtype):
-    return _xla_forward(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product_dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, slopes_ZG, dropout, product_dtype):
+    return _xla_forward(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, slopes_ZG, dropout, product_dtype)[0]
 
 
-def _xla_forward(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product_dtype):
+def _xla_forward(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, slopes_ZG, dropout, product_dtype):
     product = partial(_product, dtype=product_dtype)
     scale = query_ZRC.shape[-1] ** -0.5
     contexts, kept = [], []
@@ -119,6 +138,8 @@ def _xla_forward(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, dropout, product
         scores = []
         for keys in tiles:
             scores_ZRM = product("zrc,zmc->zrm", query_ZRC[:, rows], key_ZMC[:, keys])
+            if slopes_ZG is not None:
+                scores_ZRM += _alibi(queries, keys, slopes_ZG) / scale
             visible_ZRM = _visible(queries, keys, segment_ids_ZM, group=query_ZRC.shape[1] // key_ZMC.shape[1])
             if visible_ZRM is not None:
                 scores_ZRM = jnp.where(visible_ZRM, scores_ZRM, jnp.finfo(jnp.float32).min)
@@ -156,7 +177,7 @@ def _xla_backward(product_dtype, residuals, d_context_ZRC):
             d_value_ZMC = d_value_ZMC.at[:, keys].add(d_value)
         d_queries.append(d_query_ZRC)
     d_query_ZRC = jnp.concatenate(d_queries, axis=1).astype(query_ZRC.dtype)
-    return d_query_ZRC, d_key_ZMC.astype(key_ZMC.dtype), d_value_ZMC.astype(value_ZMC.dtype), None, None
+    return d_query_ZRC, d_key_ZMC.astype(key_ZMC.dtype), d_value_ZMC.astype(value_ZMC.dtype), None, None, None
 
 
 _xla.defvjp(_xla_forward, _xla_backward)
@@ -188,6 +209,15 @@ def _visible(queries: slice, keys: slice, segment_ids_ZM, group: int):
         same_ZRM = jnp.repeat(segment_ids_ZM[:, queries], group, axis=1)[:, :, None] == segment_ids_ZM[:, None, keys]
         visible_ZRM = same_ZRM if visible_ZRM is None else visible_ZRM & same_ZRM
     return visible_ZRM
+
+
+def _alibi(queries: slice, keys: slice, slopes_ZG):
+    """What ALiBi adds to the scores of a tile [Z, R, M], fp32. By distance, not by the keys' own places: those would cost the scores of
+    neighbours, which count most, their last bits."""
+    group, length = slopes_ZG.shape[1], queries.stop - queries.start
+    place_R = jnp.repeat(jnp.arange(queries.start, queries.stop), group)
+    distance_RM = jnp.arange(keys.start, keys.stop)[None, :] - place_R[:, None]
+    return jnp.tile(slopes_ZG, (1, length))[:, :, None] * distance_RM.astype(jnp.float32)[None]
 
 
 def _dropped(tile_ZRM, dropout, queries: slice, keys: slice):

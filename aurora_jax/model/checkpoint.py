@@ -28,7 +28,8 @@ from aurora_jax.model.sharding import TABLE, flatten, nest
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
-"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat."""
+"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat. Only key
+and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM 176B."""
 
 PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
 
@@ -52,9 +53,12 @@ ARCHITECTURE = (
     "mlp_width",
     "multi_query",
     "activation",
+    "positions",
+    "embedding_norm",
     "layer_norm_epsilon",
 )
-"""Fields of ModelConfig that the weights depend on; the others (dropout, token ids, ...) may differ between a checkpoint and its use."""
+"""Fields of ModelConfig that the weights depend on; the others (dropout, token ids, ...) may differ between a checkpoint and its use, and
+so may `max_positions` where positions are not learned."""
 
 Location: TypeAlias = str | os.PathLike[str]
 
@@ -115,6 +119,8 @@ def tokenizer_sha256(tokenizer: Mapping[str, str]) -> str | None:
 def require_same_architecture(found: ModelConfig, expected: ModelConfig, found_in: Location, expected_in: Location) -> None:
     """Raises InputError, with both values, unless the two configs describe the same weights."""
     for name in ARCHITECTURE:
+        if name == "max_positions" and found.positions == expected.positions != "learned":
+            continue
         if getattr(found, name) != getattr(expected, name):
             raise InputError(
                 f"{found_in} has {name} = {getattr(found, name)!r}, but {expected_in} has {name} = {getattr(expected, name)!r}."

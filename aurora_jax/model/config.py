@@ -1,5 +1,6 @@
-"""What a model of the StarCoder family is: one frozen config, its presets, and its Hugging Face form in both directions."""
+"""What a model is: one frozen config for both families (GPTBigCode: StarCoder; BLOOM), its presets, and its Hugging Face form both ways."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -7,17 +8,27 @@ from typing import Any, Literal
 from aurora_jax.errors import InputError
 
 Activation = Literal["gelu", "gelu_tanh"]
+Family = Literal["gpt_bigcode", "bloom"]
+"""`model_type` of the Hugging Face architectures that we read and write."""
 
 HF_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
-# GPTBigCode settings that change the function a model computes, with the only value that we implement. The two softmax flags of the
-# Hugging Face config say where its softmax runs in fp32; ours always does, so either value is accepted and `true` is written.
-HF_REQUIRED = {"scale_attn_weights": True, "add_cross_attention": False, "tie_word_embeddings": True}
+# Settings that change the function a model computes, with the only value that we implement. Flags that say where a softmax runs in fp32
+# (GPTBigCode's two, BLOOM's one) are not among them: ours always does, so either value is accepted and `true` is written.
+HF_REQUIRED: dict[Family, dict[str, bool]] = {
+    "gpt_bigcode": {"scale_attn_weights": True, "add_cross_attention": False, "tie_word_embeddings": True},
+    "bloom": {"apply_residual_connection_post_layernorm": False, "tie_word_embeddings": True},
+}
+
+# What every BLOOM has in common: its `config.json` does not say it.
+BLOOM: dict[str, Any] = {"multi_query": False, "activation": "gelu_tanh", "positions": "alibi", "embedding_norm": True}
+BLOOM_LENGTH = 2_048
+"""Tokens of the sequences that BLOOM was trained on; some published configs do not have them (`seq_length`)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder of the GPTBigCode family (pre-LayerNorm, learned positions, tied head).
+    """Architecture of a decoder (pre-LayerNorm, biases everywhere, tied head): GPTBigCode, BLOOM, or what lies between them.
 
     It holds what is true of the weights; how they are run (precision, attention implementation, rematerialisation) is `ComputeConfig`.
     """
@@ -25,7 +36,8 @@ class ModelConfig:
     vocabulary_size: int
     """Rows of the token embedding, which is also the head (V)."""
     max_positions: int
-    """Rows of the learned position embedding: the longest sequence that the model can read (P)."""
+    """Rows of the learned position embedding: the longest sequence that the model can read (P). With ALiBi the length of the sequences it
+    was trained on, which bounds nothing."""
     width: int
     """Size of the residual stream (D)."""
     layers: int
@@ -38,6 +50,11 @@ class ModelConfig:
     """One key/value head shared by all query heads (Shazeer 2019, arXiv 1911.02150); otherwise one a query head."""
     activation: Activation = "gelu"
     """GELU, exact (erf) or with the tanh approximation: both occur in the family."""
+    positions: Literal["learned", "alibi"] = "learned"
+    """How a token's place is told: by a learned embedding, or by a penalty on attention that grows with distance, at a rate of each head's
+    own (ALiBi: Press et al. 2022, arXiv 2108.12409)."""
+    embedding_norm: bool = False
+    """A LayerNorm after the token embedding (BLOOM: Le Scao et al. 2022, arXiv 2211.05100)."""
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     """Standard deviation of random initial weights; residual projections get it divided by sqrt(2 N)."""
@@ -63,82 +80,166 @@ class ModelConfig:
     def kv_heads(self) -> int:
         return 1 if self.multi_query else self.heads
 
+    @property
+    def longest_sequence(self) -> float:
+        """Tokens of the longest sequence that the model can read: learned positions do not extrapolate, ALiBi has no end."""
+        return self.max_positions if self.positions == "learned" else math.inf
+
     def with_dropout(self, rate: float) -> "ModelConfig":
         """The same model with one dropout rate in all three places."""
         return replace(self, embedding_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
 
+def family_of(config: ModelConfig) -> Family:
+    """The Hugging Face architecture that computes what the config says.
+
+    Raises:
+        InputError: there is none. Such a model can be trained here, but not converted.
+    """
+    if config.positions == "learned" and not config.embedding_norm:
+        return "gpt_bigcode"
+    found = {**{name: getattr(config, name) for name in BLOOM}, "mlp_width": config.mlp_width}
+    required = {**BLOOM, "mlp_width": 4 * config.width}
+    if found != required:
+        raise InputError(
+            f"No Hugging Face architecture has this config: GPTBigCode has positions = 'learned' and embedding_norm = False, "
+            f"BLOOM has {_listed(required)}; found {_listed(found)}."
+        )
+    return "bloom"
+
+
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """Reads the contents of a Hugging Face `config.json` of a GPTBigCode model.
+    """Reads the contents of a Hugging Face `config.json` of a GPTBigCode or BLOOM model.
 
     Raises:
         InputError: another architecture, a missing key, or a setting that this project does not implement.
     """
     kind = hf.get("model_type")
-    if kind != "gpt_bigcode":
+    if kind not in HF_REQUIRED:
         raise InputError(
-            f"config.json: model_type is {kind!r} (architectures {hf.get('architectures')}); only 'gpt_bigcode' (StarCoder) can be read."
+            f"config.json: model_type is {kind!r} (architectures {hf.get('architectures')}); only 'gpt_bigcode' (StarCoder) and 'bloom' "
+            "can be read."
         )
-    for key, required in HF_REQUIRED.items():
+    for key, required in HF_REQUIRED[kind].items():
         if hf.get(key, required) != required:
             raise InputError(f"config.json: {key} is {hf[key]!r}; only {required!r} is implemented.")
+    if isinstance(hf.get("eos_token_id"), list):
+        raise InputError(f"config.json: eos_token_id is the list {hf['eos_token_id']}; one id (or null) is expected.")
+    return _from_gpt_bigcode(hf) if kind == "gpt_bigcode" else _from_bloom(hf)
+
+
+def _from_gpt_bigcode(hf: Mapping[str, Any]) -> ModelConfig:
     activation = hf.get("activation_function", "gelu_pytorch_tanh")
     if activation not in HF_ACTIVATIONS:
         raise InputError(f"config.json: activation_function is {activation!r}; implemented are {', '.join(HF_ACTIVATIONS)}.")
-    eos = hf.get("eos_token_id")
-    if isinstance(eos, list):
-        raise InputError(f"config.json: eos_token_id is the list {eos}; one id (or null) is expected.")
-    try:
-        return ModelConfig(
-            vocabulary_size=hf["vocab_size"],
-            max_positions=hf["n_positions"],
-            width=hf["n_embd"],
-            layers=hf["n_layer"],
-            heads=hf["n_head"],
-            mlp_width=hf.get("n_inner") or 4 * hf["n_embd"],
-            multi_query=hf.get("multi_query", True),
-            activation=HF_ACTIVATIONS[activation],
-            layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-            initializer_range=hf.get("initializer_range", 0.02),
-            embedding_dropout=hf.get("embd_pdrop", 0.1),
-            attention_dropout=hf.get("attn_pdrop", 0.1),
-            residual_dropout=hf.get("resid_pdrop", 0.1),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_id=eos,
-            pad_token_id=hf.get("pad_token_id"),
-        )
-    except KeyError as missing:
-        raise InputError(f"config.json: the key {missing} is missing; a gpt_bigcode config must have it.") from None
+    width = _required(hf, "n_embd")
+    return ModelConfig(
+        max_positions=_required(hf, "n_positions"),
+        width=width,
+        mlp_width=hf.get("n_inner") or 4 * width,
+        multi_query=hf.get("multi_query", True),
+        activation=HF_ACTIVATIONS[activation],
+        embedding_dropout=hf.get("embd_pdrop", 0.1),
+        attention_dropout=hf.get("attn_pdrop", 0.1),
+        residual_dropout=hf.get("resid_pdrop", 0.1),
+        **_common(hf),
+    )
+
+
+def _from_bloom(hf: Mapping[str, Any]) -> ModelConfig:
+    width = _required(hf, "n_embed", "hidden_size")
+    return ModelConfig(
+        max_positions=hf.get("seq_length") or BLOOM_LENGTH,
+        width=width,
+        mlp_width=4 * width,
+        embedding_dropout=0.0,
+        attention_dropout=hf.get("attention_dropout", 0.0),
+        residual_dropout=hf.get("hidden_dropout", 0.0),
+        **BLOOM,
+        **_common(hf),
+    )
+
+
+def _common(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that both families name alike."""
+    return {
+        "vocabulary_size": _required(hf, "vocab_size"),
+        "layers": _required(hf, "n_layer", "num_hidden_layers"),
+        "heads": _required(hf, "n_head", "num_attention_heads"),
+        "layer_norm_epsilon": hf.get("layer_norm_epsilon", 1e-5),
+        "initializer_range": hf.get("initializer_range", 0.02),
+        "bos_token_id": hf.get("bos_token_id"),
+        "eos_token_id": hf.get("eos_token_id"),
+        "pad_token_id": hf.get("pad_token_id"),
+    }
+
+
+def _required(hf: Mapping[str, Any], *names: str) -> int:
+    """The value of the first of these names that the config has: BLOOM's were renamed over time."""
+    for name in names:
+        if hf.get(name) is not None:
+            return hf[name]
+    raise InputError(f"config.json: the key {' or '.join(map(repr, names))} is missing; a {hf['model_type']} config must have it.")
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in fields.items())
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The contents of `config.json` for `transformers.GPTBigCodeForCausalLM`: the exact inverse of `from_hf_config`."""
-    return {
-        "architectures": ["GPTBigCodeForCausalLM"],
-        "model_type": "gpt_bigcode",
+    """The contents of `config.json` for `transformers`: the exact inverse of `from_hf_config`.
+
+    BLOOM has no dropout after the embedding: `embedding_dropout` is not written there.
+
+    Raises:
+        InputError: no Hugging Face architecture computes what the config says.
+    """
+    family = family_of(config)
+    common = {
+        "model_type": family,
         "vocab_size": config.vocabulary_size,
-        "n_positions": config.max_positions,
-        "n_embd": config.width,
         "n_layer": config.layers,
         "n_head": config.heads,
-        "n_inner": config.mlp_width,
-        "multi_query": config.multi_query,
-        "activation_function": next(hf for hf, ours in HF_ACTIVATIONS.items() if ours == config.activation),
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": config.initializer_range,
-        "embd_pdrop": config.embedding_dropout,
-        "attn_pdrop": config.attention_dropout,
-        "resid_pdrop": config.residual_dropout,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         "attention_softmax_in_fp32": True,
+        **HF_REQUIRED[family],
+    }
+    if family == "bloom":
+        return {
+            "architectures": ["BloomForCausalLM"],
+            **common,
+            "hidden_size": config.width,
+            "seq_length": config.max_positions,
+            "attention_dropout": config.attention_dropout,
+            "hidden_dropout": config.residual_dropout,
+        }
+    return {
+        "architectures": ["GPTBigCodeForCausalLM"],
+        **common,
+        "n_positions": config.max_positions,
+        "n_embd": config.width,
+        "n_inner": config.mlp_width,
+        "multi_query": config.multi_query,
+        "num_key_value_heads": config.kv_heads,
+        "activation_function": next(hf for hf, ours in HF_ACTIVATIONS.items() if ours == config.activation),
+        "embd_pdrop": config.embedding_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "resid_pdrop": config.residual_dropout,
         "scale_attention_softmax_in_fp32": True,
-        **HF_REQUIRED,
     }
 
 
 _STARCODER_15B = ModelConfig(vocabulary_size=49_152, max_positions=8_192, width=6_144, layers=40, heads=48, mlp_width=24_576)
+
+
+def _bloom(width: int, layers: int, heads: int) -> ModelConfig:
+    config = ModelConfig(250_880, BLOOM_LENGTH, width, layers, heads, 4 * width, **BLOOM)
+    return replace(config.with_dropout(0.0), bos_token_id=1, eos_token_id=2, pad_token_id=3)
+
 
 PRESETS: dict[str, ModelConfig] = {
     "starcoderbase-1b": ModelConfig(49_152, 8_192, 2_048, 24, 16, 8_192, activation="gelu_tanh"),
@@ -151,8 +252,14 @@ PRESETS: dict[str, ModelConfig] = {
     "aurora-m-8k": replace(_STARCODER_15B, pad_token_id=0),
     "tiny_starcoder_py": ModelConfig(49_152, 8_192, 768, 20, 12, 3_072, activation="gelu_tanh"),
     "santacoder": ModelConfig(49_280, 2_048, 2_048, 24, 16, 8_192, activation="gelu_tanh", bos_token_id=49_152, eos_token_id=49_152),
+    "bloom-560m": _bloom(1_024, 24, 16),
+    "bloom-1b1": _bloom(1_536, 24, 16),
+    "bloom-1b7": _bloom(2_048, 24, 16),
+    "bloom-3b": _bloom(2_560, 30, 32),
+    "bloom-7b1": _bloom(4_096, 30, 32),
+    "bloom": _bloom(14_336, 70, 112),
 }
-"""Published models of the family. `aurora-m` has the 2,048 positions of the released weights, `aurora-m-8k` those before its trim."""
+"""Published models of both families. `aurora-m` has the 2,048 positions of the released weights, `aurora-m-8k` those before its trim."""
 
 
 @dataclass(frozen=True)

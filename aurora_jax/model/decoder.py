@@ -1,4 +1,4 @@
-"""The decoder: GPTBigCode in Flax NNX, its layers stacked on a leading axis and scanned.
+"""The decoder: GPTBigCode and BLOOM in Flax NNX, its layers stacked on a leading axis and scanned.
 
 B batch, L sequence, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, N layers.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.attention import attention
+from aurora_jax.model.attention import alibi_slopes, attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.division import WHOLE, Division
 from aurora_jax.model.norm import LayerNorm
@@ -35,12 +35,14 @@ REMATERIALISATION = {
 
 
 class Attention(nnx.Module):
-    """Multi-head or multi-query self-attention with learned biases everywhere."""
+    """Multi-head or multi-query self-attention with learned biases everywhere, and ALiBi where the config asks for it."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
         self.compute = compute
         self.division = division
         self.dropout_rate = config.attention_dropout
+        self.alibi = config.positions == "alibi"
+        self.heads = config.heads
         D, H, K, C = config.width, config.heads, config.kv_heads, config.head_dim
         linear = partial(Linear, compute=compute, rngs=rngs)
         init = nnx.initializers.normal(config.initializer_range)
@@ -55,12 +57,16 @@ class Attention(nnx.Module):
         if self.division.tensor is not None:
             key_value_BL2KC = self.division.own_heads(key_value_BL2KC, axis=3)
             dropout_key = None if dropout_key is None else jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
+        alibi_slopes_H = None
+        if self.alibi:
+            alibi_slopes_H = self.division.own_heads(jnp.asarray(alibi_slopes(self.heads)), axis=0)
         context_BLHC = attention(
             self.compute.attention,
             query_BLHC,
             key_value_BL2KC[:, :, 0],
             key_value_BL2KC[:, :, 1],
             segment_ids_BL=segment_ids_BL,
+            alibi_slopes_H=alibi_slopes_H,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             product_dtype=jnp.dtype(self.compute.compute_dtype),
@@ -116,10 +122,14 @@ class Decoder(nnx.Module):
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, rngs=rngs)
         embedding_init = nnx.initializers.normal(config.initializer_range)
         self.token_embedding = embed(config.vocabulary_size, embedding_init=embedding_init)
-        self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
+        norm = partial(LayerNorm, config.width, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        if config.positions == "learned":
+            self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
+        if config.embedding_norm:
+            self.embedding_norm = norm()
         self.dropout = nnx.Dropout(config.embedding_dropout)
         self.layers = nnx.vmap(lambda rngs: Layer(config, compute, division, rngs))(rngs.split(config.layers))
-        self.final_norm = LayerNorm(config.width, epsilon=config.layer_norm_epsilon, dtype=dtype)
+        self.final_norm = norm()
 
     def __call__(
         self,
@@ -135,24 +145,28 @@ class Decoder(nnx.Module):
         Args:
             tokens_BL: token ids.
             positions_BL: row of the position embedding for each token; 0 .. L-1 without it. Values are the caller's promise to be
-                below `max_positions`: they are data, and cannot be checked in a compiled program.
+                below `max_positions`: they are data, and cannot be checked in a compiled program. ALiBi does not need them: its distances
+                are those of places in the row, which within a segment are the same.
             segment_ids_BL: tokens attend within their own segment only. Left padding is a segment of its own.
             dropout_key: dropout is applied if a key is given.
             gathered_layers: the layers' stacked parameters as `Division.gather` gives them, so that they are not gathered here.
 
         Raises:
-            InputError: L is greater than `max_positions`: learned positions do not extrapolate.
+            InputError: L is greater than `max_positions`, where positions are learned: they do not extrapolate.
         """
         B, L = tokens_BL.shape
         whole_L = L if self.division.sequence is None else L * jax.lax.axis_size(self.division.sequence)
-        if self.config.max_positions < whole_L:
+        if self.config.longest_sequence < whole_L:
             raise InputError(f"The sequence has {whole_L} tokens; this model has learned only {self.config.max_positions} positions.")
-        if positions_BL is None:
-            positions_BL = jnp.broadcast_to(jnp.arange(L) + self.division.place(L), (B, L))
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         dtype = jnp.dtype(self.compute.activation_dtype)
-        token_BLD = self.division.embed(self.token_embedding.embedding[...], tokens_BL).astype(dtype)
-        hidden_BLD = token_BLD + jnp.take(self.position_embedding.embedding[...], positions_BL, axis=0).astype(dtype)
+        hidden_BLD = self.division.embed(self.token_embedding.embedding[...], tokens_BL).astype(dtype)
+        if self.config.positions == "learned":
+            if positions_BL is None:
+                positions_BL = jnp.broadcast_to(jnp.arange(L) + self.division.place(L), (B, L))
+            hidden_BLD += jnp.take(self.position_embedding.embedding[...], positions_BL, axis=0).astype(dtype)
+        if self.config.embedding_norm:
+            hidden_BLD = self.embedding_norm(hidden_BLD)
         hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
 
         structure, stacked = nnx.split(self.layers)

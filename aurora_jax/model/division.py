@@ -88,7 +88,7 @@ class Division:
         return partial_sums if self.tensor is None else _leave(partial_sums, self.tensor)
 
     def own_heads(self, array: jax.Array, axis: int) -> jax.Array:
-        """This device's key/value heads, of all of them; the one head of multi-query attention is everybody's."""
+        """This device's part of what each key/value head (or each query head) has; the one head of multi-query attention is everybody's."""
         heads = array.shape[axis]
         if self.tensor is None or heads == 1:
             return array

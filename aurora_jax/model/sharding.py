@@ -1,4 +1,4 @@
-"""The sharding table: every parameter of the decoder, its shape in letters, and the mesh axes that split it.
+"""The sharding table: every parameter that a decoder can have, its shape in letters, and the mesh axes that split it.
 
 N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
 Mesh axes: `data` (across slices), `fsdp` and `fsdp_inner` (weights are stored in parts along both; two axes that follow the torus let the
@@ -6,7 +6,7 @@ TPU compiler reduce-scatter gradients), `sequence`, `tensor`. Keys and values ar
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -35,6 +35,8 @@ class ParameterRow:
 TABLE: dict[str, ParameterRow] = {
     "token_embedding.embedding": ParameterRow("VD", PartitionSpec("tensor", FSDP_AXES)),
     "position_embedding.embedding": ParameterRow("PD", PartitionSpec(None, FSDP_AXES)),
+    "embedding_norm.scale": ParameterRow("D", PartitionSpec(None)),
+    "embedding_norm.bias": ParameterRow("D", PartitionSpec(None)),
     "layers.attention_norm.scale": ParameterRow("ND", PartitionSpec(None, None)),
     "layers.attention_norm.bias": ParameterRow("ND", PartitionSpec(None, None)),
     "layers.attention.query.kernel": ParameterRow("NDHC", PartitionSpec(None, FSDP_AXES, "tensor", None)),
@@ -53,9 +55,19 @@ TABLE: dict[str, ParameterRow] = {
     "final_norm.bias": ParameterRow("D", PartitionSpec(None)),
 }
 
+OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
+    "position_embedding": lambda config: config.positions == "learned",
+    "embedding_norm": lambda config: config.embedding_norm,
+}
+"""Modules that only some models have, by the first part of their paths."""
 
 TENSOR_PARTIAL = ("layers.attention.key_value.kernel", "layers.attention.key_value.bias")
 """Parameters that are replicated over `tensor` but used by each device for its own heads: their gradients are summed over it."""
+
+
+def rows_of(config: ModelConfig) -> dict[str, ParameterRow]:
+    """The rows of the table whose parameters one model has."""
+    return {path: row for path, row in TABLE.items() if OPTIONAL.get(path.partition(".")[0], lambda config: True)(config)}
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:
@@ -76,7 +88,8 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
 def parameter_shapes(config: ModelConfig, dtype: jnp.dtype | str = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape of every parameter by its dotted path, in the order of the table; nothing is allocated."""
     sizes = dimensions(config)
-    return {path: jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in row.letters), jnp.dtype(dtype)) for path, row in TABLE.items()}
+    shapes = {path: tuple(sizes[letter] for letter in row.letters) for path, row in rows_of(config).items()}
+    return {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -51,12 +51,12 @@ def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads
 
 
 @functools.cache
-def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, length: int) -> dict[str, int]:
+def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, length: int, *, alibi: bool = False) -> dict[str, int]:
     """Cycles of a call for one causal sequence in bf16, forward and backward, on one TensorCore; compiles both kernels (half a minute).
 
     A backward pass is several calls where VMEM does not hold all keys at once (v4).
     """
-    given = {"generation": generation, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": length}
+    given = {"generation": generation, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": length, "alibi": alibi}
     command = [sys.executable, "-m", "aurora_jax.plan.attention_cycles", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -64,7 +64,7 @@ def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int) -> None:
+def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int, alibi: bool = False) -> None:
     """Compiles the kernels and prints their cycles as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")
@@ -83,7 +83,8 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int)
             return jax.ShapeDtypeStruct((1, heads, length, head_dim), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
 
         def loss(q, k, v):
-            return flash_attention(q, k, v, generation=generation).astype(jnp.float32).sum()
+            slopes_H = jnp.full(heads, 0.5) if alibi else None
+            return flash_attention(q, k, v, alibi_slopes=slopes_H, generation=generation).astype(jnp.float32).sum()
 
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(struct(heads), struct(kv_heads), struct(kv_heads)).compile()
         kernels = dumped_kernels(Path(folder))

@@ -118,7 +118,7 @@ def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
     shards = mesh.shape["tensor"] * mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
     if model.mlp_width % shards:
         raise InputError(f"mlp_width {model.mlp_width} cannot be divided over tensor x fsdp x fsdp_inner = {shards}.")
-    if config.data.sequence_length > model.max_positions:
+    if config.data.sequence_length > model.longest_sequence:
         raise InputError(f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions.")
 
 
@@ -256,7 +256,9 @@ def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, m
         return 0.0
     tensor = mesh.shape["tensor"]
     kv_heads = max(model.kv_heads // tensor, 1)
-    cycles = attention_cycles(generation, model.heads // tensor, kv_heads, model.head_dim, config.data.sequence_length)
+    cycles = attention_cycles(
+        generation, model.heads // tensor, kv_heads, model.head_dim, config.data.sequence_length, alibi=model.positions == "alibi"
+    )
     rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
     sequences = config.data.batch_size // rows // config.optimizer.micro_batches
     total = sum(times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items())

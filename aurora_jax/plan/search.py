@@ -81,11 +81,12 @@ def least_memory(candidate: Candidate, config: TrainConfig, model: ModelConfig) 
         config.data.batch_size * config.data.sequence_length / (config.mesh.data * shards * candidate.sequence * candidate.micro_batches)
     )
     attention = model.width / candidate.tensor
-    products = 2 * attention + model.width + model.mlp_width / candidate.tensor
+    projections = 2 * attention + 2 * model.kv_heads * model.head_dim + model.width
+    products = projections + model.mlp_width / candidate.tensor
     kept = {
         "full": 0.0,
         "attention": attention,
-        "projections": 2 * attention + model.width,
+        "projections": projections,
         "products": products,
         "nothing": products + model.width + model.mlp_width / candidate.tensor,
     }

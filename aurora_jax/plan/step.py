@@ -15,7 +15,7 @@ from aurora_jax.data.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.division import Division
-from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, nest, parameter_shapes
+from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, nest, parameter_shapes, rows_of
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw
 from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
@@ -31,7 +31,7 @@ def abstract_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -
     def everywhere(shape):
         return placed(shape, replicated)
 
-    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
+    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
     parameters = jax.tree.map(placed, nest(parameter_shapes(model)), shardings)
     state = jax.eval_shape(partial(initial_state, optimizer=optimizer), parameters)
     moments = optax.tree_map_params(adamw(optimizer), placed, state.moments, shardings, transform_non_params=everywhere)

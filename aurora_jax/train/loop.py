@@ -25,7 +25,7 @@ from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.division import Division
-from aurora_jax.model.sharding import TABLE, nest
+from aurora_jax.model.sharding import nest, rows_of
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Data
     stages, stores, held_out = _open_data(config, tokenizer_files)
-    if config.data.sequence_length > model.max_positions:
+    if config.data.sequence_length > model.longest_sequence:
         raise InputError(
             f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
         )
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Mesh
     mesh = make_mesh(config.mesh)
-    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in TABLE.items()})
+    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
     replicated = NamedSharding(mesh, PartitionSpec())
     place_here = partial(place, mesh)
     rows = rows_of_this_process(mesh, config.data.batch_size)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aurora_jax.model.sharding import TABLE, flatten, nest
+from aurora_jax.model.sharding import flatten, nest
 from aurora_jax.train.config import OptimizerConfig
 
 
@@ -20,7 +20,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     """
     return optax.chain(
         _adam(config),
-        optax.add_decayed_weights(config.weight_decay, mask=nest({path: decays(path) for path in TABLE})),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: nest({path: decays(path) for path in flatten(tree)})),
     )
 
 

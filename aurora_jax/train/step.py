@@ -137,7 +137,6 @@ def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None, 
     if mesh is None or mesh.size == 1:
         return partial(gradient_of, loss, micro_batches=micro_batches)
     division = Division.of(mesh)
-    parameters_spec = nest({path: row.partition for path, row in TABLE.items()})
     rows, grid = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
     batch_spec = Batch._make(rows if name == "task_ids_B" else grid for name in Batch._fields)
     everywhere = (*BATCH_AXES, SEQUENCE_AXIS)
@@ -154,8 +153,13 @@ def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None, 
         flat = {path: jax.lax.psum(gradient, _summed_axes(path)) for path, gradient in flatten(gradients).items()}
         return jax.lax.psum(value, everywhere), nll_BL, nest(flat)
 
-    specs = (parameters_spec, batch_spec, PartitionSpec())
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False)
+    def gradient(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
+        parameters_spec = nest({path: TABLE[path].partition for path in flatten(parameters)})
+        specs = (parameters_spec, batch_spec, PartitionSpec())
+        divided = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False)
+        return divided(parameters, batch, dropout_key)
+
+    return gradient
 
 
 def _summed_axes(path: str) -> tuple[str, ...]:
