@@ -177,6 +177,20 @@ def test_one_unreadable_file_does_not_lose_the_others(source: Path, mini_tokeniz
     assert (tmp_path / "stores/small/train/store.json").stat().st_mtime_ns == made
 
 
+def test_a_full_disk_is_named_and_loses_nothing(source: Path, mini_tokenizer: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond a kilobyte here, as if the disk were full; with room, the same command ends what it began."""
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:];"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [str(HERE / "build_small_store.py"), f"{source}/*.jsonl", str(mini_tokenizer), str(tmp_path / "stores"), "1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    assert re.search(r"InputError: .*cannot be written: File too large; what is done is kept", done.stderr), done.stderr[-2000:]
+    assert read_info(tmp_path / "stores/small/train") is None
+    subprocess.run([sys.executable, *words], cwd=HERE.parent, check=True)
+    assert read_info(tmp_path / "stores/small/train") is not None
+
+
 def test_the_command(mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Two splits of a mixture; a second run leaves them alone; another tokenizer is refused; all in words."""
     arguments = ["data", "build", "nano_cap", "--tokenizer", str(mini_tokenizer), "--data-root", str(mini_corpus), "--workers", "1"]

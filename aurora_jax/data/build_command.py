@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
 
 Runner = Literal["direct", "dataflow", "flink", "spark"]
+WRITE_FAILED = re.compile(r'Failed writing: "(?P<path>[^"]+)".*: (?P<why>[^:]+?) \[os_error_code')
+"""What TensorStore says of a full disk, wherever Beam puts it."""
 RUNNERS = {"dataflow": "DataflowRunner", "flink": "FlinkRunner", "spark": "SparkRunner"}
 
 
@@ -124,7 +127,7 @@ def build_stores(
 
     Raises:
         InputError: sources are missing, too much of one is bad, or a store in place does not match; the other stores are built. Or the
-            output cannot be written.
+            output cannot be written (a full disk).
     """
     jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
     if console and missing:
@@ -132,8 +135,16 @@ def build_stores(
     for job in jobs:
         begin(job.directory)
     if jobs:
-        with _progress(jobs, console if runner == "direct" else None):
-            run_pipeline(jobs, runner, workers, beam_options)
+        try:
+            with _progress(jobs, console if runner == "direct" else None):
+                run_pipeline(jobs, runner, workers, beam_options)
+        except Exception as error:  # what Beam makes of a worker's depends on the runner
+            failed = WRITE_FAILED.search(str(error))
+            if failed is None:
+                raise
+            raise InputError(
+                f"{failed['path']}: cannot be written: {failed['why']}; what is done is kept: make room and give the same command again"
+            ) from error
         refused = [reason for job in jobs if (reason := _refusal(job))]
         if refused:
             raise InputError("\n".join(refused))
