@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
 from aurora_jax.data.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Instruction, MostSymbols, Piece, Rejected
-from aurora_jax.data.recipe import Dropped, Outcome, Recipe, Tokenized
-from aurora_jax.data.sources import Bad, Source
+from aurora_jax.data.recipe import Dropped, Outcome, Preparation, Tokenized
+from aurora_jax.data.sources import Bad
 from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
 
@@ -44,7 +44,7 @@ def document(text: str, **fields: Any) -> Document:
 
 
 def outcome_of(tokenizer: Tokenizer, given: Document, *steps: DocumentStep) -> Outcome:
-    (outcome,) = Recipe("t", "train", Source({}, "jsonl"), steps, tokenizer, append_eos=True).prepared([given])
+    (outcome,) = Preparation(steps, tokenizer, append_eos=True).outcomes([given])
     return outcome
 
 

@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from aurora_jax.errors import InputError
 
+Compression = Literal["gzip", "zstd", "bz2"]
 RETRY = timedelta(seconds=60)
 WILDCARDS = "*?["
 
@@ -87,7 +88,7 @@ def open_file(url: str) -> pyarrow.NativeFile:
         raise InputError(f"{url}: cannot be read: {error}") from error
 
 
-def open_stream(url: str, compression: Literal["gzip", "zstd"] | None = None) -> pyarrow.NativeFile:
+def open_stream(url: str, compression: Compression | None = None) -> pyarrow.NativeFile:
     """The file for reading from its beginning, decompressed. Raises InputError if it is not there."""
     filesystem, path = _locate(url)
     try:

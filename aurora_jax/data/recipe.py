@@ -55,47 +55,14 @@ Outcome = Tokenized | Dropped | Bad
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A task's split: source, steps, tokenizer.
+class Preparation:
+    """From documents to tokens: steps, tokenizer, and whether each document ends with EOS."""
 
-    Attributes:
-        task: name of the SeqIO task.
-        split: its split.
-        reader: the source.
-        steps: steps on documents.
-        tokenizer: the vocabulary's.
-        append_eos: whether each document ends with EOS.
-    """
-
-    task: str
-    split: str
-    reader: Reader
     steps: tuple[DocumentStep, ...]
     tokenizer: Tokenizer
     append_eos: bool
 
-    @property
-    def fingerprint(self) -> str:
-        """Hexadecimal digest of steps, tokenizer, reading and format: what a run must agree on with the stores that it reads.
-
-        The place of the files does not count, so that a corpus may move; their contents are digested by the build (`StoreInfo.sources`).
-
-        Raises:
-            InputError: the source text of a preprocessor cannot be read.
-        """
-        parts: list[Any] = [FORMAT, self.split, self.tokenizer.sha256, self.append_eos, self.reader.described()]
-        parts.extend(map(describe, self.steps))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:
-        """What becomes of each record of a part, in order; `digest` is fed with the records as they are read."""
-        return self.prepared(self.read(part, digest))
-
-    def read(self, part: Part, digest: "hashlib._Hash") -> Iterator[Document | Bad]:
-        """The records of a part before any step; `digest` is fed with them."""
-        return _digested(self.reader.read(part), digest)
-
-    def prepared(self, documents: Iterable[Document | Bad], batch_bytes: int = BATCH_BYTES) -> Iterator[Outcome]:
+    def outcomes(self, documents: Iterable[Document | Bad], batch_bytes: int = BATCH_BYTES) -> Iterator[Outcome]:
         """What becomes of documents, in order; they are tokenized in batches of about so many bytes."""
         for batch in _batches(map(self._prepared, documents), batch_bytes):
             yield from self._tokenized(batch)
@@ -144,6 +111,48 @@ class Recipe:
             return Dropped("empty", language)
         mask = None if all(learn) else np.repeat(learn, [len(part) for part in ids])
         return Tokenized(np.concatenate(ids), mask, len(document.text.encode()), language)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A task's split: source, steps, tokenizer.
+
+    Attributes:
+        task: name of the SeqIO task.
+        split: its split.
+        reader: the source.
+        steps: steps on documents.
+        tokenizer: the vocabulary's.
+        append_eos: whether each document ends with EOS.
+    """
+
+    task: str
+    split: str
+    reader: Reader
+    steps: tuple[DocumentStep, ...]
+    tokenizer: Tokenizer
+    append_eos: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of steps, tokenizer, reading and format: what a run must agree on with the stores that it reads.
+
+        The place of the files does not count, so that a corpus may move; their contents are digested by the build (`StoreInfo.sources`).
+
+        Raises:
+            InputError: the source text of a preprocessor cannot be read.
+        """
+        parts: list[Any] = [FORMAT, self.split, self.tokenizer.sha256, self.append_eos, self.reader.described()]
+        parts.extend(map(describe, self.steps))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:
+        """What becomes of each record of a part, in order; `digest` is fed with the records as they are read."""
+        return Preparation(self.steps, self.tokenizer, self.append_eos).outcomes(self.read(part, digest))
+
+    def read(self, part: Part, digest: "hashlib._Hash") -> Iterator[Document | Bad]:
+        """The records of a part before any step; `digest` is fed with them."""
+        return _digested(self.reader.read(part), digest)
 
 
 def _digested(documents: Iterable[Document | Bad], digest: "hashlib._Hash") -> Iterator[Document | Bad]:

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 
 from aurora_jax.data.documents import Document, DocumentStep, Piece
-from aurora_jax.data.files import File, find, open_file, open_stream
+from aurora_jax.data.files import Compression, File, find, open_file, open_stream
 from aurora_jax.errors import InputError
 
 Format = Literal["jsonl", "json", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
@@ -27,7 +28,7 @@ PART_BYTES = 16 << 20
 LONGEST = 32 << 20
 EXCERPT = 200
 TFRECORD_FRAME = 16  # bytes about a record: its length and two checksums
-COMPRESSION: Mapping[str, Literal["gzip", "zstd"]] = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSION: Mapping[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
 class Part(NamedTuple):
@@ -42,12 +43,27 @@ class Part(NamedTuple):
     weight: int
 
 
+class Unreadable(NamedTuple):
+    """What a reader makes of a record that it cannot read: why, and how it begins."""
+
+    reason: str
+    excerpt: str
+
+
 class Bad(NamedTuple):
     """A record that could not be used: where it is, why (a few words that can be counted), and how it begins."""
 
     where: str
     reason: str
     excerpt: str
+
+
+class Record(NamedTuple):
+    """A record as its format holds it: its place in the file (a byte, a line, a row), that place in words, and what is there."""
+
+    place: int
+    where: str
+    content: Mapping[str, Any] | Bad
 
 
 @dataclass(frozen=True)
@@ -90,10 +106,18 @@ class Source:
             return []
         return READERS[self.format].parts(file)
 
+    def records(self, part: Part) -> Iterator[Record]:
+        """The records of a part, whole and in order. Raises InputError if the file as a whole cannot be read."""
+        reader = READERS[self.format]
+        unit = reader.unit(part.url)
+        for place, content in reader.records(part):
+            where = f"{part.url}, {unit} {place:,}" if unit else part.url
+            yield Record(place, where, Bad(where, *content) if isinstance(content, Unreadable) else content)
+
     def read(self, part: Part) -> Iterator[Document | Bad]:
         """The documents of a part, in order. Raises InputError if the file as a whole cannot be read."""
-        for where, record in READERS[self.format].records(part):
-            yield record if isinstance(record, Bad) else self._document(where, record)
+        for _, where, content in self.records(part):
+            yield content if isinstance(content, Bad) else self._document(where, content)
 
     def described(self) -> tuple[Any, ...]:
         """What the fingerprint holds of it: all but where the files are and how they are licensed."""
@@ -155,115 +179,134 @@ class TaskSpec:
     """What a user should know of it: what is from memory, what is our choice."""
 
 
-Records = Iterator[tuple[str, Mapping[str, Any] | Bad]]
+Records = Iterator[tuple[int, Mapping[str, Any] | Unreadable]]
 
 
-class _Lines:
+class _Reader(ABC):
+    """A format: how a file is divided, and the (place, content) of a part's records. A file is one part unless a format says more."""
+
+    @classmethod
+    def unit(cls, url: str) -> str:
+        """What places count."""
+        return "record"
+
+    @classmethod
+    def parts(cls, file: File) -> list[Part]:
+        return [Part(file.url, 0, -1, file.size)]
+
+    @classmethod
+    @abstractmethod
+    def records(cls, part: Part) -> Records: ...
+
+
+def _divided(file: File, count: int) -> list[Part]:
+    """Parts of about PART_BYTES, of a file that holds `count` things of like size."""
+    at_once = max(1, count * PART_BYTES // file.size)
+    return [Part(file.url, start, min(start + at_once, count), file.size * at_once // count) for start in range(0, count, at_once)]
+
+
+class _Lines(_Reader):
     """Files of lines, cut at bytes: a part has the lines that begin in it. Compressed files are one part."""
 
-    @staticmethod
-    def parts(file: File) -> list[Part]:
+    @classmethod
+    def unit(cls, url: str) -> str:
+        return "line" if _compression(url) else "byte"
+
+    @classmethod
+    def parts(cls, file: File) -> list[Part]:
         if _compression(file.url):
-            return [Part(file.url, 0, -1, file.size)]
+            return super().parts(file)
         cuts = [*range(0, file.size, PART_BYTES), file.size]
         return [Part(file.url, start, stop, stop - start) for start, stop in pairwise(cuts)]
 
     @classmethod
     def records(cls, part: Part) -> Records:
-        compression = _compression(part.url)
-        if compression:
-            with _whole(part.url), io.BufferedReader(open_stream(part.url, compression), 1 << 20) as stream:
-                yield from cls._parsed(part, enumerate(stream, start=1), "line")
-            return
-        with _whole(part.url), io.BufferedReader(open_file(part.url), 1 << 20) as file:
-            place = part.start
-            if place:
-                # The line that begins before the part belongs to the one before it.
-                file.seek(place - 1)
-                place += len(file.readline()) - 1
-            yield from cls._parsed(part, _placed(file, place, part.stop), "byte")
-
-    @classmethod
-    def _parsed(cls, part: Part, lines: Iterable[tuple[int, bytes]], unit: str) -> Records:
-        for place, line in lines:
-            where = f"{part.url}, {unit} {place:,}"
-            yield where, cls.parse(where, line)
+        for place, line in _lines(part):
+            yield place, cls.parse(line)
 
     @staticmethod
-    def parse(where: str, line: bytes) -> Mapping[str, Any] | Bad:
+    def parse(line: bytes) -> Mapping[str, Any] | Unreadable:
         return {"text": line.removesuffix(b"\n").removesuffix(b"\r")}
 
 
 class _JsonLines(_Lines):
     @staticmethod
-    def parse(where: str, line: bytes) -> Mapping[str, Any] | Bad:
-        return _parse_json(where, line)
+    def parse(line: bytes) -> Mapping[str, Any] | Unreadable:
+        return _parse_json(line)
 
 
-def _placed(file: io.BufferedReader, place: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    while place < stop:
-        line = file.readline()
-        if not line:
-            return
-        yield place, line
-        place += len(line)
+def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
+    """(line number or byte, line) of a part."""
+    compression = _compression(part.url)
+    if compression:
+        with _whole(part.url), io.BufferedReader(open_stream(part.url, compression), 1 << 20) as stream:
+            yield from enumerate(stream, start=1)
+        return
+    with _whole(part.url), io.BufferedReader(open_file(part.url), 1 << 20) as file:
+        place = part.start
+        if place:
+            # The line that begins before the part belongs to the one before it.
+            file.seek(place - 1)
+            place += len(file.readline()) - 1
+        while place < part.stop and (line := file.readline()):
+            yield place, line
+            place += len(line)
 
 
-def _parse_json(where: str, line: bytes) -> Mapping[str, Any] | Bad:
+def _parse_json(line: bytes) -> Mapping[str, Any] | Unreadable:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        return Bad(where, "not UTF-8", repr(line[:EXCERPT]))
+        return Unreadable("not UTF-8", repr(line[:EXCERPT]))
     except (ValueError, RecursionError):
-        return Bad(where, "not JSON", repr(line[:EXCERPT]))
-    return record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
+        return Unreadable("not JSON", repr(line[:EXCERPT]))
+    return _object(record)
 
 
-class _Json:
+def _object(record: Any) -> Mapping[str, Any] | Unreadable:
+    return record if isinstance(record, dict) else Unreadable("not a JSON object", repr(record)[:EXCERPT])
+
+
+class _Json(_Reader):
     """An array of objects: read whole, so for files that fit into memory."""
 
-    @staticmethod
-    def parts(file: File) -> list[Part]:
-        return [Part(file.url, 0, -1, file.size)]
-
-    @staticmethod
-    def records(part: Part) -> Records:
+    @classmethod
+    def records(cls, part: Part) -> Records:
         with _whole(part.url):
             with open_stream(part.url, _compression(part.url)) as stream:
                 records = json.loads(stream.read())
             if not isinstance(records, list):
                 raise ValueError("not an array of objects")
-        for number, record in enumerate(records):
-            where = f"{part.url}, record {number:,}"
-            yield where, record if isinstance(record, dict) else Bad(where, "not a JSON object", repr(record)[:EXCERPT])
+        yield from enumerate(map(_object, records))
 
 
-class _Text:
-    @staticmethod
-    def parts(file: File) -> list[Part]:
-        return [Part(file.url, 0, -1, file.size)]
+class _Text(_Reader):
+    @classmethod
+    def unit(cls, url: str) -> str:
+        return ""
 
-    @staticmethod
-    def records(part: Part) -> Records:
+    @classmethod
+    def records(cls, part: Part) -> Records:
         with _whole(part.url), open_stream(part.url, _compression(part.url)) as stream:
-            yield part.url, {"text": stream.read(), "path": part.url}
+            yield 0, {"text": stream.read(), "path": part.url}
 
 
-class _Parquet:
-    @staticmethod
-    def parts(file: File) -> list[Part]:
+class _Parquet(_Reader):
+    @classmethod
+    def unit(cls, url: str) -> str:
+        return "row"
+
+    @classmethod
+    def parts(cls, file: File) -> list[Part]:
         if file.size <= PART_BYTES:
-            return [Part(file.url, 0, -1, file.size)]
+            return super().parts(file)
         from pyarrow import parquet
 
         with _whole(file.url), open_file(file.url) as opened:
-            groups = parquet.ParquetFile(opened).metadata.num_row_groups
-        at_once = max(1, groups * PART_BYTES // file.size)
-        starts = range(0, groups, at_once)
-        return [Part(file.url, start, min(start + at_once, groups), file.size * at_once // groups) for start in starts]
+            return _divided(file, parquet.ParquetFile(opened).metadata.num_row_groups)
 
-    @staticmethod
-    def records(part: Part) -> Records:
+    @classmethod
+    def records(cls, part: Part) -> Records:
         from pyarrow import parquet
 
         with _whole(part.url), open_file(part.url) as opened:
@@ -271,54 +314,45 @@ class _Parquet:
             groups = range(part.start, file.metadata.num_row_groups if part.stop < 0 else part.stop)
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
             for batch in file.iter_batches(row_groups=list(groups)):
-                yield from _rows(part.url, row, batch)
+                yield from enumerate(_rows(batch), start=row)
                 row += len(batch)
 
 
-class _Arrow:
-    @staticmethod
-    def parts(file: File) -> list[Part]:
-        return [Part(file.url, 0, -1, file.size)]
+class _Arrow(_Reader):
+    @classmethod
+    def unit(cls, url: str) -> str:
+        return "row"
 
-    @staticmethod
-    def records(part: Part) -> Records:
+    @classmethod
+    def records(cls, part: Part) -> Records:
         from pyarrow import ipc
 
         row = 0
         with _whole(part.url), open_stream(part.url) as stream:
             for batch in ipc.open_stream(stream):
-                yield from _rows(part.url, row, batch)
+                yield from enumerate(_rows(batch), start=row)
                 row += len(batch)
 
 
-def _rows(url: str, first: int, batch: pyarrow.RecordBatch) -> Records:
+def _rows(batch: pyarrow.RecordBatch) -> list[Mapping[str, Any] | Unreadable]:
     try:
-        records: list[Mapping[str, Any] | Bad] = batch.to_pylist()
-    except UnicodeDecodeError:  # one row of it; the others are good
-        records = [_row(f"{url}, row {first + number:,}", batch.slice(number, 1)) for number in range(len(batch))]
-    for number, record in enumerate(records):
-        yield f"{url}, row {first + number:,}", record
-
-
-def _row(where: str, batch: pyarrow.RecordBatch) -> Mapping[str, Any] | Bad:
-    try:
-        return batch.to_pylist()[0]
+        return batch.to_pylist()
     except UnicodeDecodeError as error:
-        return Bad(where, "not UTF-8", repr(error.object[:EXCERPT]))
+        if len(batch) == 1:
+            return [Unreadable("not UTF-8", repr(error.object[:EXCERPT]))]
+        # One row of it; the others are good.
+        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
 
 
-class _ArrayRecord:
+class _ArrayRecord(_Reader):
     AT_ONCE = 256
 
     @classmethod
     def parts(cls, file: File) -> list[Part]:
         if file.size <= PART_BYTES:
-            return [Part(file.url, 0, -1, file.size)]
+            return super().parts(file)
         with cls._opened(file.url) as reader:
-            records = reader.num_records()
-        at_once = max(1, records * PART_BYTES // file.size)
-        starts = range(0, records, at_once)
-        return [Part(file.url, start, min(start + at_once, records), file.size * at_once // records) for start in starts]
+            return _divided(file, reader.num_records())
 
     @classmethod
     def records(cls, part: Part) -> Records:
@@ -326,9 +360,7 @@ class _ArrayRecord:
             stop = reader.num_records() if part.stop < 0 else part.stop
             for first in range(part.start, stop, cls.AT_ONCE):
                 numbers = list(range(first, min(first + cls.AT_ONCE, stop)))
-                for number, content in zip(numbers, reader.read(numbers), strict=True):
-                    where = f"{part.url}, record {number:,}"
-                    yield where, _parse_record(where, content)
+                yield from zip(numbers, map(_parse_record, reader.read(numbers)), strict=True)
 
     @staticmethod
     @contextmanager
@@ -343,13 +375,9 @@ class _ArrayRecord:
                 reader.close()
 
 
-class _TFRecord:
-    @staticmethod
-    def parts(file: File) -> list[Part]:
-        return [Part(file.url, 0, -1, file.size)]
-
-    @staticmethod
-    def records(part: Part) -> Records:
+class _TFRecord(_Reader):
+    @classmethod
+    def records(cls, part: Part) -> Records:
         import tensorflow as tf
 
         # TensorFlow takes a file that is cut short in a record's head, and most that gzip cut short, for one that ends there.
@@ -357,8 +385,7 @@ class _TFRecord:
             read = 0
             try:
                 for number, content in enumerate(tf.data.TFRecordDataset(path).as_numpy_iterator()):
-                    where = f"{part.url}, record {number:,}"
-                    yield where, _parse_record(where, content)
+                    yield number, _parse_record(content)
                     read += len(content) + TFRECORD_FRAME
             except tf.errors.OpError as error:
                 raise InputError(f"{part.url}: a damaged TFRecord file: {error.message}") from error
@@ -366,17 +393,17 @@ class _TFRecord:
                 raise InputError(f"{part.url}: a damaged TFRecord file: it ends within a record")
 
 
-def _parse_record(where: str, content: bytes) -> Mapping[str, Any] | Bad:
+def _parse_record(content: bytes) -> Mapping[str, Any] | Unreadable:
     """A tf.train.Example (whose first byte is the tag 0x0A) or a JSON object."""
     if content[:1] == b"{":
-        return _parse_json(where, content)
+        return _parse_json(content)
     import tensorflow as tf
     from google.protobuf.message import DecodeError
 
     try:
         example = tf.train.Example.FromString(content)
     except DecodeError:
-        return Bad(where, "neither a tf.train.Example nor JSON", repr(content[:EXCERPT]))
+        return Unreadable("neither a tf.train.Example nor JSON", repr(content[:EXCERPT]))
     record: dict[str, Any] = {}
     for name, feature in example.features.feature.items():
         kind = feature.WhichOneof("kind")
@@ -395,7 +422,7 @@ def _as_text(value: Any) -> Any:
         return value
 
 
-READERS: Mapping[str, Any] = {
+READERS: Mapping[str, type[_Reader]] = {
     "jsonl": _JsonLines,
     "json": _Json,
     "lines": _Lines,
@@ -407,7 +434,7 @@ READERS: Mapping[str, Any] = {
 }
 
 
-def _compression(url: str) -> Literal["gzip", "zstd"] | None:
+def _compression(url: str) -> Compression | None:
     return next((name for suffix, name in COMPRESSION.items() if url.endswith(suffix)), None)
 
 
@@ -423,7 +450,7 @@ def _whole(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _local(url: str, compression: Literal["gzip", "zstd"] | None = None) -> Iterator[str]:
+def _local(url: str, compression: Compression | None = None) -> Iterator[str]:
     """A path for libraries that read local, uncompressed files only: the file's own, or a copy's."""
     if "://" not in url and not compression:
         yield url

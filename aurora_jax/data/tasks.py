@@ -25,7 +25,7 @@ import tensorflow as tf
 from aurora_jax.data.catalogue import MIXTURES, absolute, task_specs
 from aurora_jax.data.documents import Document, DocumentStep, Piece
 from aurora_jax.data.files import File, find
-from aurora_jax.data.recipe import Recipe, Tokenized, describe
+from aurora_jax.data.recipe import Preparation, Recipe, Tokenized, describe
 from aurora_jax.data.sources import EXCERPT, Bad, Part, Source
 from aurora_jax.data.vocabulary import Vocabulary
 from aurora_jax.errors import InputError
@@ -85,11 +85,11 @@ class Prepare:
 
     def __call__(self, dataset: tf.data.Dataset, output_features: Any) -> tf.data.Dataset:
         feature = output_features["targets"]
-        recipe = Recipe("", "", Source({}, "jsonl"), self.steps, feature.vocabulary.tokenizer, feature.add_eos)
+        preparation = Preparation(self.steps, feature.vocabulary.tokenizer, feature.add_eos)
 
         def examples() -> Iterator[dict[str, Any]]:
             # One at a time: SeqIO repeats its datasets, and a batch of an endless one would never be full.
-            for outcome in recipe.prepared(map(_document, dataset.as_numpy_iterator()), batch_bytes=0):
+            for outcome in preparation.outcomes(map(_document, dataset.as_numpy_iterator()), batch_bytes=0):
                 if isinstance(outcome, Bad):
                     raise InputError(f"{outcome.where}: {outcome.reason}; mend or remove it")
                 if isinstance(outcome, Tokenized):
