@@ -1,6 +1,6 @@
 """From sources to token stores: an Apache Beam pipeline, restartable at every part.
 
-    parts of all sources -> tokenize each part -> count -> write each shard of each store -> complete
+    files of all sources -> parts -> tokenize each part -> count -> write each shard of each store -> complete
 
 A part's result is a folder `parts/KEY` beside the store's arrays: chunks of tokens, then a manifest. A part whose manifest is there is not
 done again, so a build that was killed goes on where it stood. A shard of the store is written whole, by one worker, from the chunks that
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -35,20 +35,26 @@ CHUNK_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class StoreJob:
-    """A store to be built: its recipe, where to, and the parts of its sources in order."""
+    """A store to be built: its recipe, where to, and the files of its sources in order."""
 
     recipe: Recipe
     directory: str
     files: tuple[File, ...]
-    parts: tuple[Part, ...]
     fingerprint: str
     max_bad_fraction: float
 
-    def key(self, number: int) -> str:
+    def key(self, file: File, part: Part) -> str:
         """The name of a part's folder: it follows the recipe, the file as it is now, and the stretch of it."""
-        part = self.parts[number]
-        file = next(file for file in self.files if file.url == part.url)
-        return hashlib.sha256(repr((self.fingerprint, file, part[1:3])).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr((self.fingerprint, file, part.start, part.stop)).encode()).hexdigest()[:32]
+
+
+class PartResult(NamedTuple):
+    """A part that is done: its place among the store's parts, its folder's name, and its manifest."""
+
+    place: tuple[int, int]
+    """(number of its file, where it begins in it)"""
+    key: str
+    manifest: dict[str, Any]
 
 
 @dataclass
@@ -68,37 +74,58 @@ class Manifest:
     """Reason -> records."""
     failure: str = ""
     """Why the part could not be read at all."""
+    weight: int = 0
+    """Bytes of the source, for progress."""
 
 
 # ---------------------------------------------------------------- Parts
 
 
-class TokenizePart(beam.DoFn):
-    """(store, part) numbers -> (store number, (part number, manifest))."""
+class Divide(beam.DoFn):
+    """(store, file) numbers -> (store number, file number, part), for each part of the file."""
 
     def __init__(self, jobs: Sequence[StoreJob]):
         self.jobs = jobs
 
-    def process(self, element: tuple[int, int]) -> Iterator[tuple[int, tuple[int, dict[str, Any]]]]:
-        number, part_number = element
+    def process(self, element: tuple[int, int]) -> Iterator[tuple[int, int, Part]]:
+        number, file_number = element
         job = self.jobs[number]
-        folder = kvstore_at(f"{job.directory}/parts/{job.key(part_number)}")
+        file = job.files[file_number]
+        try:
+            parts = job.recipe.reader.parts(file)
+        except InputError:  # said by whoever reads it
+            parts = [Part(file.url, 0, -1, file.size)]
+        for part in parts:
+            yield number, file_number, part
+
+
+class TokenizePart(beam.DoFn):
+    """(store number, file number, part) -> (store number, its result)."""
+
+    def __init__(self, jobs: Sequence[StoreJob]):
+        self.jobs = jobs
+
+    def process(self, element: tuple[int, int, Part]) -> Iterator[tuple[int, PartResult]]:
+        number, file_number, part = element
+        job = self.jobs[number]
+        place, key = (file_number, part.start), job.key(job.files[file_number], part)
+        folder = kvstore_at(f"{job.directory}/parts/{key}")
         made = folder.read(b"manifest.json").result()
         if made.state == "value":
-            yield number, (part_number, json.loads(made.value))
+            yield number, PartResult(place, key, json.loads(made.value))
             return
         try:
-            manifest = tokenize_part(job.recipe, job.parts[part_number], folder)
+            manifest = tokenize_part(job.recipe, part, folder)
         except InputError as error:
-            yield number, (part_number, asdict(Manifest(failure=str(error))))
+            yield number, PartResult(place, key, asdict(Manifest(failure=str(error))))
             return
         folder.write(b"manifest.json", json.dumps(asdict(manifest)).encode()).result()
-        yield number, (part_number, asdict(manifest))
+        yield number, PartResult(place, key, asdict(manifest))
 
 
 def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
     """Writes the tokens of a part into `folder`, chunk by chunk. Raises InputError if the file cannot be read."""
-    manifest = Manifest()
+    manifest = Manifest(weight=part.weight)
     digest = hashlib.sha256()
     bad: list[Bad] = []
     chunk: list[Tokenized] = []
@@ -167,18 +194,15 @@ class PlanStore(beam.DoFn):
     def __init__(self, jobs: Sequence[StoreJob]):
         self.jobs = jobs
 
-    def process(self, element: tuple[int, Iterable[tuple[int, dict[str, Any]]]]) -> Iterator[ShardJob]:
+    def process(self, element: tuple[int, Iterable[PartResult]]) -> Iterator[ShardJob]:
         number, results = element
         job = self.jobs[number]
-        manifests = [Manifest(**manifest) for _, manifest in sorted(results, key=lambda result: result[0])]
-        report = make_report(job, manifests)
+        parts = {result.key: Manifest(**result.manifest) for result in sorted(results, key=lambda result: result.place)}
+        report = make_report(job, list(parts.values()))
         folder = kvstore_at(job.directory)
-        rejected = []
-        for part_number, manifest in enumerate(manifests):
-            if manifest.bad:
-                rejected.append(folder.read(f"parts/{job.key(part_number)}/rejected.jsonl").result().value)
-        if rejected:
-            folder.write(b"rejected.jsonl", b"".join(rejected)).result()
+        rejected = [folder.read(f"parts/{key}/rejected.jsonl").result().value for key, manifest in parts.items() if manifest.bad]
+        # None deletes what an earlier try has left.
+        folder.write(b"rejected.jsonl", b"".join(rejected) or None).result()
         folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode(errors="backslashreplace")).result()
         if report["refused"]:
             return
@@ -186,8 +210,8 @@ class PlanStore(beam.DoFn):
         create_arrays(job.directory, job.recipe.tokenizer.vocab_size, tokens, documents, report["masked"])
         chunks: list[tuple[str, int]] = []
         sizes: list[tuple[int, int]] = []
-        for part_number, manifest in enumerate(manifests):
-            chunks += [(job.key(part_number), chunk) for chunk in range(len(manifest.chunks))]
+        for key, manifest in parts.items():
+            chunks += [(key, chunk) for chunk in range(len(manifest.chunks))]
             sizes += [(tokens_here, documents_here) for tokens_here, documents_here in manifest.chunks]
         begins = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(np.array(sizes, np.int64).reshape(-1, 2), axis=0)])
         arrays = ["tokens", "ends", "offsets", *(["learn"] if report["masked"] else [])]
@@ -335,12 +359,14 @@ def make_report(job: StoreJob, manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 def pipeline(root: beam.Pipeline, jobs: Sequence[StoreJob]) -> beam.PCollection:
     """Builds the stores of `jobs`; the result are the directories of those that are complete."""
-    work = [(number, part) for number, job in enumerate(jobs) for part in range(len(job.parts))]
+    work = [(number, file) for number, job in enumerate(jobs) for file in range(len(job.files))]
     # The largest first: the last one running should be a small one.
-    work.sort(key=lambda element: -jobs[element[0]].parts[element[1]].weight)
+    work.sort(key=lambda element: -jobs[element[0]].files[element[1]].size)
     return (
         root
-        | "parts" >> beam.Create(work)
+        | "files" >> beam.Create(work)
+        | "spread files" >> beam.Reshuffle()
+        | "divide" >> beam.ParDo(Divide(jobs))
         | "spread parts" >> beam.Reshuffle()
         | "tokenize" >> beam.ParDo(TokenizePart(jobs))
         | "by store" >> beam.GroupByKey()
@@ -375,8 +401,7 @@ def jobs_for(
         elif not files:
             missing.append((recipe, directory))
         else:
-            parts = tuple(part for file in files for part in recipe.reader.parts(file))
-            jobs.append(StoreJob(recipe, directory, files, parts, recipe.fingerprint, max_bad_fraction))
+            jobs.append(StoreJob(recipe, directory, files, recipe.fingerprint, max_bad_fraction))
     if missing and not skip_missing:
         lines = [f"  {recipe.task}: {looked_for(recipe)}" for recipe, _ in missing]
         raise InputError(
@@ -384,7 +409,7 @@ def jobs_for(
             + "\n".join(lines)
             + "\nput them there, point --data-root elsewhere, or give --skip-missing"
         )
-    empty = [job for job in jobs if not job.parts]
+    empty = [job for job in jobs if not any(file.size for file in job.files)]
     if empty:
         raise InputError(f"{empty[0].recipe.task}: its files are empty: {', '.join(file.url for file in empty[0].files[:3])}")
     return jobs, complete, [directory for _, directory in missing]

@@ -2,32 +2,25 @@
 
 import json
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
-from apache_beam import Pipeline
-from apache_beam.options.pipeline_options import PipelineOptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from aurora_jax.data import beam_runner
+from aurora_jax.data.beam_runner import Runner
 from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
 from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
 from aurora_jax.data.store import TokenStore, kvstore_at
 from aurora_jax.errors import InputError
-
-Runner = Literal["direct", "dataflow", "flink", "spark"]
-WRITE_FAILED = re.compile(r'Failed writing: "(?P<path>[^"]+)".*: (?P<why>[^:]+?) \[os_error_code')
-"""What TensorStore says of a full disk, wherever Beam puts it."""
-RUNNERS = {"dataflow": "DataflowRunner", "flink": "FlinkRunner", "spark": "SparkRunner"}
 
 
 @dataclass(frozen=True)
@@ -135,38 +128,13 @@ def build_stores(
     for job in jobs:
         begin(job.directory)
     if jobs:
-        try:
-            with _progress(jobs, console if runner == "direct" else None):
-                run_pipeline(jobs, runner, workers, beam_options)
-        except Exception as error:  # what Beam makes of a worker's depends on the runner
-            failed = WRITE_FAILED.search(str(error))
-            if failed is None:
-                raise
-            raise InputError(
-                f"{failed['path']}: cannot be written: {failed['why']}; what is done is kept: make room and give the same command again"
-            ) from error
+        with _progress(jobs, console if runner == "direct" else None):
+            beam_runner.run(lambda root: pipeline(root, jobs), runner, workers, beam_options)
         refused = [reason for job in jobs if (reason := _refusal(job))]
         if refused:
             raise InputError("\n".join(refused))
     directories = [*complete, *(job.directory for job in jobs)]
     return {"/".join(directory.split("/")[-2:]): TokenStore.open(directory) for directory in sorted(directories)}
-
-
-def run_pipeline(jobs: Sequence[StoreJob], runner: Runner, workers: int, beam_options: Sequence[str]) -> None:
-    """Runs the pipeline to its end."""
-    if runner == "direct":
-        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-
-        mode = "in_memory" if workers == 1 else "multi_processing"
-        direct = (f"--direct_running_mode={mode}", f"--direct_num_workers={workers}", "--default_sdk_harness_log_level=ERROR")
-        options = PipelineOptions([*direct, *beam_options])
-        # Each worker's tokenizer has its share of the cores; on their own they would all take every core.
-        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-        with Pipeline(FnApiRunner(), options=options) as root:
-            pipeline(root, jobs)
-        return
-    with Pipeline(RUNNERS[runner], options=PipelineOptions(list(beam_options))) as root:
-        pipeline(root, jobs)
 
 
 def _refusal(job: StoreJob) -> str:
@@ -178,25 +146,28 @@ def _refusal(job: StoreJob) -> str:
 
 @contextmanager
 def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[None]:
-    """Shows the share of the sources' bytes whose parts are done, looked up in the parts' folders meanwhile."""
+    """Shows the share of the sources' bytes whose parts are done, by the manifests in the parts' folders meanwhile."""
     if console is None:
         yield
         return
-    weights = {f"{job.directory}/parts/{job.key(number)}": part.weight for job in jobs for number, part in enumerate(job.parts)}
+    total = sum(file.size for job in jobs for file in job.files)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     ended = threading.Event()
     interval = 5.0 if "://" in jobs[0].directory else 0.5
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"tokenize {sum(weights.values()) / 1e6:,.1f} MB of {len(jobs)} sources", total=sum(weights.values()))
+        bar = progress.add_task(f"tokenize {total / 1e6:,.1f} MB of {len(jobs)} sources", total=total)
 
         def watch() -> None:
-            left = dict(weights)
+            done: dict[tuple[str, bytes], int] = {}
             while not ended.wait(interval):
-                for folder, weight in list(left.items()):
-                    if kvstore_at(folder).read(b"manifest.json").result().state == "value":
-                        del left[folder]
-                        progress.advance(bar, weight)
-                if not left:
+                for job in jobs:
+                    folder = kvstore_at(f"{job.directory}/parts")
+                    for key in folder.list().result():
+                        if key.endswith(b"manifest.json") and (job.directory, key) not in done:
+                            content = folder.read(key).result()
+                            done[job.directory, key] = json.loads(content.value)["weight"] if content.state == "value" else 0
+                progress.update(bar, completed=min(sum(done.values()), total))
+                if sum(done.values()) >= total:
                     progress.update(bar, description="write the stores")
                     return
 
@@ -204,7 +175,7 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
         watcher.start()
         try:
             yield
-            progress.update(bar, completed=sum(weights.values()))
+            progress.update(bar, completed=total, description="write the stores")
         finally:
             ended.set()
             watcher.join()
