@@ -22,13 +22,15 @@ from conftest import SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_jax.data.curation import documents, duplicates, pii
+from aurora_jax.data import sources
+from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import CHARACTERS, WORDS, EvaluationIndex, read_items
-from aurora_jax.data.curation.documents import NotADocument, parse
+from aurora_jax.data.curation.documents import JSON_LINES, InputPart, read_part
 from aurora_jax.data.curation.filters import identify, language_rejection, measure
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import THRESHOLDS, load_thresholds
 from aurora_jax.data.curation.units import hash_ngrams, hash_units, normalize, split_units
+from aurora_jax.data.files import find
 from aurora_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -473,31 +475,36 @@ def test_evaluation_file_that_is_none_is_named():
     [
         (b"{", "not JSON"),
         (b"\n", "not JSON"),
-        (b"[1]", "list"),
+        (b"[1]", "not a JSON object"),
         (b'{"language": "en"}', "'text'"),
         (b'{"text": "  ", "language": "en"}', "'text'"),
         (b'{"text": "x"}', "'language'"),
         (b'{"text": "x", "language": "xx"}', "'xx'"),
-        (b'{"text": "\\ud800", "language": "en"}', "Unicode"),
-        (b'{"text": "\xff", "language": "en"}', "not JSON"),
+        (b'{"text": "\\ud800", "language": "en"}', "not UTF-8"),
+        (b'{"text": "\xff", "language": "en"}', "not UTF-8"),
         (b"[" * 100_000, "not JSON"),
     ],
 )
-def test_lines_that_are_no_documents_are_named(line, said):
-    with pytest.raises(NotADocument, match=said):
-        parse("key", "input", line, {"en"})
+def test_lines_that_are_no_documents_are_named(tmp_path, line, said):
+    good = b'{"text": "x", "language": "en"}\n'
+    (tmp_path / "a.jsonl").write_bytes(good + line.rstrip(b"\n") + b"\n" + good)
+    (file,) = find(str(tmp_path / "a.jsonl"))
+    (part,) = JSON_LINES.parts(file)
+    before, bad, after = read_part(InputPart("in", "a.jsonl", part), {"en"})
+    assert before.record == after.record == {"source": "in", "text": "x", "language": "en"}
+    assert said in bad.reason
+    assert bad.where == f"in/a.jsonl:{len(good):015d}"
 
 
 @pytest.mark.parametrize("size", [1, 7, 30, 64, 100])
 def test_wherever_a_file_is_cut_each_line_is_read_once(tmp_path, monkeypatch, size):
-    pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
     path = tmp_path / "a.jsonl"
     # Lines of many lengths, some of which end where a range does.
     lines = [json.dumps({"text": "ä" * length, "language": "fi"}, ensure_ascii=False).encode() for length in (1, 40, 2, 3, 90, 11, 5)]
     path.write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(documents, "RANGE_BYTES", size)
-    cut = documents.ranges("in", str(path), "a.jsonl", path.stat().st_size, splittable=True)
-    read = [document for part in cut for document in documents.read_range(part, {"fi"})]
+    monkeypatch.setattr(sources, "PART_BYTES", size)
+    (file,) = find(str(path))
+    read = [document for part in JSON_LINES.parts(file) for document in read_part(InputPart("in", "a.jsonl", part), {"fi"})]
     starts = [0, *itertools.accumulate(len(line) + 1 for line in lines[:-1])]
     assert [document.key for document in read] == [f"in/a.jsonl:{start:015d}" for start in starts]
     assert [document.record["text"] for document in read] == [json.loads(line)["text"] for line in lines]
@@ -565,7 +572,6 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(raw: Path, output: Path, *options: str) -> Path:
     """`aurora data curate` as a user calls it, with Python's own seed of hashes; its output folder."""
-    pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
     arguments = ["data", "curate", str(output), f"web={raw}/web.jsonl", f"books={raw}/b*.jsonl", "--evaluation", f"{raw}/evaluation.txt"]
     command = [sys.executable, "-m", "aurora_jax", *arguments, *options]
     finished = subprocess.run(command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -639,10 +645,10 @@ def test_contamination_names_item_and_document(raw, curated):
     assert hit["text"] == "natalia sold clips to forty eight of her friends in april and half"
 
 
-def test_bad_lines_are_kept_as_they_were(curated):
-    assert [(line["line"], line["reason"].partition(" (")[0]) for line in records(curated / "quarantine" / "web.jsonl")] == [
-        ("{broken", "not JSON"),
-        ('{"text": "no language"}', "has no string 'language'"),
+def test_bad_lines_are_kept(curated):
+    assert [(line["begins"], line["reason"]) for line in records(curated / "quarantine" / "web.jsonl")] == [
+        (r"b'{broken\n'", "not JSON"),
+        ("{'text': 'no language'}", "has no string 'language'"),
     ]
 
 
@@ -662,7 +668,6 @@ def test_bad_lines_are_kept_as_they_were(curated):
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_path, capsys):
-    pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
     from aurora_jax.cli import main
 
     assert main(["data", "curate", *(argument.format(out=tmp_path / "out", raw=raw) for argument in arguments)]) == 2
@@ -671,8 +676,7 @@ def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_
 
 
 def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
-    """A hook turns documents away, shards part the rest without loss, and where ranges of a file are cut changes nothing."""
-    pytest.importorskip("apache_beam", reason="curation needs Apache Beam: pip install -e '.[beam]'")
+    """A hook turns documents away, shards part the rest without loss, and where a file is cut into parts changes nothing."""
     from aurora_jax.data.curation.command import CurateCommand, curate
 
     def outcome(name: str, shards: int) -> list[bytes]:
@@ -683,7 +687,7 @@ def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
         return sorted(line for path in (tmp_path / name / "train").iterdir() for line in path.read_bytes().splitlines())
 
     whole = outcome("whole", 1)
-    monkeypatch.setattr(documents, "RANGE_BYTES", 997)
+    monkeypatch.setattr(sources, "PART_BYTES", 997)
     assert outcome("cut", 3) == whole
     assert any(path.name.endswith("-of-00003.jsonl") for path in (tmp_path / "cut" / "train").iterdir())
 

@@ -1,14 +1,10 @@
 """`aurora data curate OUT NAME=FILES ...`: check what was given, run the pipeline beside the destination, then rename."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import json
-import logging
 import os
 import re
-import shlex
-import sys
 import tempfile
 import threading
 import time
@@ -16,20 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from aurora_jax.data.curation import report
-from aurora_jax.data.curation.documents import FileRange, ranges
+from aurora_jax.data import beam_runner
+from aurora_jax.data.beam_runner import Runner
+from aurora_jax.data.curation import pipeline, report
+from aurora_jax.data.curation.documents import JSON_LINES, InputPart
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import load_thresholds
+from aurora_jax.data.files import File, find
+from aurora_jax.data.store import kvstore_at
 from aurora_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from aurora_jax.data.curation.pipeline import Settings
 
 _INPUT = re.compile(r"(?P<name>[\w.-]+)=(?P<pattern>.+)")
 _POLL_SECONDS = 0.5
@@ -71,10 +68,10 @@ class CurateCommand:
     """Output files for each language; a worker sorts one in memory."""
     workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes of the direct runner, which keeps the corpus in memory; beyond some gigabytes use another runner."""
-    runner: str = "direct"
-    """direct for this machine, or a runner of Apache Beam: DataflowRunner, FlinkRunner, SparkRunner."""
-    beam_options: tuple[str, ...] = ()
-    """Options of that runner, such as project=P region=R temp_location=gs://B/tmp."""
+    runner: Runner = "direct"
+    """Beam's runner; direct is this machine."""
+    beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
 
     def run(self) -> None:
         """Curate, and print the table."""
@@ -95,9 +92,6 @@ def curate(command: CurateCommand) -> report.Report:
     Raises:
       InputError: something that was given is wrong, or the output exists.
     """
-    _require_beam()
-    from aurora_jax.data.curation import pipeline
-
     settings = _settings(command)
     files = _files(command.inputs)
     items = pipeline.load_index(settings.evaluation).items
@@ -114,24 +108,12 @@ def curate(command: CurateCommand) -> report.Report:
         metrics = _take(unfinished, pipeline.METRICS_FILE)
         hits = _lines(unfinished, pipeline.CONTAMINATION_FILE)
         curated = report.compose(counts, metrics, hits, items, filters, _described(settings))
-        _write_text(unfinished, "report.md", curated.to_markdown())
-        _write_text(unfinished, "report.json", curated.to_json())
+        for name, text in (("report.md", curated.to_markdown()), ("report.json", curated.to_json())):
+            kvstore_at(unfinished).write(name.encode(), text.encode()).result()
     return curated
 
 
-def _require_beam() -> None:
-    try:
-        logging.disable(logging.WARNING)  # its import warns of clients of other clouds that are absent
-        import apache_beam  # noqa: F401
-    except ImportError:
-        raise InputError("curation needs Apache Beam, which is not installed; `pip install -c constraints.txt -e '.[beam]'`.") from None
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _settings(command: CurateCommand) -> Settings:
-    from aurora_jax.data.curation.pipeline import Settings
-
+def _settings(command: CurateCommand) -> pipeline.Settings:
     if not 0.1 <= command.similarity <= 1:
         raise InputError(f"--similarity {command.similarity}: must lie between 0.1 and 1.")
     for name, value in (("samples", command.samples), ("shards", command.shards), ("workers", command.workers)):
@@ -143,20 +125,18 @@ def _settings(command: CurateCommand) -> Settings:
     for what, language in (*(("word list", name) for name in word_lists), *(("filter", hook.language) for hook in hooks if hook.language)):
         if language not in thresholds:
             raise InputError(f"there is a {what} for {language!r}, but no thresholds; there are {', '.join(thresholds)}.")
-    evaluation = sorted(path for pattern in command.evaluation for path, _ in _matches(pattern))
+    evaluation = sorted(file.url for pattern in command.evaluation for file in _matches(pattern))
     names = [path.rpartition("/")[2] for path in evaluation]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{twice}: two evaluation files have this name; rename one, so that the report can tell them apart.")
-    return Settings(thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards)
+    return pipeline.Settings(thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards)
 
 
-def _files(inputs: tuple[str, ...]) -> list[FileRange]:
-    from apache_beam.io.filesystem import CompressionTypes
-
+def _files(inputs: tuple[str, ...]) -> list[InputPart]:
     if not inputs:
         raise InputError("no inputs; give one or more as NAME=FILES, such as 'sample=corpus/train/*.jsonl'.")
-    files: list[FileRange] = []
+    files: list[InputPart] = []
     names: set[str] = set()
     for input in inputs:
         match = _INPUT.fullmatch(input)
@@ -167,23 +147,15 @@ def _files(inputs: tuple[str, ...]) -> list[FileRange]:
             raise InputError(f"{name}: two inputs have this name; every input needs its own.")
         names.add(name)
         fixed = re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0]
-        for path, size in _matches(pattern):
-            below = path.rpartition(fixed + "/")[2] if fixed else path.rpartition(os.getcwd() + "/")[2]
-            whole = CompressionTypes.detect_compression_type(path) != CompressionTypes.UNCOMPRESSED
-            files += ranges(name, path, below, size, splittable=not whole)
+        for file in _matches(pattern):
+            below = file.url.rpartition(fixed + "/")[2] if fixed else file.url.rpartition(os.getcwd() + "/")[2]
+            files += [InputPart(name, below, part) for part in JSON_LINES.parts(file)]
     return files
 
 
-def _matches(pattern: str) -> list[tuple[str, int]]:
-    """(path, bytes) of each file of a pattern, by path."""
-    from apache_beam.io.filesystem import BeamIOError
-    from apache_beam.io.filesystems import FileSystems
-
-    try:
-        (result,) = FileSystems.match([pattern])
-    except (BeamIOError, ValueError) as error:
-        raise InputError(f"{pattern}: cannot be looked up ({error}).") from None
-    found = sorted((metadata.path, metadata.size_in_bytes) for metadata in result.metadata_list)
+def _matches(pattern: str) -> list[File]:
+    """The files of a pattern, by address. Raises InputError if there are none."""
+    found = find(pattern)
     if not found:
         raise InputError(f"{pattern}: there is no such file.")
     return found
@@ -192,10 +164,8 @@ def _matches(pattern: str) -> list[tuple[str, int]]:
 @contextmanager
 def _destination(output: str) -> Iterator[str]:
     """The folder to write into: beside a local destination, to be renamed at the end; an object store's destination itself."""
-    from apache_beam.io.filesystems import FileSystems
-
     if "://" in output:
-        if FileSystems.match([output.rstrip("/") + "/**"])[0].metadata_list:
+        if kvstore_at(output).list().result():
             raise InputError(f"{output} exists already; remove it or choose another folder.")
         yield output
         return
@@ -210,69 +180,28 @@ def _destination(output: str) -> Iterator[str]:
         unfinished.rename(destination)
 
 
-def _run(command: CurateCommand, files: list[FileRange], settings: Settings, output: str) -> None:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.transforms.environments import SubprocessSDKEnvironment
-
-    from aurora_jax.data.curation.pipeline import build
-
-    options = [f"--{option}" for option in command.beam_options]
+def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.Settings, output: str) -> None:
     if command.runner != "direct":
-        with beam.Pipeline(options=PipelineOptions([f"--runner={command.runner}", *options])) as pipeline:
-            build(pipeline, files, settings, output, None)
+        add = functools.partial(pipeline.build, files=files, settings=settings, output=output, progress=None)
+        beam_runner.run(add, command.runner, command.workers, command.beam_options)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        done = Path(scratch, "done")
-        done.mkdir()
-        worker = f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main 2>> {shlex.quote(scratch)}/log"
-        environment = SubprocessSDKEnvironment.from_command_string(worker) if command.workers > 1 else None
-        # By name, because "DirectRunner" may be Prism, which fetches a program over the network.
-        runner = FnApiRunner(environment)
-        direct = PipelineOptions([f"--direct_num_workers={command.workers}", *options])
-        with _input_errors_of_workers(), _quiet(), _progress(done, len(files)), beam.Pipeline(runner, direct) as pipeline:
-            build(pipeline, files, settings, output, str(done))
+    with tempfile.TemporaryDirectory() as done, _progress(Path(done), len(files)):
+        add = functools.partial(pipeline.build, files=files, settings=settings, output=output, progress=done)
+        beam_runner.run(add, command.runner, command.workers, command.beam_options)
 
 
 @contextmanager
-def _input_errors_of_workers() -> Iterator[None]:
-    """An InputError that a worker raised comes back as text inside another error; this raises it as what it was."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        found = re.search(r"InputError: (.+?)(?: \[while running|\n|$)", str(error))
-        if found is None:
-            raise
-        raise InputError(found[1]) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Beam's notes on its own workings; an error of a worker is raised here, with its traceback, besides being logged."""
-    logger = logging.getLogger("apache_beam")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _progress(done: Path, ranges: int) -> Iterator[None]:
-    """Shows how many of the ranges have been read and filtered; what follows, from duplicates to writing, is short and unmeasured."""
+def _progress(done: Path, parts: int) -> Iterator[None]:
+    """Shows how many of the parts have been read and filtered; what follows, from duplicates to writing, is short and unmeasured."""
     columns = TextColumn("{task.description:30}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     finished = threading.Event()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading and filtering", total=ranges)
+        task = progress.add_task("reading and filtering", total=parts)
 
         def watch() -> None:
             while not finished.is_set():
                 count = sum(1 for _ in done.iterdir())
-                description = "reading and filtering" if count < ranges else "removing duplicates, writing"
+                description = "reading and filtering" if count < parts else "removing duplicates, writing"
                 progress.update(task, completed=count, description=description)
                 time.sleep(_POLL_SECONDS)
 
@@ -286,37 +215,21 @@ def _progress(done: Path, ranges: int) -> Iterator[None]:
 
 
 def _lines(output: str, file: str) -> list[Any]:
-    from apache_beam.io.filesystems import FileSystems
-
-    path = FileSystems.join(output, *file.split("/"))
-    if not FileSystems.exists(path):
-        return []
-    with FileSystems.open(path) as stream:
-        return [json.loads(line) for line in stream.read().splitlines()]
+    content = kvstore_at(output).read(file.encode()).result()
+    return [json.loads(line) for line in content.value.splitlines()] if content.state == "value" else []
 
 
 def _take(output: str, file: str) -> list[Any]:
     """The lines of a file that was only for the report; the file goes, and its folder once it is empty."""
-    from apache_beam.io.filesystems import FileSystems
-
     lines = _lines(output, file)
-    path = FileSystems.join(output, *file.split("/"))
-    if lines:
-        FileSystems.delete([path])
-    folder = Path(path).parent
+    kvstore_at(output).write(file.encode(), None).result()
+    folder = Path(output, file).parent
     if "://" not in output and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     return lines
 
 
-def _write_text(output: str, file: str, text: str) -> None:
-    from apache_beam.io.filesystems import FileSystems
-
-    with FileSystems.create(FileSystems.join(output, file), mime_type="text/plain") as stream:
-        stream.write(text.encode())
-
-
-def _described(settings: Settings) -> dict[str, Any]:
+def _described(settings: pipeline.Settings) -> dict[str, Any]:
     """The settings as JSON, without paths of this machine."""
     return {
         "thresholds": {

@@ -1,31 +1,28 @@
-"""Reading documents: JSON lines cut into ranges of bytes, so that a large file feeds many workers, and every document has a fixed name."""
-
-from __future__ import annotations
+"""Documents for curation: records with a text and a language, each with a fixed name."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# A range of a file is read, and its hooks called, by one worker at a time.
-RANGE_BYTES = 1 << 21
+from aurora_jax.data.sources import EXCERPT, Bad, Part, Source
+
+JSON_LINES = Source({}, "jsonl")
 
 
 @dataclass(frozen=True)
-class FileRange:
-    """The lines of a file that begin in [start, end), by bytes.
+class InputPart:
+    """A part of an input file.
 
     Attributes:
       input: the name that the user gave to the file's pattern.
-      path: where the file lies.
       name: what the file is called in keys and reports: its path below the fixed part of the pattern.
+      part: where it is.
     """
 
     input: str
-    path: str
     name: str
-    start: int
-    end: int
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Document:
     """A document on its way through the filters.
 
     Attributes:
-      key: where it comes from, input/file:offset; unique, and the order of the output.
+      key: where it comes from, input/file:place; unique, and the order of the output.
       language: a language of the thresholds.
       text: what is filtered, redacted and compared.
       record: the whole JSON object of its line, whose `text` is the text as it came.
@@ -50,68 +47,36 @@ class Document:
         return len(self.text.encode())
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line that is no document: where it stands, why it is none, and what it holds."""
-
-    key: str
-    input: str
-    reason: str
-    line: str
-
-
 class NotADocument(ValueError):
-    """A line is not a document; the message says why."""
+    """A record is not a document; the message says why."""
 
 
-def ranges(input: str, path: str, name: str, size: int, splittable: bool) -> Iterator[FileRange]:
-    """The ranges of a file of `size` bytes; one whole range where it cannot be read from the middle, as under compression."""
-    if not splittable:
-        yield FileRange(input, path, name, 0, 1 << 62)
-        return
-    for start in range(0, size, RANGE_BYTES):
-        yield FileRange(input, path, name, start, min(start + RANGE_BYTES, size))
+def read_part(file: InputPart, languages: Collection[str]) -> Iterator[Document | Bad]:
+    """The documents of a part, in order; records that are none come as what they are, named by their key."""
+    for place, _, record in JSON_LINES.records(file.part):
+        key = f"{file.input}/{file.name}:{place:015d}"
+        if isinstance(record, Bad):
+            yield record._replace(where=key)
+            continue
+        try:
+            yield parse(key, file.input, record, languages)
+        except NotADocument as error:
+            yield Bad(key, str(error), repr(record)[:EXCERPT])
 
 
-def read_range(file: FileRange, languages: Collection[str]) -> Iterator[Document | BadLine]:
-    """The documents of a range, in order; lines that are none come as what they are."""
-    from apache_beam.io.filesystems import FileSystems
-
-    with FileSystems.open(file.path) as stream:
-        position = file.start
-        if position:
-            # A line that began before the range belongs to the one before.
-            stream.seek(position - 1)
-            position += len(stream.readline()) - 1
-        while position < file.end and (line := stream.readline()):
-            key = f"{file.input}/{file.name}:{position:015d}"
-            position += len(line)
-            try:
-                yield parse(key, file.input, line, languages)
-            except NotADocument as error:
-                yield BadLine(key, file.input, str(error), line.rstrip(b"\r\n").decode("utf-8", "backslashreplace"))
-
-
-def parse(key: str, input: str, line: bytes, languages: Collection[str]) -> Document:
-    """The document of a line. `source` is the input's name where the line has none.
+def parse(key: str, input: str, record: Mapping[str, Any], languages: Collection[str]) -> Document:
+    """The document of a record. `source` is the input's name where the record has none.
 
     Raises:
-      NotADocument: the line is not a JSON object with a text and a language that there are thresholds for.
+      NotADocument: the record has no text, or no language that there are thresholds for.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise NotADocument(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise NotADocument(f"a JSON {type(record).__name__}, not an object")
     for field in ("text", "language"):
         if not isinstance(record.get(field), str) or not record[field].strip():
             raise NotADocument(f"has no string {field!r}")
     try:
-        line.decode("utf-8")
         json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeError as error:
-        raise NotADocument(f"not Unicode text ({error})") from None
+    except UnicodeError:  # half a surrogate pair, which JSON can spell
+        raise NotADocument("not UTF-8") from None
     if record["language"] not in languages:
         raise NotADocument(f"there are no thresholds for language {record['language']!r}")
-    return Document(key, record["language"], record["text"], {"source": input} | record)
+    return Document(key, record["language"], record["text"], {"source": input} | dict(record))

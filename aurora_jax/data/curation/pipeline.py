@@ -20,15 +20,17 @@ from typing import Any
 
 import apache_beam as beam
 import numpy as np
-from apache_beam.io.filesystems import FileSystems
 
 from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import EvaluationIndex, read_items
-from aurora_jax.data.curation.documents import BadLine, Document, FileRange, read_range
+from aurora_jax.data.curation.documents import Document, InputPart, read_part
 from aurora_jax.data.curation.filters import LANGUAGE, language_rejection, measure
 from aurora_jax.data.curation.hooks import Hook
 from aurora_jax.data.curation.thresholds import Thresholds
 from aurora_jax.data.curation.units import hash_units, normalize, split_units
+from aurora_jax.data.files import open_stream
+from aurora_jax.data.sources import Bad
+from aurora_jax.data.store import kvstore_at
 
 CONTAMINATION = "contamination"
 EXACT_DUPLICATES = "exact_duplicates"
@@ -43,6 +45,8 @@ CONTAMINATION_FILE = "contamination.jsonl"
 # Percentiles are taken of so many documents a language.
 METRICS_SAMPLE = 2000
 _SAMPLE_CHARACTERS = 2000
+# Of text, into the hooks at once.
+BATCH_BYTES = 1 << 21
 
 # (file below the output, place in the file, line)
 Row = tuple[str, tuple[str, ...], str]
@@ -82,19 +86,19 @@ class Rejection:
     why: str
 
 
-def build(pipeline: beam.Pipeline, files: list[FileRange], settings: Settings, output: str, progress: str | None) -> None:
+def build(pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, output: str, progress: str | None) -> None:
     """Add the whole pipeline; running it writes all files below `output`.
 
     Args:
       pipeline: an empty one.
-      files: what to read, each range once.
+      files: what to read, each part once.
       settings: what decides.
-      output: a folder, on any file system that Beam knows.
-      progress: a local folder that gets one empty file for each range that has been read.
+      output: a folder: a local path, gs:// or s3://.
+      progress: a local folder that gets one empty file for each part that has been read.
     """
     filtered = (
         pipeline
-        | "ranges" >> beam.Create(files, reshuffle=False)
+        | "parts" >> beam.Create(files, reshuffle=False)
         | "spread" >> beam.Reshuffle()
         | "read and filter" >> beam.ParDo(_Filter(settings, progress)).with_outputs("rejected", "rows", "counts", "metrics", main="kept")
     )
@@ -145,7 +149,7 @@ class _Split:
 
 
 class _Filter(beam.DoFn):
-    """All that needs one document at a time. Documents of a range go through the hooks together."""
+    """All that needs one document at a time. Documents go through the hooks some megabytes at a time."""
 
     def __init__(self, settings: Settings, progress: str | None):
         self._settings = settings
@@ -154,22 +158,30 @@ class _Filter(beam.DoFn):
     def setup(self) -> None:
         self._index = load_index(self._settings.evaluation)
 
-    def process(self, file: FileRange) -> Iterator[Any]:
+    def process(self, file: InputPart) -> Iterator[Any]:
         documents: list[_Split] = []
-        for line in read_range(file, self._settings.thresholds):
-            if isinstance(line, BadLine):
-                yield beam.pvalue.TaggedOutput("counts", (("quarantined", line.input, line.reason.partition(" (")[0]), (1, len(line.line))))
-                fields = {"where": line.key, "reason": line.reason, "line": line.line}
-                yield beam.pvalue.TaggedOutput("rows", (f"quarantine/{line.input}.jsonl", (line.key,), _json(fields)))
+        size = 0
+        for document in read_part(file, self._settings.thresholds):
+            if isinstance(document, Bad):
+                yield beam.pvalue.TaggedOutput("counts", (("quarantined", file.input, document.reason), (1, 0)))
+                fields = {"where": document.where, "reason": document.reason, "begins": document.excerpt}
+                yield beam.pvalue.TaggedOutput("rows", (f"quarantine/{file.input}.jsonl", (document.where,), _json(fields)))
                 continue
-            yield beam.pvalue.TaggedOutput("counts", _counted(line, READ))
-            documents += yield from self._measure(line)
+            yield beam.pvalue.TaggedOutput("counts", _counted(document, READ))
+            documents += yield from self._measure(document)
+            size += document.size
+            if size >= BATCH_BYTES:
+                yield from self._finish(documents)
+                documents, size = [], 0
+        yield from self._finish(documents)
+        if self._progress is not None:
+            Path(self._progress, hashlib.sha256(repr(file).encode()).hexdigest()).touch()
+
+    def _finish(self, documents: list[_Split]) -> Iterator[Any]:
         for hook in self._settings.hooks:
             documents = yield from _score(hook, documents)
         for split in documents:
             yield from self._decontaminate_and_redact(split)
-        if self._progress is not None:
-            Path(self._progress, hashlib.sha256(repr(file).encode()).hexdigest()).touch()
 
     def _measure(self, document: Document) -> Generator[Any, None, list[_Split]]:
         """Rejects a document by language or heuristics, or returns it; gives out its metrics."""
@@ -228,9 +240,9 @@ def load_index(paths: tuple[str, ...]) -> EvaluationIndex:
     """
     index = EvaluationIndex()
     for path in paths:
-        with FileSystems.open(path) as stream:
+        with open_stream(path) as stream:
             content = stream.read().decode("utf-8")
-        index.add(FileSystems.split(path)[1], read_items(path, content))
+        index.add(path.rpartition("/")[2], read_items(path, content))
     return index
 
 
@@ -362,18 +374,8 @@ def _document_row(document: Document, shards: int) -> Row:
 
 
 def _write(output: str, file: str, rows: Iterable[tuple[tuple[str, ...], str]]) -> None:
-    path = FileSystems.join(output, *file.split("/"))
-    folder = FileSystems.split(path)[0]
-    if not FileSystems.exists(folder):
-        # Another worker may make the same folder at the same time; object stores have none.
-        try:
-            FileSystems.mkdirs(folder)
-        except OSError:
-            if not FileSystems.exists(folder):
-                raise
-    with FileSystems.create(path, mime_type="application/jsonl") as stream:
-        for _, line in sorted(rows):
-            stream.write(line.encode() + b"\n")
+    content = b"".join(line.encode() + b"\n" for _, line in sorted(rows))
+    kvstore_at(output).write(file.encode(), content).result()
 
 
 def _json(value: Any) -> str:
