@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +26,14 @@ SENTENCES = {
     "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền.",
     "code": "def clamp(value, low, high):\n    return max(low, min(value, high))\n",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_registered_tasks() -> Iterator[None]:
+    """SeqIO's registry is the process's: each file of tests begins with no tasks of ours in it."""
+    yield
+    if "aurora_jax.data.tasks" in sys.modules:
+        sys.modules["aurora_jax.data.tasks"].unregister()
 
 
 @pytest.fixture(scope="session")
