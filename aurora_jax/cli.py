@@ -27,6 +27,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
   aurora train CONFIG.py            trains what a config file describes, or continues where it stopped
   aurora plan CONFIG.py             does it fit a TPU pod, how fast can it go, what does it cost; needs no TPU
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
+  aurora generate CHECKPOINT PROMPT text from a checkpoint: continues, fills gaps in code, answers instructions
   aurora report RUN                 report.html: what a run has learnt and what it has kept
 
 Weights come in and go out with `python -m convert from-torch | to-torch | verify`.
@@ -152,6 +153,12 @@ def _eval(arguments: Sequence[str]) -> None:
     tyro.cli(EvalCommand, args=list(arguments), prog="aurora eval").run()
 
 
+def _generate(arguments: Sequence[str]) -> None:
+    from aurora_jax.generate.command import GenerateCommand
+
+    tyro.cli(GenerateCommand, args=list(arguments), prog="aurora generate").run()
+
+
 def _report(arguments: Sequence[str]) -> None:
     from aurora_jax.evaluate.report import ReportCommand
 
@@ -162,7 +169,14 @@ def _subcommands(name: str, commands: dict[str, Any], arguments: Sequence[str]) 
     tyro.extras.subcommand_cli_from_dict(commands, args=list(arguments), prog=f"aurora {name}").run()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"data": _data, "train": _train, "plan": _plan, "eval": _eval, "report": _report}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "data": _data,
+    "train": _train,
+    "plan": _plan,
+    "eval": _eval,
+    "generate": _generate,
+    "report": _report,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,27 +52,44 @@ class Attention(nnx.Module):
         self.output = residual("blhc,hcd->bld", (H, C, D), (D,), name="attention_output")
 
     def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+        if self.division.tensor is not None and dropout_key is not None:
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
+        query_BLHC, key_BLKC, value_BLKC = self.project(hidden_BLD)
+        return self.output(self.attend(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, dropout_key))
+
+    def project(self, hidden_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, L, H, C], keys and values [B, L, K, C]; of this device's own heads where they are divided."""
         hidden_BLD = self.division.enter(hidden_BLD)
         query_BLHC, key_value_BL2KC = self.query(hidden_BLD), self.key_value(hidden_BLD)
         if self.division.tensor is not None:
             key_value_BL2KC = self.division.own_heads(key_value_BL2KC, axis=3)
-            dropout_key = None if dropout_key is None else jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
-        alibi_slopes_H = None
-        if self.alibi:
-            alibi_slopes_H = self.division.own_heads(jnp.asarray(alibi_slopes(self.heads)), axis=0)
-        context_BLHC = attention(
+        return query_BLHC, key_value_BL2KC[:, :, 0], key_value_BL2KC[:, :, 1]
+
+    def attend(
+        self,
+        query_BLHC: jax.Array,
+        key_BLKC: jax.Array,
+        value_BLKC: jax.Array,
+        segment_ids_BL: jax.Array | None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What each query finds at its own place and before [B, L, H, C], of what `project` gave."""
+        return attention(
             self.compute.attention,
             query_BLHC,
-            key_value_BL2KC[:, :, 0],
-            key_value_BL2KC[:, :, 1],
+            key_BLKC,
+            value_BLKC,
             segment_ids_BL=segment_ids_BL,
-            alibi_slopes_H=alibi_slopes_H,
+            alibi_slopes_H=self.alibi_slopes(),
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             product_dtype=jnp.dtype(self.compute.compute_dtype),
             sequence_axis=self.division.sequence,
         )
-        return self.output(context_BLHC)
+
+    def alibi_slopes(self) -> jax.Array | None:
+        """Of this device's own heads [H], fp32; None without ALiBi."""
+        return self.division.own_heads(jnp.asarray(alibi_slopes(self.heads)), axis=0) if self.alibi else None
 
 
 class MLP(nnx.Module):
@@ -154,19 +171,12 @@ class Decoder(nnx.Module):
         Raises:
             InputError: L is greater than `max_positions`, where positions are learned: they do not extrapolate.
         """
-        B, L = tokens_BL.shape
+        L = tokens_BL.shape[1]
         whole_L = L if self.division.sequence is None else L * jax.lax.axis_size(self.division.sequence)
         if self.config.longest_sequence < whole_L:
             raise InputError(f"The sequence has {whole_L} tokens; this model has learned only {self.config.max_positions} positions.")
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        dtype = jnp.dtype(self.compute.activation_dtype)
-        hidden_BLD = self.division.embed(self.token_embedding.embedding[...], tokens_BL).astype(dtype)
-        if self.config.positions == "learned":
-            if positions_BL is None:
-                positions_BL = jnp.broadcast_to(jnp.arange(L) + self.division.place(L), (B, L))
-            hidden_BLD += jnp.take(self.position_embedding.embedding[...], positions_BL, axis=0).astype(dtype)
-        if self.config.embedding_norm:
-            hidden_BLD = self.embedding_norm(hidden_BLD)
+        hidden_BLD = self.embed(tokens_BL, positions_BL)
         hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
 
         structure, stacked = nnx.split(self.layers)
@@ -189,6 +199,17 @@ class Decoder(nnx.Module):
             apply_layer, hidden_BLD, (stacked, gathered_layers, jnp.arange(N)), unroll=N if self.compute.unroll_layers else 1
         )
         return self.final_norm(hidden_BLD)
+
+    def embed(self, tokens_BL: jax.Array, positions_BL: jax.Array | None) -> jax.Array:
+        """What goes into the first layer [B, L, D]; arguments as those of `__call__`."""
+        B, L = tokens_BL.shape
+        dtype = jnp.dtype(self.compute.activation_dtype)
+        hidden_BLD = self.division.embed(self.token_embedding.embedding[...], tokens_BL).astype(dtype)
+        if self.config.positions == "learned":
+            if positions_BL is None:
+                positions_BL = jnp.broadcast_to(jnp.arange(L) + self.division.place(L), (B, L))
+            hidden_BLD += jnp.take(self.position_embedding.embedding[...], positions_BL, axis=0).astype(dtype)
+        return self.embedding_norm(hidden_BLD) if self.config.embedding_norm else hidden_BLD
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32."""
@@ -236,6 +257,13 @@ def structure_of(config: ModelConfig, compute: ComputeConfig, division: Division
 def merge(structure: nnx.GraphDef, parameters: dict) -> Decoder:
     """A decoder that uses the given parameters (nested dictionary of arrays, traced ones included)."""
     return nnx.merge(structure, _state(parameters))
+
+
+def merge_unstacked(structure: nnx.GraphDef, parameters: dict) -> tuple[Decoder, list[Layer]]:
+    """As `merge`, of parameters whose `layers` is a list: the decoder, to embed, normalise and score with, and its layers one by one."""
+    decoder = merge(structure, {**parameters, "layers": parameters["layers"][0]})
+    layer_structure, _ = nnx.split(decoder.layers)
+    return decoder, [nnx.merge(layer_structure, _state(layer)) for layer in parameters["layers"]]
 
 
 def check_parameters(config: ModelConfig, parameters: dict) -> None:

@@ -108,6 +108,10 @@ class Division:
         rows_BLD = jnp.take(embedding_VD, jnp.clip(local_BL, 0, embedding_VD.shape[0] - 1), axis=0)
         return self.leave(jnp.where(mine_BL1, rows_BLD, 0))
 
+    def whole_vocabulary(self, logits_BLV: jax.Array) -> jax.Array:
+        """Scores of all tokens, of those that each device of `tensor` has."""
+        return logits_BLV if self.tensor is None else jax.lax.all_gather(logits_BLV, self.tensor, axis=-1, tiled=True)
+
     def dropout_key(self, key: jax.Array) -> jax.Array:
         """A key of this device's own rows and places; the same over `tensor`, whose activations are."""
         for axis in (*BATCH_AXES, SEQUENCE_AXIS):
