@@ -27,6 +27,8 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 STREAMED_STEPS, BATCHED_STEPS = 1, 32
 """Steps on the device between two looks at the text."""
 
+DEFAULT_NEW_TOKENS = 256
+
 SORTED_BATCHES = 16
 """Batches whose records are sorted by length together, so that little is padded; results are written in the file's order."""
 
@@ -57,8 +59,9 @@ class GenerateCommand:
     """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens."""
     resume: bool = False
     """Go on behind the records that the output holds already, with the same settings as before."""
-    max_new_tokens: int = 256
-    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string."""
+    max_new_tokens: int | None = None
+    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. 256 without it, or as many as the model has
+    positions for."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion; they are not part of it."""
     temperature: float = 0.0
@@ -99,6 +102,11 @@ class GenerateCommand:
         else:
             self._file(generator, tokenizer, work, sampling, eos_ids)
 
+    def _new_tokens(self, config: ModelConfig, longest_prompt: int) -> int:
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - longest_prompt)))
+
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is not None:
             return tokenizer_from(self.tokenizer)
@@ -123,7 +131,7 @@ class GenerateCommand:
             tokens = prompts_of.instruction(tokenizer, self.instruct)
         else:
             tokens = prompts_of.continuation(tokenizer, sys.stdin.read() if self.prompt == "-" else self.prompt or "")
-        check_prompts(config, [tokens], self.max_new_tokens)
+        check_prompts(config, [tokens], self._new_tokens(config, len(tokens)))
         return tokens
 
     def _records(self, tokenizer: Tokenizer, config: ModelConfig) -> "_Records":
@@ -140,7 +148,7 @@ class GenerateCommand:
                 if not isinstance(record, dict):
                     raise InputError("a JSON object is expected.")
                 prompt = prompts_of.of_record(tokenizer, record)
-                check_prompts(config, [prompt], self.max_new_tokens)
+                check_prompts(config, [prompt], self._new_tokens(config, len(prompt)))
             except json.JSONDecodeError as error:
                 raise InputError(f"{self.input}, line {number}: not JSON: {error}.") from error
             except InputError as error:
@@ -172,7 +180,7 @@ class GenerateCommand:
 
         generator(
             [prompt],
-            self.max_new_tokens,
+            self._new_tokens(generator.config, len(prompt)),
             sampling=sampling,
             seeds=_seeds(self.seed, [0]),
             eos_ids=eos_ids,
@@ -188,6 +196,7 @@ class GenerateCommand:
             Progress(*columns, console=Console(stderr=True)) as progress,
             self.output.open("a", encoding="utf-8") as output,
         ):
+            new_tokens = self._new_tokens(generator.config, max(map(len, work.prompts)))
             task = progress.add_task(f"{self.input} -> {self.output}", total=len(work.records), completed=work.done)
             for group in _groups(work, self.batch_size):
                 results: dict[int, dict[str, Any]] = {}
@@ -201,7 +210,7 @@ class GenerateCommand:
 
                     completions = generator(
                         [work.prompts[number] for number in numbers],
-                        self.max_new_tokens,
+                        new_tokens,
                         sampling=sampling,
                         seeds=_seeds(self.seed, numbers),
                         eos_ids=eos_ids,

@@ -3,7 +3,7 @@
 B batch, L slots of the prompt, S slots of the cache, T new tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.division import Division
-from aurora_jax.model.sharding import TENSOR_AXIS, dimensions, nest, rows_of
+from aurora_jax.model.sharding import TENSOR_AXIS, dimensions, nest, parameter_shapes, rows_of
 
 ROWS_AXIS = "fsdp"
 """Mesh axis over which the rows of a batch are divided; weights are whole along it."""
@@ -188,6 +188,18 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict:
     return nest({path: NamedSharding(mesh, partition) for path, partition in _partitions(config).items()})
 
 
+def unstacked_shapes(config: ModelConfig, dtype: jnp.dtype | str) -> dict:
+    """Shapes of what `decoding.unstacked` gives, for programs that are only compiled."""
+    return _of_each_layer(parameter_shapes(config, dtype), lambda shape: jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype), config.layers)
+
+
+def _of_each_layer(flat: Mapping[str, Any], of_one_layer: Callable[[Any], Any], layers: int) -> dict:
+    """What is said of each stacked parameter, said of the unstacked ones."""
+    outside = nest({path: value for path, value in flat.items() if not path.startswith("layers.")})
+    layer = nest({path.removeprefix("layers."): of_one_layer(value) for path, value in flat.items() if path.startswith("layers.")})
+    return {**outside, "layers": [layer] * layers}
+
+
 def _partitions(config: ModelConfig) -> dict[str, PartitionSpec]:
     return {path: PartitionSpec(*map(_tensor_only, row.partition)) for path, row in rows_of(config).items()}
 
@@ -253,12 +265,7 @@ class Programs:
 
     def parameters_spec(self) -> dict:
         """Partition of the unstacked parameters."""
-        flat = _partitions(self.config)
-        outside = nest({path: partition for path, partition in flat.items() if not path.startswith("layers.")})
-        layer = nest(
-            {path.removeprefix("layers."): PartitionSpec(*partition[1:]) for path, partition in flat.items() if path.startswith("layers.")}
-        )
-        return {**outside, "layers": [layer] * self.config.layers}
+        return _of_each_layer(_partitions(self.config), lambda partition: PartitionSpec(*partition[1:]), self.config.layers)
 
     def state_spec(self, sampling: Sampling) -> DecodingState:
         """Partition of the state: rows over their axis, and over `tensor` the keys and values of heads that are not shared."""
