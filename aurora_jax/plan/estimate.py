@@ -140,7 +140,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     compile_seconds = time.monotonic() - begun
     program = read_program(compiled.as_text() or "", slices)
     state = abstract_state(model, config.optimizer, mesh)
-    of_parameters, of_optimizer = (_bytes_a_chip(tree) for tree in (state.parameters, state.moments))
+    of_parameters, of_optimizer = (bytes_a_chip(tree) for tree in (state.parameters, state.moments))
     memory = compiled.memory_analysis()
     assert memory is not None  # the TPU compiler always tells
     peak = memory.peak_memory_in_bytes
@@ -266,5 +266,6 @@ def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, m
     return total * sequences / mesh.shape["sequence"] / chip.cores / chip.clock
 
 
-def _bytes_a_chip(tree: object) -> int:
+def bytes_a_chip(tree: object) -> int:
+    """What a tree of arrays, or of their shapes with shardings, takes on one device."""
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

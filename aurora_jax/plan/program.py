@@ -83,6 +83,14 @@ def read_program(text: str, slices: int = 1) -> Program:
     Raises:
         InputError: a loop whose trip count is not a constant of its condition.
     """
+    computations, entry = computations_of(text)
+    program = Program()
+    _walk(computations, entry, 1, program, slices)
+    return program
+
+
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of an HLO module by its name, and the name of the entry. Raises InputError if it has none."""
     computations: dict[str, list[str]] = {}
     entry = name = None
     for line in text.splitlines():
@@ -92,16 +100,14 @@ def read_program(text: str, slices: int = 1) -> Program:
             entry = name if header[1] else entry
         elif name and " = " in line:
             computations[name].append(line)
-    program = Program()
     if entry is None:
         raise InputError("This is no HLO module: it has no ENTRY computation.")
-    _walk(computations, entry, 1, program, slices)
-    return program
+    return computations, entry
 
 
 def _walk(computations: dict[str, list[str]], name: str, times: int, program: Program, slices: int) -> None:
     lines = computations[name]
-    cycles = [_own_cycles(line) for line in lines]
+    cycles = [own_cycles(line) for line in lines]
     program.cycles += times * sum(cycles)
     spans = _merged(computations, lines, times)
     for place, line in enumerate(lines):
@@ -119,7 +125,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
         elif kernel := _KERNEL.search(line):
             program.kernels[kernel[1]] += times
         elif sent := _BETWEEN_SLICES.search(line):
-            size = _bytes(_ARRAY.findall(line.split(" = ", 1)[1])[0])
+            size = array_bytes(_ARRAY.findall(line.split(" = ", 1)[1])[0])
             kind = sent[2].lower().replace("_", "-")
             spans.append((place, _received(lines, place, sent[1]), Collective(kind, tuple(range(slices)), size, times, 0, sent[1], True)))
         elif found := _COLLECTIVE.search(line):
@@ -171,7 +177,8 @@ def _end(lines: list[str], place: int, done: str) -> int:
     return next((later for later in range(place + 1, len(lines)) if f"{done}({name})" in lines[later]), place)
 
 
-def _own_cycles(line: str) -> int:
+def own_cycles(line: str) -> int:
+    """The compiler's estimate for an instruction itself, without what it calls; 0 where it has none."""
     estimate = _ESTIMATE.search(line)
     return int(estimate[1]) if estimate and int(estimate[1]) < _UNKNOWN else 0
 
@@ -180,7 +187,7 @@ def _collective(line: str, found: re.Match, times: int) -> Collective:
     members, kind, is_asynchronous = _members(line), found[1], bool(found[2])
     # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all; the result of a start has
     # its operands first.
-    sizes = [_bytes(array) for array in _ARRAY.findall(line.split(" = ", 1)[1].split(found[0])[0])]
+    sizes = [array_bytes(array) for array in _ARRAY.findall(line.split(" = ", 1)[1].split(found[0])[0])]
     size = max(sizes) if is_asynchronous else sum(sizes)
     if kind == "reduce-scatter" and not is_asynchronous:
         size *= len(members)
@@ -206,7 +213,8 @@ def _members(line: str) -> tuple[int, ...]:
     return (0,)
 
 
-def _bytes(array: tuple[str, str]) -> int:
+def array_bytes(array: tuple[str, str]) -> int:
+    """Size of an array that is written as (dtype, dimensions), such as ("bf16", "8,128")."""
     dtype, dimensions = array
     each = _BYTES.get(dtype) or (1 if dtype.startswith("f8") else int(dtype[1:]) // 8)
     count = 1
