@@ -41,6 +41,8 @@ test-full: lint
 
 bench: setup
 	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/generate_cpu.py
+	$(BIN)/python benchmarks/generate_tpu.py
 	$(BIN)/python benchmarks/convert_memory.py
 	$(BIN)/python benchmarks/flash_attention.py
 	$(BIN)/python -m aurora_jax data sample quickstart/corpus
