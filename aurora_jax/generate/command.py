@@ -38,8 +38,11 @@ class GenerateCommand:
     """Continues a prompt, fills a gap in code, or answers an instruction; or does so for every record of a JSONL file.
 
     aurora generate CHECKPOINT "def fibonacci(n):"
+
     aurora generate CHECKPOINT --prefix "def add(a, b):" --suffix "return total"
+
     aurora generate CHECKPOINT --instruct "Kirjoita runo kesästä." --temperature 0.8 --top-p 0.95
+
     aurora generate CHECKPOINT --input prompts.jsonl --output completions.jsonl --batch-size 16
     """
 
