@@ -80,7 +80,7 @@ def main() -> int:
     console.print(
         f"{minutes:.1f} minutes. Look at [bold]{report.relative_to(ROOT)}[/bold]; the model is in [bold]{RESULT}[/bold].", soft_wrap=True
     )
-    console.print(f"[dim]$ python -m aurora_jax generate {RUN} \"Helsinki on\" --temperature 0.7[/dim]   lets it write.", soft_wrap=True)
+    console.print(f'[dim]$ python -m aurora_jax generate {RUN} "Helsinki on" --temperature 0.7[/dim]   lets it write.', soft_wrap=True)
     missed = check_expectations(changes)
     for sentence in missed:
         console.print(f"[red]not as promised:[/red] {sentence}", soft_wrap=True)
