@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -31,6 +31,9 @@ CHUNK_BYTES = 8 * 2**20
 """Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat. Only key
 and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM 176B."""
 
+PARTIAL_SUFFIX = ".partial"
+"""Of folders whose contents are still being written; see `convert/partial.py`."""
+
 PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
 
 TOKENIZER_FILES = (
@@ -46,6 +49,7 @@ TOKENIZER_FILES = (
 
 ARCHITECTURE = (
     "vocabulary_size",
+    "padded_vocabulary_size",
     "max_positions",
     "width",
     "layers",
@@ -106,7 +110,8 @@ class CheckpointMetadata:
         if metadata.layer_stacking != "stacked":
             raise InputError(f"{where}: layer_stacking is {metadata.layer_stacking!r}; only 'stacked' can be read.")
         if metadata.hf_config is not None:
-            require_same_architecture(model, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
+            unpadded = replace(model, vocabulary_divisible_by=1)
+            require_same_architecture(unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
         return metadata
 
 
@@ -128,8 +133,10 @@ def require_same_architecture(found: ModelConfig, expected: ModelConfig, found_i
 
 
 def is_checkpoint(path: Location) -> bool:
-    """Whether the directory is a complete checkpoint (Orbax renames or marks a directory only when all of it is written)."""
-    directory = epath.Path(path)
+    """Whether the directory is a complete checkpoint: Orbax and conversions rename or mark a directory only when all of it is written."""
+    directory = _absolute(path)
+    if directory.parent.suffix == PARTIAL_SUFFIX:
+        return False
     items = [directory / PARAMETERS, directory / METADATA, directory / "_CHECKPOINT_METADATA"]
     return "orbax-checkpoint-tmp" not in directory.name and all(item.exists() for item in items)
 

@@ -108,7 +108,7 @@ def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
     for what, size, axis in (
         ("heads", model.heads, "tensor"),
         ("mlp_width", model.mlp_width, "tensor"),
-        ("vocabulary_size", model.vocabulary_size, "tensor"),
+        ("vocabulary_size", model.padded_vocabulary_size, "tensor"),
         ("data.sequence_length", config.data.sequence_length, "sequence"),
     ):
         if size % mesh.shape[axis]:
