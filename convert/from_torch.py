@@ -22,7 +22,7 @@ from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
 from convert.partial import partial_output
 from convert.progress import byte_progress
 from convert.source import HuggingFaceFolder, read_folder
-from convert.streaming import Scratch, UnwrittenArray, for_each, open_for_writing, unwritten_handler
+from convert.streaming import Scratch, UnwrittenArray, copy, for_each, open_for_writing, unwritten_handler
 from convert.weight_map import TIED_HEAD, Row, hf_tensors, token_embedding, weight_map
 
 ParameterDtype = Literal["float32", "bfloat16"]
@@ -188,7 +188,7 @@ def _convert(
     values = row.to_ours(rows, config)
     within = (slice(None),) * row.unit_axis
     filled = values.shape[row.unit_axis]
-    np.copyto(ours[(*within, slice(filled))], values)
+    copy(ours[(*within, slice(filled))], values)
     ours[(*within, slice(filled, None))] = 0  # rows that pad the vocabulary
     try:
         store[row.index(layer, start, stop)].write(ours).result()

@@ -84,6 +84,12 @@ class Scratch(threading.local):
         return self._buffers[role][:count].view(dtype).reshape(shape)
 
 
+def copy(into: np.ndarray, values: np.ndarray) -> None:
+    """Copies values of the same dtype: as integers, because NumPy moves bfloat16, which is foreign to it, one by one."""
+    integer = np.dtype(f"u{values.dtype.itemsize}")
+    np.copyto(into.view(integer), values.view(integer))
+
+
 def for_each(items: Iterable[Item], work: Callable[[Item], None]) -> None:
     """Calls `work` for every item, WORKERS at a time. The first error stops it, when what is in flight has ended."""
     pending: deque[Future[None]] = deque()

@@ -181,7 +181,7 @@ def read_tokenizer(path: Location) -> dict[str, str]:
 
 
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
-    """The decoder's parameters, each read straight into its shards.
+    """The decoder's parameters, each read straight into its shards: a process reads those of its own devices, some at a time.
 
     Args:
         path: a checkpoint, or a run (its newest complete step).
@@ -196,23 +196,39 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
     """
     directory = resolve(path)
     config = read_metadata(directory).config
-    stored = stored_parameters(directory)
+    described = _described_parameters(directory)
+    stored = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in described.items()}
     check_parameters(config, nest(stored))
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding_of = flatten(shardings) if shardings is not None else dict.fromkeys(stored, one_device)
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=sharding_of[name]) for name, leaf in stored.items()
     }
-    with closing(ocp.StandardCheckpointHandler()) as handler, damage_named(directory):
+    # Without a limit Orbax reads all shards at once, and holds everything twice.
+    gigabytes = 1 + max(_bytes_to_read(leaf, sharding_of[name]) for name, leaf in described.items()) // 10**9
+    with closing(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as handler, damage_named(directory):
         return handler.restore(directory / PARAMETERS, args=ocp.args.StandardRestore(nest(targets)))
 
 
 def stored_parameters(path: Location) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array in a checkpoint's `params`, by dotted path; no array is read. Raises InputError."""
-    item = resolve(path) / PARAMETERS
+    return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in _described_parameters(resolve(path)).items()}
+
+
+def _described_parameters(directory: epath.Path) -> dict[str, Any]:
+    """Orbax's metadata of every array: shape, dtype, chunks."""
+    item = directory / PARAMETERS
     with closing(ocp.StandardCheckpointHandler()) as handler, damage_named(item):
-        tree = handler.metadata(item).tree
-        return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree).items()}
+        return flatten(handler.metadata(item).tree)
+
+
+def _bytes_to_read(leaf: Any, sharding: jax.sharding.Sharding) -> int:
+    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across."""
+    elements = 1
+    for whole, part, chunk in zip(leaf.shape, sharding.shard_shape(tuple(leaf.shape)), leaf.storage.chunk_shape, strict=True):
+        chunks = -(-whole // chunk)
+        elements *= chunk * min(chunks, part // chunk if part % chunk == 0 else part // chunk + 2)
+    return elements * leaf.dtype.itemsize
 
 
 def open_parameters(path: Location, cache_bytes: int = 0) -> dict[str, ts.TensorStore]:
