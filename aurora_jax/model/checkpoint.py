@@ -22,7 +22,7 @@ import tensorstore as ts
 from etils import epath
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import ModelConfig, from_hf_config
+from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
 
@@ -192,7 +192,8 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
         Nested dictionary of `jax.Array`, layers stacked: what `decoder.merge` takes.
 
     Raises:
-        InputError: not a checkpoint, parameters that do not fit its config, or files that are missing or damaged.
+        InputError: not a checkpoint, parameters that do not fit its config or that the shardings cannot divide, or files that are missing
+            or damaged.
     """
     directory = resolve(path)
     config = read_metadata(directory).config
@@ -205,7 +206,7 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=sharding_of[name]) for name, leaf in stored.items()
     }
     # Without a limit Orbax reads all shards at once, and holds everything twice.
-    gigabytes = 1 + max(_bytes_to_read(leaf, sharding_of[name]) for name, leaf in described.items()) // 10**9
+    gigabytes = 1 + max(_bytes_to_read(name, leaf, sharding_of[name]) for name, leaf in described.items()) // 10**9
     with closing(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as handler, damage_named(directory):
         return handler.restore(directory / PARAMETERS, args=ocp.args.StandardRestore(nest(targets)))
 
@@ -222,10 +223,15 @@ def _described_parameters(directory: epath.Path) -> dict[str, Any]:
         return flatten(handler.metadata(item).tree)
 
 
-def _bytes_to_read(leaf: Any, sharding: jax.sharding.Sharding) -> int:
-    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across."""
+def _bytes_to_read(name: str, leaf: Any, sharding: jax.sharding.Sharding) -> int:
+    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across. Raises InputError if there is no such shard."""
+    try:
+        shard = sharding.shard_shape(tuple(leaf.shape))
+    except ValueError as error:
+        hint = f" {PADDING_HINT}" if TABLE[name].letters.startswith("V") else ""
+        raise InputError(f"{name} {tuple(leaf.shape)} cannot be divided over the mesh: {error}.{hint}") from None
     elements = 1
-    for whole, part, chunk in zip(leaf.shape, sharding.shard_shape(tuple(leaf.shape)), leaf.storage.chunk_shape, strict=True):
+    for whole, part, chunk in zip(leaf.shape, shard, leaf.storage.chunk_shape, strict=True):
         chunks = -(-whole // chunk)
         elements *= chunk * min(chunks, part // chunk if part % chunk == 0 else part // chunk + 2)
     return elements * leaf.dtype.itemsize

@@ -22,6 +22,11 @@ HF_REQUIRED: dict[Family, dict[str, bool]] = {
 
 # What every BLOOM has in common: its `config.json` does not say it.
 BLOOM: dict[str, Any] = {"multi_query": False, "activation": "gelu_tanh", "positions": "alibi", "embedding_norm": True}
+PADDING_HINT = (
+    "Pad the vocabulary: `python -m convert from-torch --vocabulary-divisible-by N`, or vocabulary_divisible_by = N in the ModelConfig."
+)
+"""What to do about a vocabulary that a mesh cannot divide."""
+
 BLOOM_LENGTH = 2_048
 """Tokens of the sequences that BLOOM was trained on; some published configs do not have them (`seq_length`)."""
 
