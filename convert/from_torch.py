@@ -22,7 +22,7 @@ from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
 from convert.partial import partial_output
 from convert.progress import byte_progress
 from convert.source import HuggingFaceFolder, read_folder
-from convert.streaming import Scratch, UnwrittenArray, copy, for_each, open_for_writing, unwritten_handler
+from convert.streaming import Scratch, UnwrittenArray, for_each, open_for_writing, row_major, unwritten_handler
 from convert.weight_map import TIED_HEAD, Row, hf_tensors, token_embedding, weight_map
 
 ParameterDtype = Literal["float32", "bfloat16"]
@@ -184,12 +184,9 @@ def _convert(
     if read.dtype != dtype:
         rows = scratch.array("cast", read.shape, dtype)
         np.copyto(rows, read, casting="unsafe")
-    ours = scratch.array("ours", row.block_shape(config, stop - start), dtype)
-    values = row.to_ours(rows, config)
-    within = (slice(None),) * row.unit_axis
-    filled = values.shape[row.unit_axis]
-    copy(ours[(*within, slice(filled))], values)
-    ours[(*within, slice(filled, None))] = 0  # rows that pad the vocabulary
+    ours = row_major(row.to_ours(rows, config))
+    if padding := stop - start - ours.shape[row.unit_axis]:  # rows that pad the vocabulary
+        ours = np.pad(ours, [(0, padding if axis == row.unit_axis else 0) for axis in range(ours.ndim)])
     try:
         store[row.index(layer, start, stop)].write(ours).result()
     except ValueError as error:  # TensorStore's name for a full disk

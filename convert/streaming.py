@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -84,10 +85,9 @@ class Scratch(threading.local):
         return self._buffers[role][:count].view(dtype).reshape(shape)
 
 
-def copy(into: np.ndarray, values: np.ndarray) -> None:
-    """Copies values of the same dtype: as integers, because NumPy moves bfloat16, which is foreign to it, one by one."""
-    integer = np.dtype(f"u{values.dtype.itemsize}")
-    np.copyto(into.view(integer), values.view(integer))
+def row_major(values: np.ndarray) -> np.ndarray:
+    """The same values in row-major order. JAX's runtime transposes more than twice as fast as NumPy."""
+    return np.asarray(jax.device_put(values, jax.local_devices(backend="cpu")[0]))
 
 
 def for_each(items: Iterable[Item], work: Callable[[Item], None]) -> None:

@@ -29,7 +29,7 @@ from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output
 from convert.progress import byte_progress
 from convert.source import SAFETENSORS_DTYPES
-from convert.streaming import Scratch, copy, for_each
+from convert.streaming import Scratch, for_each, row_major
 from convert.weight_map import Row, hf_tensors, weight_map
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -219,10 +219,7 @@ def _write_part(part: Part, config: ModelConfig, dtype: np.dtype, store: ts.Tens
         cast = scratch.array("cast", block.shape, dtype)
         np.copyto(cast, block, casting="unsafe")
         block = cast
-    turned = row.to_hf(block, config)
-    rows = scratch.array("rows", turned.shape, dtype)
-    copy(rows, turned)
-    values = rows.reshape(-1).view(np.uint8)
+    values = row_major(row.to_hf(block, config)).reshape(-1).view(np.uint8)
     row_bytes = math.prod(row.hf_shape(config)[1:]) * dtype.itemsize
     written = 0
     descriptor = os.open(tensor.file, os.O_WRONLY)
