@@ -199,7 +199,7 @@ def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, tokenizer: dic
     return {
         "command": "from-torch",
         "source": str(folder.path.absolute()),
-        "files": {file.name: f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns} ns" for file in folder.files},
+        **{file.name: f"{file.stat().st_size} bytes, modified at {file.stat().st_mtime_ns} ns" for file in folder.files},
         "dtype": metadata.parameter_dtype,
         "vocabulary_divisible_by": metadata.config.vocabulary_divisible_by,
         "config and tokenizer": hashlib.sha256(texts.encode()).hexdigest(),

@@ -115,7 +115,10 @@ def _opened(path: Path, journal: int, job: dict[str, Any]) -> Partial:
         os.write(journal, json.dumps(job).encode() + b"\n")
         return Partial(path, journal, set())
     header, *lines = text.decode().splitlines()
-    before = json.loads(header)
+    try:
+        before = json.loads(header)
+    except ValueError:
+        raise _AnotherJob(f"{folder}/journal is not one of a conversion: delete the folder, or give another destination.") from None
     for name in {**before, **job}:
         if before.get(name) != job.get(name):
             raise _AnotherJob(

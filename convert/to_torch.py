@@ -84,7 +84,7 @@ def to_torch(
     job = {
         "command": "to-torch",
         "source": str(path),
-        "written": (path / "_CHECKPOINT_METADATA").read_text(),
+        "the checkpoint's times": (path / "_CHECKPOINT_METADATA").read_text(),
         "dtype": name,
         "max_shard_size": limit,
     }
@@ -201,7 +201,7 @@ def _write_tensors(
         if last:
             descriptor = os.open(part.tensor.file, os.O_WRONLY)
             try:
-                os.fdatasync(descriptor)
+                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             partial.finish(part.tensor.name)
