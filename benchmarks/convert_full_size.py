@@ -238,9 +238,9 @@ def restore(ours: Path) -> list[dict[str, Any]]:
         command = [sys.executable, str(worker), str(ours), json.dumps(mesh)]
         found = json.loads(subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, check=True).stdout)
         label = " x ".join(f"{axis} {devices}" for axis, devices in mesh.items())
-        read, arrays, beyond = (found[key] / 1e9 for key in ("read", "arrays", "beyond"))
+        read, parameters, beyond = (found[key] / 1e9 for key in ("read", "parameters", "beyond"))
         name = f"restore onto {label} ({found['seconds']:.0f} s), bytes read / parameters"
-        rows.append(figure(name, read, arrays, "GB", f"<= {READ:g}", read <= READ * arrays))
+        rows.append(figure(name, read, parameters, "GB", f"<= {READ:g}", read <= READ * parameters))
         name = f"restore onto {label}, peak memory beyond the arrays / largest parameter"
         rows.append(figure(name, beyond, largest, "GB", "< 1", beyond < largest))
     return rows

@@ -33,8 +33,9 @@ def main(checkpoint: Path, mesh: dict[str, int]) -> None:
     parameters = jax.block_until_ready(restore_parameters(checkpoint, shardings=shardings))
     seconds = time.perf_counter() - start
     arrays = sum(shard.data.nbytes for leaf in flatten(parameters).values() for shard in leaf.addressable_shards)
+    whole = sum(leaf.nbytes for leaf in flatten(parameters).values())
     beyond = (figure("status", "VmHWM") - memory) * 1024 - arrays
-    print(json.dumps({"read": figure("io", "rchar") - read, "arrays": arrays, "beyond": beyond, "seconds": seconds}))
+    print(json.dumps({"read": figure("io", "rchar") - read, "parameters": whole, "beyond": beyond, "seconds": seconds}))
 
 
 if __name__ == "__main__":
