@@ -43,7 +43,7 @@ bench: setup
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/generate_cpu.py
 	$(BIN)/python benchmarks/generate_tpu.py
-	$(BIN)/python benchmarks/convert_memory.py
+	$(BIN)/python benchmarks/convert_full_size.py
 	$(BIN)/python benchmarks/flash_attention.py
 	$(BIN)/python -m aurora_jax data sample quickstart/corpus
 	$(BIN)/python benchmarks/data.py

@@ -20,28 +20,42 @@ AGREED, DISAGREED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class FromTorch:
-    """Convert a Hugging Face folder (safetensors or .bin) to a checkpoint of ours, in constant memory."""
+    """Convert a Hugging Face folder (safetensors or .bin) to a checkpoint of ours, in constant memory.
+
+    DST appears only when it is complete. Until then everything is in the folder .NAME.partial beside it. Whatever ends a conversion before
+    its time (Ctrl-C, a full disk, a killed process), the same command with --resume continues it, and does not repeat finished blocks.
+    """
 
     source: tyro.conf.Positional[Path]
     """Folder with config.json and the weights, one file or sharded."""
     destination: tyro.conf.Positional[Path]
     """Checkpoint to be made. It must not exist, and appears only when it is complete."""
     dtype: ParameterDtype | None = None
-    """Of the parameters. Default: that of the source, float32 for float16."""
+    """Of the parameters. Default: that of the source, float32 for float16. bfloat16 halves the disk, and what a mesh has to read."""
+    vocabulary_divisible_by: int = 1
+    """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n devices can divide them: n, or 128
+    for any (Megatron-LM's make-vocab-size-divisible-by). Needed for vocabularies such as 49,153. to-torch leaves the padding out."""
+    resume: bool = False
+    """Continue an interrupted conversion of the same files with the same options; begin one if there is none."""
     dry_run: bool = False
     """Print the whole mapping (name, shape, dtype -> name, shape, partition) and write nothing."""
 
     def run(self) -> int:
         if self.dry_run:
-            print_mapping(self.source, self.dtype)
+            print_mapping(self.source, self.dtype, vocabulary_divisible_by=self.vocabulary_divisible_by)
         else:
-            from_torch(self.source, self.destination, self.dtype)
+            divisor = self.vocabulary_divisible_by
+            from_torch(self.source, self.destination, self.dtype, vocabulary_divisible_by=divisor, resume=self.resume)
         return AGREED
 
 
 @dataclass(frozen=True)
 class ToTorch:
-    """Convert a checkpoint of ours to a Hugging Face folder that transformers and vLLM load."""
+    """Convert a checkpoint of ours to a Hugging Face folder that transformers and vLLM load, in constant memory.
+
+    Rows that pad the vocabulary are left out. DST appears only when it is complete; --resume continues an interrupted conversion, tensor by
+    tensor.
+    """
 
     source: tyro.conf.Positional[Path]
     """Checkpoint, or run directory (its newest complete step)."""
@@ -51,9 +65,11 @@ class ToTorch:
     """Of the written weights. Default: that of the checkpoint."""
     max_shard_size: str = "5GB"
     """Largest weight file, such as 5GB or 500MB."""
+    resume: bool = False
+    """Continue an interrupted conversion of the same checkpoint with the same options; begin one if there is none."""
 
     def run(self) -> int:
-        to_torch(self.source, self.destination, self.dtype, self.max_shard_size)
+        to_torch(self.source, self.destination, self.dtype, self.max_shard_size, resume=self.resume)
         return AGREED
 
 
@@ -95,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt or 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -1,65 +1,118 @@
 """PyTorch (Hugging Face) weights into our checkpoint, block by block."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from rich.console import Console
 from rich.table import Table
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import TOKENIZER_FILES, CheckpointMetadata, require_free, tokenizer_sha256, write_checkpoint
-from aurora_jax.model.config import family_of
+from aurora_jax.model.checkpoint import PARAMETERS, TOKENIZER_FILES, CheckpointMetadata, tokenizer_sha256, write_checkpoint
+from aurora_jax.model.config import ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
+from convert.partial import partial_output
 from convert.progress import byte_progress
-from convert.source import HuggingFaceFolder, StoredTensor, read_folder
-from convert.streaming import StreamedArray, streamed_handler
+from convert.source import HuggingFaceFolder, read_folder
+from convert.streaming import Scratch, UnwrittenArray, for_each, open_for_writing, row_major, unwritten_handler
 from convert.weight_map import TIED_HEAD, Row, hf_tensors, token_embedding, weight_map
 
 ParameterDtype = Literal["float32", "bfloat16"]
 DTYPES: dict[ParameterDtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def from_torch(source: str | os.PathLike[str], destination: str | os.PathLike[str], dtype: ParameterDtype | None = None) -> None:
+class Block(NamedTuple):
+    """Units start .. stop - 1 of one layer of one of our parameters."""
+
+    row: Row
+    layer: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.row.ours} {self.layer} {self.start}"
+
+
+def from_torch(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: ParameterDtype | None = None,
+    *,
+    vocabulary_divisible_by: int = 1,
+    resume: bool = False,
+) -> None:
     """Converts a Hugging Face folder to a checkpoint; memory stays at some blocks of CHUNK_BYTES whatever the model's size.
 
     Args:
         source: folder with config.json and safetensors or .bin weights, one file or sharded.
-        destination: the checkpoint to be made; must not exist. It appears only when it is complete.
+        destination: the checkpoint to be made; must not exist. It appears only when it is complete: see `partial_output` for what an
+            interrupted conversion leaves.
         dtype: of the parameters; by default that of the source (float32 for float16 or for a mix).
+        vocabulary_divisible_by: see `ModelConfig`.
+        resume: continue what an interrupted conversion of the same files left, if it left anything.
 
     Raises:
         InputError: anything wrong with the source or the destination, naming the file and the tensor.
     """
-    path = require_free(destination)
     folder = read_folder(source)
     check_tensors(folder)
-    _check_tied_head(folder)
+    config = replace(folder.config, vocabulary_divisible_by=vocabulary_divisible_by)
     parameter_dtype = dtype or source_dtype(folder)
     tokenizer = _read_tokenizer_files(folder.path)
     metadata = CheckpointMetadata(
-        config=folder.config,
+        config=config,
         parameter_dtype=parameter_dtype,
         hf_config=folder.hf_config,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         source={"path": str(folder.path.absolute()), "files": {file.name: file.stat().st_size for file in folder.files}},
     )
-    total = sum(tensor.nbytes for name, tensor in folder.tensors.items() if name != TIED_HEAD)
-    with byte_progress(f"{folder.path} -> {destination}", total) as advance:
-        arrays = {row.ours: _streamed(row, folder, DTYPES[parameter_dtype], advance) for row in weight_map(folder.config)}
-        write_checkpoint(path, streamed_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, tokenizer)
+    array_dtype = DTYPES[parameter_dtype]
+    blocks = list(_blocks(config, array_dtype))
+    with partial_output(destination, _job(folder, metadata, tokenizer), resume) as partial:
+        if partial.complete:
+            return
+        if not partial.output.exists():
+            _check_tied_head(folder)
+            shapes = parameter_shapes(config)
+            arrays = {
+                row.ours: UnwrittenArray(shapes[row.ours].shape, array_dtype, row.chunk_shape(config, array_dtype.itemsize))
+                for row in weight_map(config)
+            }
+            write_checkpoint(partial.output, unwritten_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, tokenizer)
+        stores = {row.ours: open_for_writing(partial.output / PARAMETERS / row.ours) for row in weight_map(config)}
+        rest = [block for block in blocks if str(block) not in partial.done]
+        total, remaining = (sum(_source_bytes(folder, block) for block in some) for some in (blocks, rest))
+        scratch = Scratch()
+        with byte_progress(f"{folder.path} -> {destination}", total, total - remaining) as advance:
+
+            def convert(block: Block) -> None:
+                _convert(block, folder, config, array_dtype, stores[block.row.ours], scratch)
+                partial.finish(str(block))
+                advance(_source_bytes(folder, block))
+
+            for_each(rest, convert)
 
 
-def print_mapping(source: str | os.PathLike[str], dtype: ParameterDtype | None = None, console: Console | None = None) -> None:
+def print_mapping(
+    source: str | os.PathLike[str],
+    dtype: ParameterDtype | None = None,
+    *,
+    vocabulary_divisible_by: int = 1,
+    console: Console | None = None,
+) -> None:
     """Prints what `from_torch` would do, a line for each tensor, and writes nothing. Raises InputError as `from_torch` does."""
     folder = read_folder(source)
     check_tensors(folder)
     parameter_dtype = dtype or source_dtype(folder)
-    shapes = parameter_shapes(folder.config)
+    shapes = parameter_shapes(replace(folder.config, vocabulary_divisible_by=vocabulary_divisible_by))
     table = Table("Hugging Face tensor", "shape", "dtype", "our parameter", "shape", "dtype", "partition", title=f"{folder.path}")
     for name, parts in hf_tensors(folder.config).items():
         stored = folder.tensors[name]
@@ -101,25 +154,56 @@ def _check_tied_head(folder: HuggingFaceFolder) -> None:
     if head is None or head == embedding:  # the same bytes of a .bin file
         return
     for start, stop in row.blocks(folder.config, np.dtype(np.float32).itemsize):
-        if not np.array_equal(head.read_rows([(start, stop)]), embedding.read_rows([(start, stop)])):
+        spans = row.spans(folder.config, start, stop)
+        if not np.array_equal(head.read_rows(spans), embedding.read_rows(spans)):
             raise InputError(
                 f"{head.file}: {TIED_HEAD} differs from {row.hf} in the rows {start} to {stop - 1}; only models whose head is "
                 "the token embedding can be converted."
             )
 
 
-def _streamed(row: Row, folder: HuggingFaceFolder, dtype: np.dtype, advance: Callable[[int], None]) -> StreamedArray:
-    config = folder.config
-
-    def blocks() -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
+def _blocks(config: ModelConfig, dtype: np.dtype) -> Iterator[Block]:
+    for row in weight_map(config):
         for layer in range(config.layers if row.stacked else 1):
-            tensor: StoredTensor = folder.tensors[row.hf_name(layer)]
             for start, stop in row.blocks(config, dtype.itemsize):
-                rows = tensor.read_rows(row.spans(config, start, stop))
-                yield row.index(layer, start, stop), row.to_ours(rows.astype(dtype, copy=False), config)
-                advance(rows.nbytes)
+                yield Block(row, layer, start, stop)
 
-    return StreamedArray(parameter_shapes(config)[row.ours].shape, dtype, row.chunk_shape(config, dtype.itemsize), blocks)
+
+def _source_bytes(folder: HuggingFaceFolder, block: Block) -> int:
+    tensor = folder.tensors[block.row.hf_name(block.layer)]
+    rows = sum(last - first for first, last in block.row.spans(folder.config, block.start, block.stop))
+    return rows * tensor.nbytes // tensor.shape[0]
+
+
+def _convert(
+    block: Block, folder: HuggingFaceFolder, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, scratch: Scratch
+) -> None:
+    row, layer, start, stop = block
+    read = folder.tensors[row.hf_name(layer)].read_rows(row.spans(config, start, stop), scratch)
+    rows = read
+    if read.dtype != dtype:
+        rows = scratch.array("cast", read.shape, dtype)
+        np.copyto(rows, read, casting="unsafe")
+    ours = row_major(row.to_ours(rows, config))
+    if padding := stop - start - ours.shape[row.unit_axis]:  # rows that pad the vocabulary
+        ours = np.pad(ours, [(0, padding if axis == row.unit_axis else 0) for axis in range(ours.ndim)])
+    try:
+        store[row.index(layer, start, stop)].write(ours).result()
+    except ValueError as error:  # TensorStore's name for a full disk
+        raise OSError(str(error)) from error
+
+
+def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, tokenizer: dict[str, str]) -> dict[str, Any]:
+    """What an interrupted conversion must have in common with the one that continues it."""
+    texts = json.dumps([folder.hf_config, tokenizer], sort_keys=True)
+    return {
+        "command": "from-torch",
+        "source": str(folder.path.absolute()),
+        **{file.name: f"{file.stat().st_size} bytes, modified at {file.stat().st_mtime_ns} ns" for file in folder.files},
+        "dtype": metadata.parameter_dtype,
+        "vocabulary_divisible_by": metadata.config.vocabulary_divisible_by,
+        "config and tokenizer": hashlib.sha256(texts.encode()).hexdigest(),
+    }
 
 
 def _read_tokenizer_files(folder: Path) -> dict[str, str]:

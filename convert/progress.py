@@ -8,9 +8,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 @contextmanager
-def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar on stderr while its block runs; yields the function that is told how many bytes were moved."""
+def byte_progress(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr while its block runs; yields the function that is told how many bytes were moved.
+
+    `done` bytes were moved before, by another process.
+    """
     columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(label, total=total, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, from_hf_config
+from convert.streaming import Scratch
 from convert.weight_map import IGNORED, PREFIX, TIED_HEAD
 
 SAFETENSORS_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -38,21 +39,31 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read_rows(self, spans: list[tuple[int, int]]) -> np.ndarray:
-        """The rows of each (first, last + 1), one after the other: [rows, ...]. Raises InputError if the file ends before them."""
+    def read_rows(self, spans: list[tuple[int, int]], scratch: Scratch | None = None) -> np.ndarray:
+        """The rows of each (first, last + 1), one after the other: [rows, ...], in a buffer of `scratch` if it is given.
+
+        Raises:
+            InputError: the file ends before them or cannot be read.
+        """
         row_shape = self.shape[1:]
         row_bytes = math.prod(row_shape) * self.dtype.itemsize
-        buffer = np.empty((sum(stop - start for start, stop in spans), *row_shape), self.dtype)
+        shape = (sum(stop - start for start, stop in spans), *row_shape)
+        buffer = np.empty(shape, self.dtype) if scratch is None else scratch.array("read", shape, self.dtype)
         into = memoryview(buffer.reshape(-1).view(np.uint8).data)
-        with self.file.open("rb", buffering=0) as file:
-            for start, stop in spans:
-                file.seek(self.offset + start * row_bytes)
-                span, into = into[: (stop - start) * row_bytes], into[(stop - start) * row_bytes :]
-                while span:  # one read returns at most 2 GiB on Linux
-                    count = file.readinto(span)
-                    if not count:
-                        raise InputError(f"{self.file} ends before the tensor does: the file changed or is truncated; download it again.")
-                    span = span[count:]
+        try:
+            with self.file.open("rb", buffering=0) as file:
+                for start, stop in spans:
+                    file.seek(self.offset + start * row_bytes)
+                    span, into = into[: (stop - start) * row_bytes], into[(stop - start) * row_bytes :]
+                    while span:  # one read returns at most 2 GiB on Linux
+                        count = file.readinto(span)
+                        if not count:
+                            raise InputError(
+                                f"{self.file} ends before the tensor does: the file changed or is truncated; download it again."
+                            )
+                        span = span[count:]
+        except OSError as error:
+            raise InputError(f"{self.file} cannot be read: {error}.") from error
         return buffer
 
 

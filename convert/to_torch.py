@@ -4,14 +4,16 @@ import json
 import math
 import os
 import re
-import shutil
+import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.checkpoint import (
@@ -20,13 +22,14 @@ from aurora_jax.model.checkpoint import (
     open_parameters,
     read_metadata,
     read_tokenizer,
-    require_free,
     resolve,
 )
 from aurora_jax.model.config import ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype
+from convert.partial import Partial, partial_output
 from convert.progress import byte_progress
 from convert.source import SAFETENSORS_DTYPES
+from convert.streaming import Scratch, for_each, row_major
 from convert.weight_map import Row, hf_tensors, weight_map
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -45,6 +48,8 @@ def to_torch(
     destination: str | os.PathLike[str],
     dtype: ParameterDtype | None = None,
     max_shard_size: str = "5GB",
+    *,
+    resume: bool = False,
 ) -> None:
     """Writes a checkpoint as safetensors with config, generation config and tokenizer files.
 
@@ -53,16 +58,17 @@ def to_torch(
 
     Args:
         source: a checkpoint, or a run directory (its newest complete step).
-        destination: the folder to be made; must not exist. It appears only when it is complete.
+        destination: the folder to be made; must not exist. It appears only when it is complete: see `partial_output` for what an
+            interrupted conversion leaves.
         dtype: of the written weights; that of the checkpoint by default.
         max_shard_size: largest file, such as 5GB or 500MB (decimal); a single larger tensor is a file of its own.
+        resume: continue what an interrupted conversion of the same checkpoint left, if it left anything.
 
     Raises:
         InputError: not a checkpoint, a damaged one, a model that no Hugging Face architecture computes, or a destination that exists or
             cannot be written.
     """
     limit = parse_size(max_shard_size)
-    folder = Path(require_free(destination))
     path = resolve(source)
     metadata = read_metadata(path)
     config = metadata.config
@@ -75,22 +81,24 @@ def to_torch(
         # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would be read many times.
         stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in rows if row.stacked))
     shards = plan_shards(config, DTYPES[name].itemsize, limit)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        with (
-            byte_progress(f"{source} -> {destination}", sum(_sizes(config, DTYPES[name].itemsize).values())) as advance,
-            damage_named(path),
-        ):
-            for shard in shards:
-                _write_shard(temporary / shard.name, shard, config, DTYPES[name], stores, advance)
-        _write_text_files(temporary, metadata, name, shards, read_tokenizer(path))
-        temporary.rename(folder)
-    except BaseException as error:  # Ctrl-C included: nothing half-written stays behind
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{folder} cannot be written: {error}.") from error
-        raise
+    job = {
+        "command": "to-torch",
+        "source": str(path),
+        "the checkpoint's times": (path / "_CHECKPOINT_METADATA").read_text(),
+        "dtype": name,
+        "max_shard_size": limit,
+    }
+    with partial_output(destination, job, resume) as partial:
+        if partial.complete:
+            return
+        sizes = _sizes(config, DTYPES[name].itemsize)
+        partial.output.mkdir(exist_ok=True)
+        tensors = [tensor for shard in shards for tensor in _make_shard(partial.output / shard.name, shard, config, DTYPES[name])]
+        rest = [tensor for tensor in tensors if tensor.name not in partial.done]
+        done = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in rest)
+        with byte_progress(f"{source} -> {destination}", sum(sizes.values()), done) as advance:
+            _write_tensors(rest, config, DTYPES[name], stores, path, partial, advance)
+        _write_text_files(partial.output, metadata, name, shards, read_tokenizer(path))
 
 
 def parse_size(text: str) -> int:
@@ -122,14 +130,18 @@ def _sizes(config: ModelConfig, itemsize: int) -> dict[str, int]:
     return {tensor: math.prod(parts[0][0].hf_shape(config)) * itemsize for tensor, parts in hf_tensors(config).items()}
 
 
-def _write_shard(
-    file: Path,
-    shard: Shard,
-    config: ModelConfig,
-    dtype: np.dtype,
-    stores: dict[str, ts.TensorStore],
-    advance: Callable[[int], None],
-) -> None:
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor's place in its file."""
+
+    name: str
+    file: Path
+    offset: int
+    """Bytes from the beginning of the file."""
+
+
+def _make_shard(file: Path, shard: Shard, config: ModelConfig, dtype: np.dtype) -> list[PlacedTensor]:
+    """A file of its full size with its header, and holes for data; one that an earlier process has made stays as it is."""
     parts = hf_tensors(config)
     label = next(label for label, known in SAFETENSORS_DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -141,36 +153,85 @@ def _write_shard(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format wants the data aligned
     data = 8 + len(encoded)
-    with file.open("wb") as opened:
-        opened.write(len(encoded).to_bytes(8, "little") + encoded)
-        opened.truncate(data + end)
-        for tensor in shard.tensors:
-            offset = data + header[tensor]["data_offsets"][0]
-            for row, layer in parts[tensor]:
-                _write_part(opened.fileno(), offset, row, layer, config, dtype, stores[row.ours], advance)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        _write_at(descriptor, np.frombuffer(len(encoded).to_bytes(8, "little") + encoded, np.uint8), 0)
+        os.truncate(descriptor, data + end)
+    finally:
+        os.close(descriptor)
+    return [PlacedTensor(tensor, file, data + header[tensor]["data_offsets"][0]) for tensor in shard.tensors]
 
 
-def _write_part(
-    descriptor: int,
-    offset: int,
-    row: Row,
-    layer: int,
+class Part(NamedTuple):
+    """Units start .. stop - 1 of one layer of one of our parameters, on their way into a tensor."""
+
+    tensor: PlacedTensor
+    row: Row
+    layer: int
+    start: int
+    stop: int
+
+
+def _write_tensors(
+    tensors: list[PlacedTensor],
     config: ModelConfig,
     dtype: np.dtype,
-    store: ts.TensorStore,
+    stores: dict[str, ts.TensorStore],
+    source: epath.Path,
+    partial: Partial,
     advance: Callable[[int], None],
 ) -> None:
-    """Writes what one of our parameters contributes to the tensor that begins at `offset` bytes of the file."""
+    """Fills the files; a tensor is finished when all of it has reached the disk."""
+    parts = hf_tensors(config)
+    work = [
+        Part(tensor, row, layer, start, stop)
+        for tensor in tensors
+        for row, layer in parts[tensor.name]
+        for start, stop in row.blocks(config, _itemsize(stores[row.ours]))
+    ]
+    missing = Counter(part.tensor.name for part in work)
+    lock = threading.Lock()
+    scratch = Scratch()
+
+    def write(part: Part) -> None:
+        advance(_write_part(part, config, dtype, stores[part.row.ours], source, scratch))
+        with lock:
+            missing[part.tensor.name] -= 1
+            last = not missing[part.tensor.name]
+        if last:
+            descriptor = os.open(part.tensor.file, os.O_WRONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.finish(part.tensor.name)
+
+    for_each(work, write)
+
+
+def _write_part(part: Part, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch) -> int:
+    """Returns the number of bytes of the tensor that were written."""
+    tensor, row, layer, start, stop = part
+    block = scratch.array("read", row.block_shape(config, stop - start), store.dtype.numpy_dtype)
+    with damage_named(source):
+        ts.array(block).write(store[row.index(layer, start, stop)]).result()
+    if block.dtype != dtype:
+        cast = scratch.array("cast", block.shape, dtype)
+        np.copyto(cast, block, casting="unsafe")
+        block = cast
+    values = row_major(row.to_hf(block, config)).reshape(-1).view(np.uint8)
     row_bytes = math.prod(row.hf_shape(config)[1:]) * dtype.itemsize
-    for start, stop in row.blocks(config, _itemsize(store)):
-        block = store[row.index(layer, start, stop)].read().result()
-        rows = np.ascontiguousarray(row.to_hf(block.astype(dtype, copy=False), config)).reshape(-1).view(np.uint8)
-        written = 0
+    written = 0
+    descriptor = os.open(tensor.file, os.O_WRONLY)
+    try:
         for first, last in row.spans(config, start, stop):
-            span = rows[written : written + (last - first) * row_bytes]
-            _write_at(descriptor, span, offset + first * row_bytes)
+            span = values[written : written + (last - first) * row_bytes]
+            if span.any():  # the file is made of zeros: writing more of them would only fill the disk
+                _write_at(descriptor, span, tensor.offset + first * row_bytes)
             written += len(span)
-        advance(written)
+    finally:
+        os.close(descriptor)
+    return written
 
 
 def _itemsize(store: ts.TensorStore) -> int:

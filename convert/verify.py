@@ -148,7 +148,8 @@ def _our_model(path: str | os.PathLike[str]) -> Logits:
         decoder = merge(structure, parameters)
         return decoder.logits(decoder(tokens_1L))
 
-    return lambda tokens_L: np.asarray(logits_1LV(parameters, jax.numpy.asarray(tokens_L[None])))[0]
+    tokens = _config(path).vocabulary_size
+    return lambda tokens_L: np.asarray(logits_1LV(parameters, jax.numpy.asarray(tokens_L[None])))[0, :, :tokens]
 
 
 def _hf_model(path: str | os.PathLike[str]) -> Logits:

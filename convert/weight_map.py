@@ -17,6 +17,11 @@ from aurora_jax.model.checkpoint import CHUNK_BYTES
 from aurora_jax.model.config import Family, ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, dimensions, rows_of
 
+PIECES = 8
+"""A block is stored in up to so many chunks along each dimension that the mesh divides: a device then reads little but its own part."""
+
+LEAST_CHUNK_BYTES = CHUNK_BYTES // 64
+
 IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 """Causal-mask buffers that old `.bin` files hold; they are not weights."""
 
@@ -61,21 +66,27 @@ class Row:
         return self.hf.format(layer=layer)
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape of the whole Hugging Face tensor: [rows] or [rows, columns]."""
-        sizes = dimensions(config)
+        """Shape of the whole Hugging Face tensor: [rows] or [rows, columns]. It has no rows that pad the vocabulary."""
+        sizes = {**dimensions(config), "V": config.vocabulary_size}
         columns = self._columns(config)
         if self.fused:
             return ((sizes["H"] + 2 * sizes["K"]) * sizes["C"], *columns)
         return (sizes[self.letters[0]], *columns)
 
     def units(self, config: ModelConfig) -> int:
+        """Units of our parameter, those that pad the vocabulary included."""
         return dimensions(config)[self.letters[0]]
 
     def block_units(self, config: ModelConfig, itemsize: int) -> int:
-        """Units in a block, at least one: about CHUNK_BYTES, evenly divided."""
+        """Units in a block, at least one: at most CHUNK_BYTES, if possible in a number of blocks that a mesh divides as well."""
+        units = self.units(config)
         unit_bytes = math.prod(self._unit_shape(config)) * itemsize
-        blocks = math.ceil(self.units(config) / max(1, CHUNK_BYTES // unit_bytes))
-        return math.ceil(self.units(config) / blocks)
+        blocks = math.ceil(units / max(1, CHUNK_BYTES // unit_bytes))
+        if blocks > 1:
+            parts = math.gcd(units, PIECES)
+            fitting = (count for count in range(blocks, 2 * blocks + parts) if count % parts == 0 and units % count == 0)
+            blocks = next(fitting, blocks)
+        return math.ceil(units / blocks)
 
     def blocks(self, config: ModelConfig, itemsize: int) -> Iterator[tuple[int, int]]:
         """(first, last + 1) unit of each block, in order."""
@@ -83,9 +94,10 @@ class Row:
         return ((start, min(start + step, self.units(config))) for start in range(0, self.units(config), step))
 
     def spans(self, config: ModelConfig, start: int, stop: int) -> list[tuple[int, int]]:
-        """Rows (first, last + 1) of the Hugging Face tensor that hold units start .. stop - 1, adjacent ones joined."""
+        """Rows (first, last + 1) of the Hugging Face tensor that hold units start .. stop - 1, adjacent ones joined; none of padding."""
         if not self.fused:
-            return [(start, stop)]
+            stop = min(stop, self.hf_shape(config)[0])
+            return [(start, stop)] if start < stop else []
         sizes = dimensions(config)
         queries = sizes["H"] // sizes["K"]
         spans: list[tuple[int, int]] = []
@@ -111,11 +123,24 @@ class Row:
         return units_first.reshape(-1, *self._columns(config))
 
     def chunk_shape(self, config: ModelConfig, itemsize: int) -> tuple[int, ...]:
-        """Shape of a block in our array, the layer dimension included."""
+        """Shape of the stored chunks of our array, the layer dimension included: a block, or a part of one."""
+        shape = list(self.block_shape(config, self.block_units(config, itemsize)))
+        partition = TABLE[self.ours].partition[1 if self.stacked else 0 :]
+        for axis, mesh_axes in enumerate(partition):
+            if mesh_axes is None or axis == self.unit_axis:
+                continue
+            pieces = math.gcd(shape[axis], PIECES)
+            while pieces > 1 and math.prod(shape) * itemsize < pieces * LEAST_CHUNK_BYTES:
+                pieces //= 2
+            shape[axis] //= pieces
+        return (1, *shape) if self.stacked else tuple(shape)
+
+    def block_shape(self, config: ModelConfig, units: int) -> tuple[int, ...]:
+        """Shape of so many units of a layer in our order of dimensions."""
         sizes = dimensions(config)
         shape = [sizes[letter] for letter in self.our_letters]
-        shape[self.unit_axis] = self.block_units(config, itemsize)
-        return (1, *shape) if self.stacked else tuple(shape)
+        shape[self.unit_axis] = units
+        return tuple(shape)
 
     def index(self, layer: int, start: int, stop: int) -> tuple[int | slice, ...]:
         """Where units start .. stop - 1 of a layer are in our array."""

@@ -21,16 +21,17 @@ MODELS = {
     "multi-query": ModelConfig(V, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2).with_dropout(0.0),
     "multi-head": ModelConfig(V, L, 64, 2, 8, 128, multi_query=False, layer_norm_epsilon=1e-2).with_dropout(0.0),
     "bloom": ModelConfig(V, L, 64, 2, 8, 128, **BLOOM, layer_norm_epsilon=1e-2).with_dropout(0.0),
+    "padded": ModelConfig(V - 3, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2, vocabulary_divisible_by=8).with_dropout(0.0),
 }
 
 
-def make_batch() -> Batch:
+def make_batch(tokens: int) -> Batch:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(V, size=(B, L + 1)).astype(np.int32)
+    tokens_BL = rng.integers(tokens, size=(B, L + 1)).astype(np.int32)
     segments = np.cumsum(rng.random((B, L)) < 3 / L, axis=1).astype(np.int32)
     positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
     weights = (rng.random((B, L)) < 0.8).astype(np.float32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions, np.zeros(B, np.int32))
+    return Batch(tokens_BL[:, :-1], tokens_BL[:, 1:], weights, segments, positions, np.zeros(B, np.int32))
 
 
 def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.sharding.Mesh | None, gather: str = "layer"):
@@ -39,7 +40,7 @@ def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.shardi
     loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=isolate, division=division)
     # Larger than initial weights, so that every part of the model matters.
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
-    batch = make_batch()
+    batch = make_batch(model.vocabulary_size)
     if mesh is not None:
         shardings = nest({path: jax.sharding.NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
         parameters, batch = jax.device_put(parameters, shardings), place(mesh, batch)
@@ -61,7 +62,7 @@ def compare(expected, found, label: str) -> None:
 QUICK = ((2, 2, 1, 1, 2), (1, 2, 2, 2, 1), (1, 1, 1, 2, 4), (1, 4, 1, 1, 2), (4, 1, 1, 2, 1))
 
 
-QUICK_OF = {"multi-query": QUICK, "multi-head": QUICK[::2], "bloom": QUICK[1:3]}
+QUICK_OF = {"multi-query": QUICK, "multi-head": QUICK[::2], "bloom": QUICK[1:3], "padded": QUICK[:1]}
 
 
 def main(attention: str, which: str) -> None:

@@ -193,6 +193,17 @@ def test_metadata_from_before_there_was_bloom_is_read(metadata):
     assert CheckpointMetadata.from_json(values) == metadata
 
 
+def test_metadata_from_before_there_was_padding_is_read(metadata):
+    values = metadata.to_json()
+    assert values["config"].pop("vocabulary_divisible_by") == 1
+    assert CheckpointMetadata.from_json(values) == metadata
+
+
+def test_a_padded_vocabulary_fits_its_hf_config(metadata):
+    padded = dataclasses.replace(metadata, config=dataclasses.replace(CONFIG, vocabulary_divisible_by=8))
+    assert CheckpointMetadata.from_json(padded.to_json()) == padded
+
+
 def test_the_length_of_training_is_part_of_the_architecture_where_positions_are_learned():
     longer = dataclasses.replace(CONFIG, max_positions=18)
     with pytest.raises(InputError, match=r"max_positions = 17.*max_positions = 18"):

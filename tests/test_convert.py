@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 
 from aurora_jax.model import checkpoint
 from aurora_jax.model.sharding import flatten
-from convert import from_torch as from_torch_module
 from convert import weight_map
 from convert.__main__ import main
 from convert.source import read_safetensors
@@ -370,44 +368,6 @@ def test_to_torch_refuses_what_is_no_checkpoint(tmp_path, single, capsys):
     assert_refused(tmp_path / "ours", tmp_path / "back", "ours.*damaged", capsys, "to-torch")
     assert main(["to-torch", str(tmp_path / "ours"), str(tmp_path / "back"), "--max-shard-size", "much"]) == 2
     assert "'much' is no size" in capsys.readouterr().err
-
-
-def test_a_failure_half_way_leaves_nothing(tmp_path, single, monkeypatch, capsys):
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(from_torch_module.StoredTensor, "read_rows", no_space)
-    assert_refused(single, tmp_path / "ours", "ours cannot be written.*No space", capsys)
-
-
-@pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
-def test_interrupt_leaves_nothing(tmp_path, single, direction):
-    """A process that is interrupted while it writes: Ctrl-C comes from the third block on, by a thread of its own."""
-    ours = tmp_path / "ours"
-    if direction == "to-torch":
-        assert main(["from-torch", str(single), str(ours)]) == 0
-    source, destination = (single, ours) if direction == "from-torch" else (ours, tmp_path / "back")
-    before = sorted(tmp_path.iterdir())
-    program = f"""
-import os, signal, sys
-from convert.weight_map import Row
-from convert.__main__ import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
-blocks, calls = Row.blocks, []
-def interrupted(self, *args):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGINT)
-    return blocks(self, *args)
-Row.blocks = interrupted
-status = main([{direction!r}, {str(source)!r}, {str(destination)!r}])
-assert len(calls) >= 3
-sys.exit(status)
-"""
-    finished = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert finished.returncode == 128 + signal.SIGINT, finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_safetensors_need_no_torch(tmp_path, single):

@@ -169,6 +169,18 @@ def test_a_row_never_changes_another(pair):
     assert other[0] != together[0]
 
 
+def test_rows_that_pad_the_vocabulary_are_never_drawn(pair, tmp_path):
+    _, _, path = pair
+    hf = path.parent / "hf"
+    assert convert(["from-torch", str(hf), str(tmp_path / "padded"), "--vocabulary-divisible-by", "64"]) == 0
+    padded, rows = Generator.from_checkpoint(tmp_path / "padded", FP32), ragged_prompts()
+    assert padded(rows, 20) == Generator.from_checkpoint(path, FP32)(rows, 20)
+    wild = padded(rows, 100, sampling=Sampling(1e3, repetition_penalty=1.5))
+    drawn = {token for completion in wild for token in completion.tokens}
+    assert max(drawn) < V
+    assert len(drawn) > V / 2
+
+
 def test_end_of_text_listeners_and_chunks(pair):
     """Whatever the number of steps between two looks, rows get the same tokens, and each ends where it should."""
     _, _, path = pair

@@ -1,10 +1,11 @@
 """The weight map against transformers' own modules of both families: names, shapes, and which number goes where."""
 
+import jax
 import numpy as np
 import pytest
 
 from aurora_jax.model.config import BLOOM, PRESETS, ModelConfig, to_hf_config
-from aurora_jax.model.sharding import parameter_count, parameter_shapes
+from aurora_jax.model.sharding import MESH_AXES, TABLE, parameter_count, parameter_shapes
 from convert import weight_map as module
 from convert.weight_map import hf_tensors, weight_map
 
@@ -85,10 +86,35 @@ def test_blocks_rebuild_the_array_and_invert(config, monkeypatch):
         assert not np.any(ours == -1), row.ours
 
 
+LARGER_UNITS = {("bloom", "layers.attention.key_value.kernel"): 14_336 * 2 * 128 * 4}
+"""Bytes of blocks that are larger than CHUNK_BYTES: key and value of one head of BLOOM 176B in fp32."""
+
+
 def test_blocks_are_bounded_whatever_the_model():
-    """A unit that is larger is a block of its own: key and value of one head of BLOOM 176B in fp32."""
-    for config in PRESETS.values():
+    for name, config in PRESETS.items():
         for row in weight_map(config):
-            assert np.prod(row.chunk_shape(config, 4)) * 4 <= module.CHUNK_BYTES or row.block_units(config, 4) == 1
-            assert np.prod(row.chunk_shape(config, 4)) * 4 <= 2 * module.CHUNK_BYTES
+            block = np.prod(row.block_shape(config, row.block_units(config, 4))) * 4
+            assert block <= LARGER_UNITS.get((name, row.ours), module.CHUNK_BYTES), (name, row.ours)
+            assert np.prod(row.chunk_shape(config, 4)) * 4 <= module.CHUNK_BYTES, (name, row.ours)
             assert sum(stop - start for start, stop in row.blocks(config, 4)) == row.units(config)
+
+
+@pytest.mark.parametrize("model", ["starcoderplus", "aurora-m", "starcoderbase-3b", "bloom-7b1"])
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "fsdp_inner": 4}])
+def test_devices_read_little_but_their_own(model, mesh):
+    """Bytes of all chunks that each device's shards touch, against the bytes of the shards."""
+    config = PRESETS[model]
+    devices = jax.sharding.AbstractMesh(tuple(mesh.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+    read = own = 0
+    for row in weight_map(config):
+        shape = parameter_shapes(config)[row.ours].shape
+        shard = jax.sharding.NamedSharding(devices, TABLE[row.ours].partition).shard_shape(shape)
+        chunk = row.chunk_shape(config, 2)
+        own += np.prod(shard)
+        # The shard that begins where it touches most chunks; a shard's place is a multiple of its size.
+        touched = [
+            max(-(-(start + part) // size) - start // size for start in range(0, whole, part)) * size
+            for whole, part, size in zip(shape, shard, chunk, strict=True)
+        ]
+        read += np.prod(touched)
+    assert own <= read <= 1.05 * own

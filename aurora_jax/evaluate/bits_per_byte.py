@@ -66,6 +66,7 @@ class Evaluator:
                 batch.loss_weights_BL,
                 jnp.ones((), jnp.float32),
                 dtype=jnp.dtype(compute.compute_dtype),
+                vocabulary_size=decoder.config.vocabulary_size,
             )
             return loss, weight
 

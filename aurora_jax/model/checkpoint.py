@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -22,7 +22,7 @@ import tensorstore as ts
 from etils import epath
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import ModelConfig, from_hf_config
+from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
 
@@ -30,6 +30,9 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
 """Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat. Only key
 and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM 176B."""
+
+PARTIAL_SUFFIX = ".partial"
+"""Of folders whose contents are still being written; see `convert/partial.py`."""
 
 PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
 
@@ -46,6 +49,7 @@ TOKENIZER_FILES = (
 
 ARCHITECTURE = (
     "vocabulary_size",
+    "padded_vocabulary_size",
     "max_positions",
     "width",
     "layers",
@@ -106,7 +110,8 @@ class CheckpointMetadata:
         if metadata.layer_stacking != "stacked":
             raise InputError(f"{where}: layer_stacking is {metadata.layer_stacking!r}; only 'stacked' can be read.")
         if metadata.hf_config is not None:
-            require_same_architecture(model, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
+            unpadded = replace(model, vocabulary_divisible_by=1)
+            require_same_architecture(unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
         return metadata
 
 
@@ -128,8 +133,10 @@ def require_same_architecture(found: ModelConfig, expected: ModelConfig, found_i
 
 
 def is_checkpoint(path: Location) -> bool:
-    """Whether the directory is a complete checkpoint (Orbax renames or marks a directory only when all of it is written)."""
-    directory = epath.Path(path)
+    """Whether the directory is a complete checkpoint: Orbax and conversions rename or mark a directory only when all of it is written."""
+    directory = _absolute(path)
+    if directory.parent.suffix == PARTIAL_SUFFIX:
+        return False
     items = [directory / PARAMETERS, directory / METADATA, directory / "_CHECKPOINT_METADATA"]
     return "orbax-checkpoint-tmp" not in directory.name and all(item.exists() for item in items)
 
@@ -174,7 +181,7 @@ def read_tokenizer(path: Location) -> dict[str, str]:
 
 
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
-    """The decoder's parameters, each read straight into its shards.
+    """The decoder's parameters, each read straight into its shards: a process reads those of its own devices, some at a time.
 
     Args:
         path: a checkpoint, or a run (its newest complete step).
@@ -185,27 +192,49 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
         Nested dictionary of `jax.Array`, layers stacked: what `decoder.merge` takes.
 
     Raises:
-        InputError: not a checkpoint, parameters that do not fit its config, or files that are missing or damaged.
+        InputError: not a checkpoint, parameters that do not fit its config or that the shardings cannot divide, or files that are missing
+            or damaged.
     """
     directory = resolve(path)
     config = read_metadata(directory).config
-    stored = stored_parameters(directory)
+    described = _described_parameters(directory)
+    stored = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in described.items()}
     check_parameters(config, nest(stored))
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding_of = flatten(shardings) if shardings is not None else dict.fromkeys(stored, one_device)
     targets = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=sharding_of[name]) for name, leaf in stored.items()
     }
-    with closing(ocp.StandardCheckpointHandler()) as handler, damage_named(directory):
+    # Without a limit Orbax reads all shards at once, and holds everything twice.
+    gigabytes = 1 + max(_bytes_to_read(name, leaf, sharding_of[name]) for name, leaf in described.items()) // 10**9
+    with closing(ocp.StandardCheckpointHandler(restore_concurrent_gb=gigabytes)) as handler, damage_named(directory):
         return handler.restore(directory / PARAMETERS, args=ocp.args.StandardRestore(nest(targets)))
 
 
 def stored_parameters(path: Location) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array in a checkpoint's `params`, by dotted path; no array is read. Raises InputError."""
-    item = resolve(path) / PARAMETERS
+    return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in _described_parameters(resolve(path)).items()}
+
+
+def _described_parameters(directory: epath.Path) -> dict[str, Any]:
+    """Orbax's metadata of every array: shape, dtype, chunks."""
+    item = directory / PARAMETERS
     with closing(ocp.StandardCheckpointHandler()) as handler, damage_named(item):
-        tree = handler.metadata(item).tree
-        return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in flatten(tree).items()}
+        return flatten(handler.metadata(item).tree)
+
+
+def _bytes_to_read(name: str, leaf: Any, sharding: jax.sharding.Sharding) -> int:
+    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across. Raises InputError if there is no such shard."""
+    try:
+        shard = sharding.shard_shape(tuple(leaf.shape))
+    except ValueError as error:
+        hint = f" {PADDING_HINT}" if TABLE[name].letters.startswith("V") else ""
+        raise InputError(f"{name} {tuple(leaf.shape)} cannot be divided over the mesh: {error}.{hint}") from None
+    elements = 1
+    for whole, part, chunk in zip(leaf.shape, shard, leaf.storage.chunk_shape, strict=True):
+        chunks = -(-whole // chunk)
+        elements *= chunk * min(chunks, part // chunk if part % chunk == 0 else part // chunk + 2)
+    return elements * leaf.dtype.itemsize
 
 
 def open_parameters(path: Location, cache_bytes: int = 0) -> dict[str, ts.TensorStore]:

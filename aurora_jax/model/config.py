@@ -22,6 +22,11 @@ HF_REQUIRED: dict[Family, dict[str, bool]] = {
 
 # What every BLOOM has in common: its `config.json` does not say it.
 BLOOM: dict[str, Any] = {"multi_query": False, "activation": "gelu_tanh", "positions": "alibi", "embedding_norm": True}
+PADDING_HINT = (
+    "Pad the vocabulary: `python -m convert from-torch --vocabulary-divisible-by N`, or vocabulary_divisible_by = N in the ModelConfig."
+)
+"""What to do about a vocabulary that a mesh cannot divide."""
+
 BLOOM_LENGTH = 2_048
 """Tokens of the sequences that BLOOM was trained on; some published configs do not have them (`seq_length`)."""
 
@@ -34,7 +39,8 @@ class ModelConfig:
     """
 
     vocabulary_size: int
-    """Rows of the token embedding, which is also the head (V)."""
+    """Tokens that there are. The token embedding, which is also the head, has a row for each, and perhaps some more: see
+    `vocabulary_divisible_by`."""
     max_positions: int
     """Rows of the learned position embedding: the longest sequence that the model can read (P). With ALiBi the length of the sequences it
     was trained on, which bounds nothing."""
@@ -64,13 +70,22 @@ class ModelConfig:
     bos_token_id: int | None = 0
     eos_token_id: int | None = 0
     pad_token_id: int | None = None
+    vocabulary_divisible_by: int = 1
+    """The token embedding's rows (V) are padded to a multiple of this, so that a mesh can divide them (Megatron-LM's
+    `make-vocab-size-divisible-by`). Rows of padding are zeros: no token reads them, they get neither probability nor gradient, and an
+    export leaves them out."""
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "max_positions", "width", "layers", "heads", "mlp_width"):
+        for name in ("vocabulary_size", "max_positions", "width", "layers", "heads", "mlp_width", "vocabulary_divisible_by"):
             if getattr(self, name) < 1:
                 raise InputError(f"ModelConfig.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.width % self.heads:
             raise InputError(f"ModelConfig.width {self.width} is not divisible by heads {self.heads}.")
+
+    @property
+    def padded_vocabulary_size(self) -> int:
+        """Rows of the token embedding (V)."""
+        return math.ceil(self.vocabulary_size / self.vocabulary_divisible_by) * self.vocabulary_divisible_by
 
     @property
     def head_dim(self) -> int:

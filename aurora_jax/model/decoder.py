@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(compute.activation_dtype)
         embed = partial(nnx.Embed, features=config.width, dtype=dtype, rngs=rngs)
         embedding_init = nnx.initializers.normal(config.initializer_range)
-        self.token_embedding = embed(config.vocabulary_size, embedding_init=embedding_init)
+        self.token_embedding = embed(config.padded_vocabulary_size, embedding_init=_padded_init(embedding_init, config))
         norm = partial(LayerNorm, config.width, epsilon=config.layer_norm_epsilon, dtype=dtype)
         if config.positions == "learned":
             self.position_embedding = embed(config.max_positions, embedding_init=embedding_init)
@@ -212,8 +212,16 @@ class Decoder(nnx.Module):
         return self.embedding_norm(hidden_BLD) if self.config.embedding_norm else hidden_BLD
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32."""
-        return einsum("bld,vd->blv", hidden_BLD, self.token_embedding.embedding[...], jnp.dtype(self.compute.compute_dtype))
+        """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32; -inf for rows of padding.
+
+        On a mesh whose `tensor` axis divides the vocabulary: of this device's rows.
+        """
+        embedding_VD = self.token_embedding.embedding[...]
+        logits_BLV = einsum("bld,vd->blv", hidden_BLD, embedding_VD, jnp.dtype(self.compute.compute_dtype))
+        if self.config.padded_vocabulary_size == self.config.vocabulary_size:
+            return logits_BLV
+        tokens_V = jnp.arange(embedding_VD.shape[0]) + self.division.first_token(embedding_VD.shape[0])
+        return jnp.where(tokens_V < self.config.vocabulary_size, logits_BLV, -jnp.inf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -282,6 +290,14 @@ def check_parameters(config: ModelConfig, parameters: dict) -> None:
 
 def _state(parameters: dict) -> nnx.State:
     return nnx.State(jax.tree.map(nnx.Param, parameters))
+
+
+def _padded_init(init: nnx.Initializer, config: ModelConfig) -> nnx.Initializer:
+    """The token embedding's: tokens get what they would get without padding, and rows of padding are zeros."""
+    padding = config.padded_vocabulary_size - config.vocabulary_size
+    if not padding:
+        return init
+    return lambda key, shape, dtype: jnp.pad(init(key, (config.vocabulary_size, *shape[1:]), dtype), ((0, padding), (0, 0)))
 
 
 def _residual_init(config: ModelConfig) -> nnx.Initializer:

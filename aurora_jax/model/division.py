@@ -99,11 +99,15 @@ class Division:
         """Place of the first token, of `length` tokens here."""
         return 0 if self.sequence is None else jax.lax.axis_index(self.sequence) * length
 
+    def first_token(self, rows: int) -> jax.Array | int:
+        """The token whose row of the embedding is the first one here, of `rows` here."""
+        return 0 if self.tensor is None else jax.lax.axis_index(self.tensor) * rows
+
     def embed(self, embedding_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
         """Rows of an embedding whose vocabulary is divided over `tensor`."""
         if self.tensor is None:
             return jnp.take(embedding_VD, tokens_BL, axis=0)
-        local_BL = tokens_BL - jax.lax.axis_index(self.tensor) * embedding_VD.shape[0]
+        local_BL = tokens_BL - self.first_token(embedding_VD.shape[0])
         mine_BL1 = ((local_BL >= 0) & (local_BL < embedding_VD.shape[0]))[..., None]
         rows_BLD = jnp.take(embedding_VD, jnp.clip(local_BL, 0, embedding_VD.shape[0] - 1), axis=0)
         return self.leave(jnp.where(mine_BL1, rows_BLD, 0))

@@ -21,6 +21,7 @@ def cross_entropy(
     dtype: jnp.dtype,
     z_loss: float = 0.0,
     vocabulary_axis: str | None = None,
+    vocabulary_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weighted negative log-likelihoods over `total_weight`, plus the z-loss.
 
@@ -32,6 +33,8 @@ def cross_entropy(
         dtype: precision of the operands of the head's matrix products; sums and softmax are fp32.
         vocabulary_axis: inside `shard_map`, the mesh axis over which the rows of the embedding are divided. The gradient of the hidden
             states is then this device's part of a sum over it (`Division.enter`).
+        vocabulary_size: number of tokens, where the embedding has more rows: those beyond it are padding, without probability and without
+            gradient. All rows are tokens without it.
 
     Returns:
         The loss (fp32 scalar) and the negative log-likelihood of every token, fp32 [B, L], in nats, without weights and without gradient.
@@ -53,31 +56,32 @@ def cross_entropy(
         dtype,
         z_loss,
         vocabulary_axis,
+        vocabulary_size,
     )
     return loss, jax.lax.stop_gradient(nll_SU.reshape(-1)[:tokens].reshape(B, L))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked_loss(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _chunked_loss(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size):
     embedding_VD = embedding_VD.astype(dtype)
 
     def one_chunk(loss, chunk):
         hidden_UD, targets_U, weights_U = chunk
-        *_, log_z_U, nll_U = _chunk_nll(hidden_UD.astype(dtype), embedding_VD, targets_U, vocabulary_axis)
+        *_, log_z_U, nll_U = _chunk_nll(hidden_UD.astype(dtype), embedding_VD, targets_U, vocabulary_axis, vocabulary_size)
         return loss + _weighted(nll_U, log_z_U, weights_U, z_loss), nll_U
 
     loss, nll_SU = jax.lax.scan(one_chunk, jnp.zeros((), jnp.float32), (hidden_SUD, targets_SU, weights_SU))
     return loss / total_weight, nll_SU
 
 
-def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis):
+def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size):
     rounded_VD = embedding_VD.astype(dtype)
 
     def one_chunk(carry, chunk):
         loss, gradient_DV = carry
         hidden_UD, targets_U, weights_U = chunk
         hidden_UD = hidden_UD.astype(dtype)
-        logits_UV, is_target_UV, log_z_U, nll_U = _chunk_nll(hidden_UD, rounded_VD, targets_U, vocabulary_axis)
+        logits_UV, is_target_UV, log_z_U, nll_U = _chunk_nll(hidden_UD, rounded_VD, targets_U, vocabulary_axis, vocabulary_size)
         scale_U = weights_U / total_weight
         slope_U = scale_U * (1 + 2 * z_loss * log_z_U)
         d_logits_UV = jnp.exp(logits_UV - log_z_U[:, None]) * slope_U[:, None] - jnp.where(is_target_UV, scale_U[:, None], 0)
@@ -92,7 +96,7 @@ def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, tota
     return (loss / total_weight, nll_SU), (gradient_SUD, gradient_DV.T.astype(embedding_VD.dtype))
 
 
-def _chunked_loss_backward(dtype, z_loss, vocabulary_axis, gradients, cotangents):
+def _chunked_loss_backward(dtype, z_loss, vocabulary_axis, vocabulary_size, gradients, cotangents):
     gradient_SUD, gradient_VD = gradients
     d_loss, _ = cotangents
     return (gradient_SUD * d_loss).astype(gradient_SUD.dtype), (gradient_VD * d_loss).astype(gradient_VD.dtype), None, None, None
@@ -101,14 +105,18 @@ def _chunked_loss_backward(dtype, z_loss, vocabulary_axis, gradients, cotangents
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
 
 
-def _chunk_nll(hidden_UD, embedding_VD, targets_U, vocabulary_axis):
+def _chunk_nll(hidden_UD, embedding_VD, targets_U, vocabulary_axis, vocabulary_size):
     logits_UV = jnp.einsum("ud,vd->uv", hidden_UD, embedding_VD, preferred_element_type=jnp.float32)
     rows_V = jnp.arange(logits_UV.shape[1])
+    if vocabulary_axis is not None:
+        rows_V += jax.lax.axis_index(vocabulary_axis) * rows_V.size
+    parts = 1 if vocabulary_axis is None else jax.lax.axis_size(vocabulary_axis)
+    if vocabulary_size is not None and vocabulary_size < rows_V.size * parts:
+        logits_UV = jnp.where(rows_V[None, :] < vocabulary_size, logits_UV, -jnp.inf)
     if vocabulary_axis is None:
         log_z_U = jax.nn.logsumexp(logits_UV, axis=-1)
         target_U = jnp.take_along_axis(logits_UV, targets_U[:, None], axis=1)[:, 0]
         return logits_UV, targets_U[:, None] == rows_V[None, :], log_z_U, log_z_U - target_U
-    rows_V += jax.lax.axis_index(vocabulary_axis) * rows_V.size
     is_target_UV = targets_U[:, None] == rows_V[None, :]
     largest_U = jax.lax.pmax(logits_UV.max(axis=-1), vocabulary_axis)
     total_U = jax.lax.psum(jnp.exp(logits_UV - largest_U[:, None]).sum(axis=-1), vocabulary_axis)

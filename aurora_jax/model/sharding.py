@@ -79,7 +79,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
         "K": config.kv_heads,
         "C": config.head_dim,
         "F": config.mlp_width,
-        "V": config.vocabulary_size,
+        "V": config.padded_vocabulary_size,
         "P": config.max_positions,
         "2": 2,
     }
@@ -93,7 +93,7 @@ def parameter_shapes(config: ModelConfig, dtype: jnp.dtype | str = jnp.float32) 
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters; the tied head is counted once."""
+    """Number of parameters; the tied head is counted once, rows that pad the vocabulary are counted too."""
     return sum(math.prod(shape.shape) for shape in parameter_shapes(config).values())
 
 

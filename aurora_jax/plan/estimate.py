@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.config import PADDING_HINT, ModelConfig
 from aurora_jax.model.sharding import MESH_AXES, parameter_count
 from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.chips import CHIPS, GIB, Chip
@@ -108,11 +108,12 @@ def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
     for what, size, axis in (
         ("heads", model.heads, "tensor"),
         ("mlp_width", model.mlp_width, "tensor"),
-        ("vocabulary_size", model.vocabulary_size, "tensor"),
+        ("vocabulary_size", model.padded_vocabulary_size, "tensor"),
         ("data.sequence_length", config.data.sequence_length, "sequence"),
     ):
         if size % mesh.shape[axis]:
-            raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.")
+            hint = f" {PADDING_HINT}" if what == "vocabulary_size" else ""
+            raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.{hint}")
     if model.width % (mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]):
         raise InputError(f"width {model.width} cannot be divided over fsdp x fsdp_inner = {mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}.")
     shards = mesh.shape["tensor"] * mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]

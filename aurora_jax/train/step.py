@@ -76,6 +76,7 @@ def make_loss(
             dtype=product_dtype,
             z_loss=z_loss,
             vocabulary_axis=division.tensor,
+            vocabulary_size=decoder.config.vocabulary_size,
         )
 
     return loss
