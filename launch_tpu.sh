@@ -301,7 +301,11 @@ ask() {
     create
     return
   fi
-  answer=$(create 2> >(tee /dev/stderr)) && return
+  if answer=$(create 2>&1); then
+    echo "$answer" >&2
+    return
+  fi
+  echo "$answer" >&2
   case $answer in
     *ALREADY_EXISTS*) return 0 ;;
     *RESOURCE_EXHAUSTED* | *[Qq]uota*) return 3 ;;
@@ -488,7 +492,7 @@ one_host() { # one_host COMMAND: of --worker and --slice; a shell if the command
 # --------------------------------------------------------------------------------------------------------------- verbs
 
 verb_up() {
-  local was="" health asked=""
+  local was="" health asked="" why
   require_cloud
   require_accelerator
   ASSUMED=ABSENT
@@ -510,8 +514,9 @@ verb_up() {
         [[ ! $DRY_RUN && ! $NO_WAIT ]] || return 0
         ;;
       FAILED | SUSPENDED)
+        why=$STATE${REASON:+: $REASON}
         delete_all || STATUS=1 die "could not delete it; \`down\` tries again"
-        [[ ! $asked ]] || STATUS=1 die "the request came to nothing ($STATE${REASON:+: $REASON}) and was deleted with all it had made"
+        [[ ! $asked ]] || STATUS=1 die "the request came to nothing ($why) and was deleted with all it had made"
         continue
         ;;
       ACTIVE)

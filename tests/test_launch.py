@@ -189,8 +189,8 @@ def test_a_run_goes_on_over_preemption_and_suspension(launcher):
         launcher.wait(watch, lambda: len(launcher.starts()) == 6)
         launcher.order(0)
         assert watch.wait() == 0, launcher.said()
-    cycle = ["queued-resources create", "ssh status", "tpu-vm scp", "ssh install", "ssh start", "ssh status", "queued-resources delete"]
-    assert launcher.verbs() == 3 * cycle
+    cycle = ["queued-resources create", "ssh status", "ssh ready", "tpu-vm scp", "ssh install", "ssh start", "ssh status"]
+    assert launcher.verbs() == 3 * [*cycle, "queued-resources delete"]
     state = launcher.state
     assert (state["created"], state["deleted"], state["queued"], state["nodes"], state["most_nodes"]) == (3, 3, None, {}, 1)
     assert "the run is done" in launcher.said()
@@ -314,7 +314,7 @@ def test_a_host_that_ended_before_the_others_joins_them_again(launcher):
 DRY = [
     (
         ["watch", *PLACE, "--spot", "--accelerator-type", "v5p-128", *RUN],
-        ["queued-resources list", "tpu-vm list", "queued-resources create", "tpu-vm ssh", "tpu-vm ssh", "git", "tpu-vm scp", "tpu-vm ssh"],
+        ["queued-resources list", "tpu-vm list", "queued-resources create", "tpu-vm ssh", "git", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"],
     ),
     (["up", *PLACE, "--accelerator-type", "v6e-256", "--num-slices", "2"], ["queued-resources list", "tpu-vm list", "queued-resources create"]),
     (["down", *PLACE], ["queued-resources list", "tpu-vm list", "queued-resources delete", "queued-resources list", "tpu-vm list"]),
