@@ -451,7 +451,7 @@ start_on_host() { # start_on_host HOST|NODE NUMBER
     fi
   fi
   variables=$(quoted "${assignments[@]}")
-  REMOTE="$variables bash $REMOTE_DIR/code/launch_tpu.sh on-host start ${AGAIN:+--again }$(quoted "${TRAIN[@]}")"
+  REMOTE="env $variables bash $REMOTE_DIR/code/launch_tpu.sh on-host start ${AGAIN:+--again }$(quoted "${TRAIN[@]}")"
   if [[ $HOSTS ]]; then on_host "$1" "$2"; else on_node "$1" "$2"; fi
 }
 
@@ -620,9 +620,7 @@ verb_watch() {
         fi
         answer=0
         ask || answer=$?
-        if ((answer == 0)); then
-          backoff=$POLL
-        else
+        if ((answer != 0)); then
           if ((answer == 3)); then say "no quota for $NUM_SLICES x $ACCELERATOR_TYPE ($PROVISIONING) now; asking again in $backoff s"; else say "the request was refused; asking again in $backoff s"; fi
           sleep "$backoff"
           backoff=$(awk -v b="$backoff" -v m="$LONGEST_BACKOFF" 'BEGIN { b *= 2; print (b > m ? m : b) }')

@@ -166,7 +166,9 @@ class Supervisor:
         for old in sorted((self._directory / "logs").glob("*.log"))[: -KEPT_LOGS + 1]:
             old.unlink()
         with log.open("w") as output:
-            print(f"$ {shlex.join(self._command)}    (start {attempt} on {socket.gethostname()}, code {revision()})", file=output, flush=True)
+            print(
+                f"$ {shlex.join(self._command)}    (start {attempt} on {socket.gethostname()}, code {revision()})", file=output, flush=True
+            )
             link.replace(self._directory / "log")
             if self._told is not None:
                 return 128 + signal.SIGTERM
@@ -246,7 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="run stays in the foreground, start does not; status with a command says `other` (or none) of another one",
     )
     parser.add_argument("directory", type=Path, help="of status and logs")
-    parser.add_argument("--pause", type=float, default=5.0, help="seconds before the first restart; doubles each time, up to 300 (%(default)s)")
+    parser.add_argument(
+        "--pause", type=float, default=5.0, help="seconds before the first restart; doubles each time, up to 300 (%(default)s)"
+    )
     parser.add_argument("--grace", type=float, default=300.0, help="seconds from a stop until the command is killed (%(default)s)")
     parser.add_argument("--again", action="store_true", help="start even what is done already")
     arguments = sys.argv[1:] if arguments is None else arguments

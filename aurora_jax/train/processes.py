@@ -36,7 +36,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     if automatic not in (None, "", "auto"):
         raise InputError(f"{DISTRIBUTED}={automatic}: the one value is auto.")
     if not given and not automatic:
-        return
+        return None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         heartbeat = int(environment.get(HEARTBEAT, "100"))
