@@ -35,13 +35,13 @@ class Launcher:
         (folder / "orders").mkdir()
         self.venv = folder / "venv"
         for directory, name, text in (
-            (folder / "bin", "gcloud", f'exec {sys.executable} {TESTS / "fake_gcloud.py"} "$@"'),
+            (folder / "bin", "gcloud", f'exec {sys.executable} -S {TESTS / "fake_gcloud.py"} "$@"'),
             (folder / "bin", "gcsfuse", 'mkdir -p "$4"'),
             (
                 self.venv / "bin",
                 "python",
-                f'case "$1 $2" in "-m aurora_jax") shift 2; exec {sys.executable} {TESTS / "launch_host.py"} "$@";; '
-                f'"-c import jax") ;; *) exec {sys.executable} "$@";; esac',
+                f'case "$1 $2" in "-m aurora_jax") shift 2; exec {sys.executable} -S {TESTS / "launch_host.py"} "$@";; '
+                f'"-c import jax") ;; *) exec {sys.executable} -S "$@";; esac',
             ),
         ):
             directory.mkdir(parents=True, exist_ok=True)
