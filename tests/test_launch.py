@@ -356,9 +356,10 @@ def test_googles_own_parser_accepts_every_command(launcher):
         out = subprocess.run([SCRIPT, *words], env=launcher.environment, capture_output=True, text=True, check=True).stdout
         lines += [line for line in out.splitlines() if line.startswith("gcloud ")]
     environment = {**os.environ, "CLOUDSDK_CONFIG": str(launcher.folder / "config"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-    (launcher.folder / "commands.json").write_text(json.dumps(list(dict.fromkeys(lines))))
+    (launcher.folder / "commands.json").write_text(json.dumps([{"command_string": line} for line in dict.fromkeys(lines)]))
     lint = [REAL_GCLOUD, "meta", "lint-gcloud-commands", f"--commands-file={launcher.folder / 'commands.json'}"]
     answers = json.loads(subprocess.run(lint, env=environment, capture_output=True, text=True, check=True).stdout)
+    answers = [answer for group in answers.values() for answer in group] if isinstance(answers, dict) else answers
     assert len(answers) == len(set(lines)) >= 12
     for answer in answers:
         assert answer["success"], (answer["command_string"], answer["error_message"])
