@@ -91,6 +91,7 @@ Several hosts must share --output: /mnt/B/... after `setup --bucket B`, or a net
   --again              start even if this very run is done already
   --coordinator ADDR   with --hosts: address of the first host as the others see it (its name in --hosts)
   --port PORT          with --hosts: of the coordinator (8476)
+With --hosts and no TPUs, each host's own name must have the address that the others reach it by (not 127.0.1.1, see its /etc/hosts).
 Options come before CONFIG.py; everything after it belongs to `aurora train`.
 TEXT
       ;;

@@ -87,9 +87,12 @@ class NetworkHosts:
         shutil.copy(key.with_suffix(".pub"), home / ".ssh" / "authorized_keys")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / "host_key"))
         (home / "passwd").write_text(f"root:x:0:0:root:{home}:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n")
+        # gloo announces the address that the host's own name has.
+        (home / "hosts").write_text(f"127.0.0.1 localhost\n{self.addresses[number]} host{number}\n")
         settings = [f"ListenAddress {self.addresses[number]}", f"HostKey {home}/host_key", "PidFile none", "UsePAM no", "StrictModes no"]
         (home / "sshd_config").write_text("\n".join([*settings, "PasswordAuthentication no", "PermitRootLogin yes", "MaxStartups 100", "Subsystem sftp internal-sftp"]) + "\n")
-        script = f"mount --make-rprivate / && mount --bind {home}/passwd /etc/passwd && hostname host{number} && exec /usr/sbin/sshd -D -f {home}/sshd_config"
+        mounts = " && ".join(f"mount --bind {home}/{name} /etc/{name}" for name in ("passwd", "hosts"))
+        script = f"mount --make-rprivate / && {mounts} && hostname host{number} && exec /usr/sbin/sshd -D -f {home}/sshd_config"
         # A process namespace of its own: when its first process ends, so does all that was started on the host.
         namespaces = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         daemon = subprocess.Popen(["ip", "netns", "exec", name, *namespaces, "bash", "-c", script], stderr=(home / "sshd.log").open("w"))

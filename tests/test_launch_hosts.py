@@ -29,15 +29,18 @@ class Hosts:
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
 
-    def logs(self) -> str:
-        """The end of every host's newest log, for the message of a failed test."""
-        return "\n".join((home / "aurora" / "run" / "log").read_text(errors="replace")[-3000:] for home in self.network.homes)
+    def check(self) -> None:
+        """Fails, with what the hosts have logged, where one starts again and again."""
+        for home in self.network.homes:
+            if (home / "aurora/run/supervisor.log").read_text().count(": waiting") > 5:
+                raise AssertionError("\n".join((each / "aurora/run/log").read_text(errors="replace")[-3000:] for each in self.network.homes))
 
     def wait_for(self, *states: str) -> str:
         """Waits until every host is in one of the states."""
         while True:
             lines = [line for line in self("status").splitlines() if " since " in line]
-            assert not any(" failed" in line for line in lines), self.logs()
+            assert not any(" failed" in line for line in lines), lines
+            self.check()
             if len(lines) == self.network.count and all(line.split()[2].rstrip(",") in states for line in lines):
                 return "\n".join(lines)
             time.sleep(1)
@@ -73,6 +76,7 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
         refused = [*run_options, *config, "--output", "runs/on_each_host"]
         launch("run", *refused)
         while not all("not storage that all hosts share" in launch("logs", "--worker", str(number)) for number in range(2)):
+            launch.check()
             time.sleep(1)
 
         begun = time.monotonic()
