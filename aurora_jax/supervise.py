@@ -1,11 +1,12 @@
 """Keeps one training command running on one host: `python -m aurora_jax.supervise start|run|status|stop DIR`.
 
-`launch_tpu.sh` runs it on every host of a pod, by whatever Python is there: nothing but the standard library is imported. DIR holds
-`status.json`, `supervisor.log`, `logs/` (one file a start, the newest 30), `log` (a link to the newest) and `lock`, which the supervisor and
-its command hold as long as either lives: there is never a second one.
+`launch_tpu.sh` runs it on every host of a pod; nothing but the standard library is imported. DIR holds `status.json`, `supervisor.log`,
+`logs/` (one file a start, the newest 30), `log` (a link to the newest) and `lock`, which the supervisor and its command hold as long as
+either lives: there is never a second one.
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -33,9 +34,9 @@ PR_SET_PDEATHSIG = 1
 class Status:
     """What is known of a run on this host, in DIR/status.json.
 
-    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by `stop`); interrupted (SIGTERM from
-    elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock); none (never started); other (asked
-    for one command, and another one runs).
+    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by `stop`); interrupted (SIGTERM
+    from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock); none (never started); other
+    (asked for one command, and another one runs).
     """
 
     def __init__(self, directory: Path):
@@ -146,7 +147,11 @@ class Supervisor:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             signal.setitimer(signal.ITIMER_REAL, self._grace)
-            signal.signal(signal.SIGALRM, lambda *_: self._process and self._process.kill())
+            signal.signal(signal.SIGALRM, self._kill)
+
+    def _kill(self, number: int, frame: Any) -> None:
+        if self._process is not None:
+            self._process.kill()
 
     def _state_after(self, code: int) -> str:
         if code == 0:
@@ -223,11 +228,10 @@ def stop(directory: Path) -> int:
             told = True
             (directory / "stop").touch()
             for number in (status.values.get("pid"), status.values.get("process")):
-                try:
-                    os.kill(number, signal.SIGTERM)
-                    break  # the supervisor tells its command
-                except (ProcessLookupError, TypeError):
-                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    if number is not None:
+                        os.kill(number, signal.SIGTERM)
+                        break  # the supervisor tells its command
         time.sleep(0.2)
     (directory / "stop").unlink(missing_ok=True)
     print(status.line(), flush=True)

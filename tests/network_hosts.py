@@ -62,7 +62,9 @@ class NetworkHosts:
             key = self.folder / "key"
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
             options = ["IdentityFile " + str(key), "IdentitiesOnly yes", "StrictHostKeyChecking accept-new", "User root"]
-            self.ssh_config.write_text("Host *\n" + "".join(f"  {line}\n" for line in [*options, f"UserKnownHostsFile {self.folder}/known"]))
+            self.ssh_config.write_text(
+                "Host *\n" + "".join(f"  {line}\n" for line in [*options, f"UserKnownHostsFile {self.folder}/known"])
+            )
             Path("/run/sshd").mkdir(exist_ok=True)
             for number in range(self.count):
                 self._host(stack, number, key)
@@ -90,7 +92,10 @@ class NetworkHosts:
         # gloo announces the address that the host's own name has.
         (home / "hosts").write_text(f"127.0.0.1 localhost\n{self.addresses[number]} host{number}\n")
         settings = [f"ListenAddress {self.addresses[number]}", f"HostKey {home}/host_key", "PidFile none", "UsePAM no", "StrictModes no"]
-        (home / "sshd_config").write_text("\n".join([*settings, "PasswordAuthentication no", "PermitRootLogin yes", "MaxStartups 100", "Subsystem sftp internal-sftp"]) + "\n")
+        (home / "sshd_config").write_text(
+            "\n".join([*settings, "PasswordAuthentication no", "PermitRootLogin yes", "MaxStartups 100", "Subsystem sftp internal-sftp"])
+            + "\n"
+        )
         mounts = " && ".join(f"mount --bind {home}/{name} /etc/{name}" for name in ("passwd", "hosts"))
         script = f"mount --make-rprivate / && {mounts} && hostname host{number} && exec /usr/sbin/sshd -D -f {home}/sshd_config"
         # A process namespace of its own: when its first process ends, so does all that was started on the host.

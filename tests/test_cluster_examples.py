@@ -1,7 +1,7 @@
 """The examples for SkyPilot and GKE, each through the parser of the tool that it is for.
 
-SkyPilot and XPK bring hundreds of megabytes and are not among our pins: `pip install skypilot[gcp]==0.14.1 xpk==1.16.0 kubernetes-validate==1.37.0`
-in an environment and AURORA_CLUSTER_TOOLS=that environment's python run what is skipped otherwise.
+SkyPilot and XPK bring hundreds of megabytes and are not among our pins. An environment with them runs what is skipped otherwise:
+`pip install skypilot[gcp]==0.14.1 xpk==1.16.0 kubernetes-validate==1.37.0`, and AURORA_CLUSTER_TOOLS=its python.
 """
 
 import json

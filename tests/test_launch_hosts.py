@@ -33,13 +33,15 @@ class Hosts:
         """Fails, with what the hosts have logged, where one starts again and again."""
         for home in self.network.homes:
             if (home / "aurora/run/supervisor.log").read_text().count(": waiting") > 5:
-                raise AssertionError("\n".join((each / "aurora/run/log").read_text(errors="replace")[-3000:] for each in self.network.homes))
+                raise AssertionError(
+                    "\n".join((each / "aurora/run/log").read_text(errors="replace")[-3000:] for each in self.network.homes)
+                )
 
     def wait_for(self, *states: str) -> str:
         """Waits until every host is in one of the states."""
         while True:
             lines = [line for line in self("status").splitlines() if " since " in line]
-            assert not any(" failed" in line for line in lines), lines
+            assert "failed" in states or not any(" failed" in line for line in lines), lines
             self.check()
             if len(lines) == self.network.count and all(line.split()[2].rstrip(",") in states for line in lines):
                 return "\n".join(lines)
@@ -69,15 +71,20 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
     with network_hosts.NetworkHosts(tmp_path, 2).up() as network:
         launch = Hosts(network)
         launch("setup", "--venv", sys.prefix)
-        assert "set up already" in subprocess.run(
-            network.in_launcher(str(ROOT / "launch_tpu.sh"), "setup", *launch.options, "--venv", sys.prefix), capture_output=True, text=True
-        ).stderr
+        assert (
+            "set up already"
+            in subprocess.run(
+                network.in_launcher(str(ROOT / "launch_tpu.sh"), "setup", *launch.options, "--venv", sys.prefix),
+                capture_output=True,
+                text=True,
+            ).stderr
+        )
 
         refused = [*run_options, *config, "--output", "runs/on_each_host"]
         launch("run", *refused)
-        while not all("not storage that all hosts share" in launch("logs", "--worker", str(number)) for number in range(2)):
-            launch.check()
-            time.sleep(1)
+        launch.wait_for("failed")
+        for number in range(2):
+            assert "not storage that all hosts share" in launch("logs", "--worker", str(number))
 
         begun = time.monotonic()
         launch("run", *run_options, *config, "--output", str(tmp_path / "undisturbed"))

@@ -72,7 +72,7 @@ def of_first(value: int) -> int:
 
 
 def require_shared(output: Path) -> None:
-    """Do all processes see the same folder? Each host with a folder of its own would write a part of every checkpoint, and none a whole one.
+    """Do all processes see the same folder? With a folder a host, each would write a part of every checkpoint, and none a whole one.
 
     Raises:
         InputError: they do not; raised on all of them.
@@ -92,8 +92,8 @@ def require_shared(output: Path) -> None:
         mark.unlink()
     if blind.size:
         raise InputError(
-            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do not see "
-            "what process 0 writes there. Use a network file system, or a bucket mounted on every host (`launch_tpu.sh setup --bucket B`, "
+            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do not "
+            "see what process 0 writes there. Use a network file system, or a bucket mounted on every host (`launch_tpu.sh setup --bucket B`, "
             "then --output /mnt/B/...)."
         )
 
