@@ -92,9 +92,9 @@ def require_shared(output: Path) -> None:
         mark.unlink()
     if blind.size:
         raise InputError(
-            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do not "
-            "see what process 0 writes there. Use a network file system, or a bucket mounted on every host (`launch_tpu.sh setup --bucket B`, "
-            "then --output /mnt/B/...)."
+            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do "
+            "not see what process 0 writes there. Use a network file system, or a bucket mounted on every host "
+            "(`launch_tpu.sh setup --bucket B`, then --output /mnt/B/...)."
         )
 
 
