@@ -52,20 +52,30 @@ def load_config(path: Path) -> Any:
 TRAIN_HELP = """usage: aurora train CONFIG.py [--field value ...]
 
 Trains what a config file describes. The same command again continues the run from its newest checkpoint.
-`aurora train CONFIG.py --help` lists every field, with its meaning and the config's value."""
+`aurora train CONFIG.py --help` lists every field, with its meaning and the config's value.
+
+Exit status: 0 when the run is done, 2 for input that you can mend, 143 when SIGTERM stopped it, with a checkpoint, before its end."""
+STOPPED = 143
+"""A shell's status of SIGTERM: what supervises a run (launch_tpu.sh, Kubernetes, Slurm) must not take it for done."""
 
 
 def _train(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        print(TRAIN_HELP)
+        from aurora_jax.train.processes import HELP as PROCESSES_HELP
+
+        print(f"{TRAIN_HELP}\n\n{PROCESSES_HELP}")
         if arguments and arguments[0] in ("-h", "--help"):
             return
         raise InputError("aurora train needs a config file first, such as configs/nano_aurora.py.")
+    from aurora_jax.train import processes
     from aurora_jax.train.config import TrainConfig
     from aurora_jax.train.loop import train
 
     config = load_config(Path(arguments[0]))
-    train(tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"aurora train {arguments[0]}"))
+    config = tyro.cli(TrainConfig, default=config, args=list(arguments[1:]), prog=f"aurora train {arguments[0]}")
+    processes.join()
+    if int(train(config).step) < min(config.steps, config.stop_after or config.steps):
+        raise SystemExit(STOPPED)
 
 
 PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] [--tokens 435e9] [--price USD] [--picture FILE]

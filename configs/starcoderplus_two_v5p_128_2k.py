@@ -1,7 +1,7 @@
 """StarCoderPlus on two slices of 64 chips of TPU v5p (2 x `v5p-128`), 4,194,304 tokens a step as 2,048 sequences of 2,048.
 
     aurora plan configs/starcoderplus_two_v5p_128_2k.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
-    aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint gs://.../starcoderplus --output gs://.../cap
+    aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output /mnt/BUCKET/cap
 
 Not planned on its own yet: memory is that of starcoderplus_v5p_128_2k.py (65.2 of 95 GiB a chip), whose micro-batches are the same.
 """

@@ -136,6 +136,12 @@ class TrainConfig:
             raise InputError(
                 "Give either `model` (random initial weights) or `initial_checkpoint` (converted or trained weights), not both."
             )
+        for name, path in (("output", self.output), ("initial_checkpoint", self.initial_checkpoint)):
+            if path is not None and str(path).startswith(("gs:/", "s3:/")):
+                raise InputError(
+                    f"{name} {path}: a run reads and writes through the file system. Mount the bucket (gcsfuse; on TPU hosts "
+                    f"`launch_tpu.sh setup --bucket BUCKET`) and give the folder, /mnt/BUCKET/..."
+                )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise InputError(f"Stage names must differ: {', '.join(names)}.")

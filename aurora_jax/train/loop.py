@@ -1,9 +1,6 @@
 """The training program, in chapters. `train(config)` runs it from wherever the run stands to its end."""
 
-import signal
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
+from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
 
@@ -52,6 +50,7 @@ def train(config: TrainConfig) -> TrainState:
         Diverged: MOST_SKIPPED updates in a row were skipped.
     """
     config.output.mkdir(parents=True, exist_ok=True)
+    require_shared(config.output)
 
     # ---------------------------------------------------------------- Start: own run, given checkpoint, or random weights
     start = choose_start(config)
@@ -133,7 +132,7 @@ def train(config: TrainConfig) -> TrainState:
     with (
         jax.set_mesh(mesh),
         MetricsLog(config.output, first_step=first_step, steps=config.steps, lines=config.log_format == "lines") as log,
-        _stop_requested() as stop_requested,
+        stop_requested() as stops,
         jax.transfer_guard("disallow"),
     ):
 
@@ -145,7 +144,7 @@ def train(config: TrainConfig) -> TrainState:
         # What comes after a stage's last checkpoint, a stop may have cut off.
         if first_step in ends:
             checkpoints.save_stage(state, ends[first_step])
-        if held_out and (first_step in ends or first_step == 0) and first_step not in log.evaluated:
+        if held_out and (first_step in ends or first_step == 0) and not of_first(first_step in log.evaluated):
             evaluate(first_step, ends.get(first_step, "start"), None)
 
         skipped_in_a_row = 0
@@ -174,7 +173,7 @@ def train(config: TrainConfig) -> TrainState:
             dispatched = (step, stage, metrics)
 
             done = step + 1
-            stopping = stop_requested()
+            stopping = stops(step)
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
             evaluates = held_out and (done in ends or done % config.evaluation.every == 0) and not stopping
             if saves or evaluates:
@@ -229,9 +228,11 @@ def _open_data(
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         tokenizer = config.output / "tokenizer"
-        tokenizer.mkdir(exist_ok=True)
-        for name, text in tokenizer_files.items():
-            (tokenizer / name).write_text(text)
+        if is_first():
+            tokenizer.mkdir(exist_ok=True)
+            for name, text in tokenizer_files.items():
+                (tokenizer / name).write_text(text)
+        wait_for_all("tokenizer written")
     register(config.data.corpus, vocabulary_from(tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
@@ -260,22 +261,3 @@ def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metr
     scalars = {name: float(value) for name, value in values.items()}
     log.step(step, stage, scalars, task_loss)
     return scalars
-
-
-@contextmanager
-def _stop_requested():
-    """Yields a function that says whether SIGTERM (a preemption notice) or Ctrl-C has arrived; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
-
-    def remember(number, frame):
-        received.append(number)
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
-
-    previous: dict[int, Callable | int | None] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in previous:
-        signal.signal(number, remember)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -60,15 +60,15 @@ def place(mesh: Mesh, batch: Batch, rows: np.ndarray | None = None, batch_size: 
     def put(array):
         partition = PartitionSpec(BATCH_AXES, SEQUENCE_AXIS) if array.ndim == 2 else PartitionSpec(BATCH_AXES)
         sharding = NamedSharding(mesh, partition)
-        if rows is None or batch_size is None:
+        if sharding.is_fully_addressable and rows is None:
             return jax.device_put(array, sharding)
 
-        shape = (batch_size, *array.shape[1:])
+        shape = (batch_size or len(array), *array.shape[1:])
         shards = []
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None  # of a device of this process
-            wanted = np.arange(batch_size)[index[0]]
-            first = np.searchsorted(rows, wanted[0])
+            wanted = np.arange(shape[0])[index[0]]
+            first = wanted[0] if rows is None else np.searchsorted(rows, wanted[0])
             shards.append(jax.device_put(array[(slice(first, first + len(wanted)), *index[1:])], device))
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.summary import Writer
 
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.train.processes import is_first
 
 LINE_SECONDS = 10.0
 """Where there is no terminal: seconds between two lines of progress."""
@@ -20,19 +21,21 @@ class MetricsLog:
     """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard, and shows progress.
 
     Lines at and beyond the step that a resumed run starts from are dropped first: the file has each step once, however often it was done.
+    Of several processes the first writes and shows; the others' logs say nothing.
 
     Attributes:
         evaluated: steps after which all held-out text has been evaluated.
     """
 
     def __init__(self, output: Path, *, first_step: int, steps: int, lines: bool):
-        self.console = Console()
+        self._first = is_first()
+        self.console = Console(quiet=not self._first)
         self._path = output / "metrics.jsonl"
-        kept = _drop_from(self._path, first_step)
+        kept = _drop_from(self._path, first_step) if self._first else []
         self.evaluated = {row["step"] for row in kept if row.get("complete")}
-        self._file = self._path.open("a")
-        self._tensorboard = Writer(str(output / "tensorboard"))
-        self._lines = lines or not self.console.is_terminal
+        self._file = self._path.open("a") if self._first else None
+        self._tensorboard = Writer(str(output / "tensorboard")) if self._first else None
+        self._lines = lines or not self.console.is_terminal or not self._first
         self._steps, self._first_step = steps, first_step
         self._begun = self._last_line = time.monotonic()
         self._paused = 0.0
@@ -56,8 +59,9 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
-        self._tensorboard.close()
+        if self._file and self._tensorboard:
+            self._file.close()
+            self._tensorboard.close()
 
     def restart_clock(self) -> None:
         """Call when the first step has been done: compilation is not training speed."""
@@ -67,9 +71,8 @@ class MetricsLog:
         """Records one training step; `metrics` as `train_step` returns them, scalars only."""
         self._tokens += metrics["tokens"]
         rate = self._tokens / max(1e-9, time.monotonic() - self._begun - self._paused)
-        self._write({"step": step, "stage": stage, **metrics, "tokens_per_second": rate, "task_loss": dict(task_loss)})
-        for name, value in {**metrics, "tokens_per_second": rate}.items():
-            self._tensorboard.add_scalar(f"train/{name}", value, step)
+        row = {"step": step, "stage": stage, **metrics, "tokens_per_second": rate, "task_loss": dict(task_loss)}
+        self._write(row, {f"train/{name}": value for name, value in {**metrics, "tokens_per_second": rate}.items()})
         self._progress.update(self._task, completed=step + 1, stage=stage, loss=metrics["loss"], rate=rate)
         now = time.monotonic()
         if self._lines and (now - self._last_line >= LINE_SECONDS or step + 1 == self._steps):
@@ -84,15 +87,17 @@ class MetricsLog:
     def evaluation(self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], *, complete: bool, seconds: float) -> None:
         """Records bits per byte by task after `step` steps; `complete` if all held-out text was read."""
         self._paused += seconds
-        self._write({"step": step, "stage": stage, "complete": complete, "evaluation": scores})
-        for task, score in scores.items():
-            self._tensorboard.add_scalar(f"bits_per_byte/{task}", score["bits_per_byte"], step)
+        row = {"step": step, "stage": stage, "complete": complete, "evaluation": scores}
+        self._write(row, {f"bits_per_byte/{task}": score["bits_per_byte"] for task, score in scores.items()})
         summary = "  ".join(f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}" for task, score in scores.items())
         self.console.print(f"{stage} step {step}  bits per byte: {summary}", highlight=False)
 
-    def _write(self, row: Mapping) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
+        if self._file and self._tensorboard:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, row["step"])
 
 
 def _drop_from(path: Path, first_step: int) -> list[dict]:
