@@ -65,7 +65,7 @@ def observed(base):
 
 
 def test_flops_of_starcoderplus_are_those_counted_by_hand():
-    """Matrices of one layer: 6144 x (6144 + 256 + 6144 + 2 x 24576), 40 of them; embeddings and head 49152 x 6144; biases are left out here."""
+    """The matrices of 40 layers, and the embedding that is the head; biases, norms and positions are left out here."""
     matrices = 40 * 6144 * (6144 + 2 * 128 + 6144 + 2 * 24576) + 49152 * 6144
     scores = 40 * 2 * 48 * 128 * 8192 / 2  # queries times keys and weights times values, multiply-adds a token, the causal half
     assert flops_per_token(PRESETS["starcoderplus"], 8192) == pytest.approx(6 * (matrices + scores), rel=0.005)
