@@ -34,21 +34,14 @@ class Chip:
     """US dollars a chip-hour, on demand."""
     sizes: tuple[str, ...]
     """Topologies that can be rented, smallest first."""
-    kinds: tuple[str, ...]
-    """What JAX calls it (`jax.Device.device_kind`)."""
 
 
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 _SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.05e9, 2, 1228 * GB, 300 * GB, 3, 6.25 * GB, 3.22, _CUBES, ("TPU v4",)),
-    "v5e": Chip(16 * GIB, 197e12, 1.5e9, 1, 819 * GB, 200 * GB, 2, 3.1 * GB, 1.20, _SQUARES, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(95 * GIB, 459e12, 1.75e9, 2, 2765 * GB, 600 * GB, 3, 6.25 * GB, 4.20, _CUBES, ("TPU v5", "TPU v5p")),
-    "v6e": Chip(32 * GIB, 918e12, 1.75e9, 1, 1640 * GB, 448 * GB, 2, 6.25 * GB, 2.70, _SQUARES, ("TPU v6 lite", "TPU v6e")),
+    "v4": Chip(32 * GIB, 275e12, 1.05e9, 2, 1228 * GB, 300 * GB, 3, 6.25 * GB, 3.22, _CUBES),
+    "v5e": Chip(16 * GIB, 197e12, 1.5e9, 1, 819 * GB, 200 * GB, 2, 3.1 * GB, 1.20, _SQUARES),
+    "v5p": Chip(95 * GIB, 459e12, 1.75e9, 2, 2765 * GB, 600 * GB, 3, 6.25 * GB, 4.20, _CUBES),
+    "v6e": Chip(32 * GIB, 918e12, 1.75e9, 1, 1640 * GB, 448 * GB, 2, 6.25 * GB, 2.70, _SQUARES),
 }
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls by this name; None for a CPU and for what is not in the table."""
-    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from aurora_jax.kernels.flash_attention.blocks import DEVICE_KINDS
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
-from aurora_jax.plan.chips import chip_of
+from aurora_jax.plan.chips import CHIPS
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Throughput:
     @classmethod
     def of(cls, model: ModelConfig, *, batch_size: int, sequence_length: int, chips: int, device_kind: str) -> "Throughput":
         """For a model on chips of one kind; `device_kind` as `jax.Device.device_kind` says it."""
-        chip = chip_of(device_kind)
+        chip = CHIPS.get(DEVICE_KINDS.get(device_kind, ""))
         return cls(batch_size * sequence_length, chips, flops_per_token(model, sequence_length), chip.peak if chip else None)
 
     def at(self, steps_per_second: float) -> dict[str, float]:
