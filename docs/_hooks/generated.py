@@ -53,12 +53,12 @@ def stages_table(length: str) -> str:
     from aurora_jax.plan.chips import CHIPS
     from configs._starcoderplus import TOKENS
 
-    rows = ["| | chips | a step | " + " | ".join(f"{stage}, {tokens / 1e9:.0f}B" for stage, tokens in STAGES.items()) + " | both | cost |"]
-    rows.append("| --- | ---: " + "| ---: " * (len(STAGES) + 3) + "|")
+    stages = " | ".join(f"{stage}, {tokens / 1e9:.0f}B" for stage, tokens in STAGES.items())
+    rows = [f"| | chips | s a step | {stages} | both | chip-hours | cost |", "| --- |" + " ---: |" * (len(STAGES) + 5)]
     for config, (generation, chips) in CHIPS_OF.items():
         seconds = seconds_a_step(config + ("_2k" if length == "2k" else ""))
         days = [tokens / TOKENS * seconds / 86_400 for tokens in STAGES.values()]
         hours = sum(days) * 24 * chips
-        cells = [f"{seconds:.2f} s", *(f"{each:.1f} days" for each in days), f"{sum(days):.1f} days, {hours:,.0f} chip-hours"]
-        rows.append(f"| {generation} | {chips} | {' | '.join(cells)} | ${hours * CHIPS[generation].price:,.0f} |")
+        cells = [f"{chips}", f"{seconds:.2f}", *(f"{each:.1f} days" for each in (*days, sum(days))), f"{hours:,.0f}"]
+        rows.append(f"| {generation} | {' | '.join(cells)} | ${hours * CHIPS[generation].price:,.0f} |")
     return "\n".join(rows)
