@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, **page: object) -> str:
 def help_of(command: list[str]) -> str:
     """What a command of `aurora` or `python -m convert` prints with --help, in the process of the build: SeqIO and Beam load once."""
     sys.path.insert(0, str(ROOT))
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "84"  # what fits into a page
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from aurora_jax.cli import main as aurora
     from convert.__main__ import main as convert
