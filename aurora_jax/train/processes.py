@@ -36,7 +36,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
     if automatic not in (None, "", "auto"):
         raise InputError(f"{DISTRIBUTED}={automatic}: the one value is auto.")
     if not given and not automatic:
-        return
+        return None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         heartbeat = int(environment.get(HEARTBEAT, "100"))
@@ -72,7 +72,7 @@ def of_first(value: int) -> int:
 
 
 def require_shared(output: Path) -> None:
-    """Do all processes see the same folder? Each host with a folder of its own would write a part of every checkpoint, and none a whole one.
+    """Do all processes see the same folder? With a folder a host, each would write a part of every checkpoint, and none a whole one.
 
     Raises:
         InputError: they do not; raised on all of them.
@@ -92,9 +92,9 @@ def require_shared(output: Path) -> None:
         mark.unlink()
     if blind.size:
         raise InputError(
-            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do not see "
-            "what process 0 writes there. Use a network file system, or a bucket mounted on every host (`launch_tpu.sh setup --bucket B`, "
-            "then --output /mnt/B/...)."
+            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do "
+            "not see what process 0 writes there. Use a network file system, or a bucket mounted on every host "
+            "(`launch_tpu.sh setup --bucket B`, then --output /mnt/B/...)."
         )
 
 

@@ -1,0 +1,280 @@
+"""Keeps one training command running on one host: `python -m aurora_jax.supervise start|run|status|stop DIR`.
+
+`launch_tpu.sh` runs it on every host of a pod; nothing but the standard library is imported. DIR holds `status.json`, `supervisor.log`,
+`logs/` (one file a start, the newest 30), `log` (a link to the newest) and `lock`, which the supervisor and its command hold as long as
+either lives: there is never a second one.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+LONGEST_PAUSE = 300.0
+"""Seconds between two starts, at most; the pause doubles from the first."""
+SETTLED = 600.0
+"""A command that lived this many seconds was well: the pause begins anew."""
+KEPT_LOGS = 30
+BAD_INPUT = 2
+"""Exit status of `aurora` for what the user must mend: starting again would not help."""
+PR_SET_PDEATHSIG = 1
+
+
+class Status:
+    """What is known of a run on this host, in DIR/status.json.
+
+    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by `stop`); interrupted (SIGTERM
+    from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock); none (never started); other
+    (asked for one command, and another one runs).
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        path = directory / "status.json"
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"state": "none"}
+        self.alive = is_locked(directory)
+        if not self.alive and self.values["state"] in ("running", "waiting"):
+            self.values["state"] = "dead"
+
+    @property
+    def state(self) -> str:
+        return self.values["state"]
+
+    def line(self) -> str:
+        """One line for people and for `launch_tpu.sh`: host, state, attempts, exit status, the last line that was logged."""
+        words = [f"aurora-status {socket.gethostname()} {self.state}"]
+        if self.state != "none":
+            words.append(f"since {self.values['since']}, start {self.values['attempt']}")
+            if self.values["exit"] is not None:
+                words.append(f"last exit status {self.values['exit']}")
+            words.append(_last_line(self.directory / "log"))
+        return ", ".join(word for word in words if word)
+
+
+def write_status(directory: Path, **values: Any) -> None:
+    """Replaces DIR/status.json as a whole, so that no reader sees half of it."""
+    partial = directory / "status.partial"
+    partial.write_text(json.dumps({**values, "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")}))
+    partial.replace(directory / "status.json")
+
+
+def is_locked(directory: Path) -> bool:
+    """Does a supervisor, or a command that has lost its supervisor, still live?"""
+    if not (directory / "lock").is_file():
+        return False
+    with (directory / "lock").open("a+") as lock:
+        return not _lock(lock)
+
+
+def _lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _last_line(log: Path) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((f"log: {line.strip()[:200]}" for line in reversed(lines) if line.strip()), "")
+
+
+def _end_with_parent() -> None:
+    """A command whose supervisor is killed is told to save a checkpoint and end."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Supervisor:
+    """Starts a command again and again until it is done, refused its input, or is stopped.
+
+    Args:
+        directory: of status and logs.
+        command: to run, in the present folder.
+        first_pause: seconds between an exit and the next start; doubles each time, up to LONGEST_PAUSE.
+        grace: seconds from a stop until the command is killed.
+    """
+
+    def __init__(self, directory: Path, command: list[str], first_pause: float, grace: float):
+        self._directory, self._command = directory, command
+        self._first_pause, self._grace = first_pause, grace
+        self._told: str | None = None
+        self._process: subprocess.Popen | None = None
+
+    def run(self) -> str:
+        """Returns the final state; `running` at once if another supervisor has the lock."""
+        (self._directory / "logs").mkdir(parents=True, exist_ok=True)
+        with (self._directory / "lock").open("a+") as lock:
+            if not _lock(lock):
+                return "running"
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._tell)
+            state, attempt, pause = "waiting", 0, self._first_pause
+            while state == "waiting":
+                attempt += 1
+                begun = time.monotonic()
+                code = self._once(attempt, lock.fileno())
+                state = self._state_after(code)
+                self._status(state, attempt, code)
+                pause = self._first_pause if time.monotonic() - begun > SETTLED else pause
+                print(f"{datetime.now(UTC):%F %T} start {attempt} ended with status {code}: {state}", flush=True)
+                if state == "waiting":
+                    end = time.monotonic() + pause
+                    while self._told is None and time.monotonic() < end:
+                        time.sleep(min(0.2, pause))
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    if self._told is not None:
+                        state = self._told
+                        self._status(state, attempt, code)
+        return state
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self._told = "stopped" if (self._directory / "stop").exists() else "interrupted"
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            signal.setitimer(signal.ITIMER_REAL, self._grace)
+            signal.signal(signal.SIGALRM, self._kill)
+
+    def _kill(self, number: int, frame: Any) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def _state_after(self, code: int) -> str:
+        if code == 0:
+            return "done"
+        return self._told or ("failed" if code == BAD_INPUT else "waiting")
+
+    def _status(self, state: str, attempt: int, code: int | None) -> None:
+        process = None if self._process is None else self._process.pid
+        facts = {"pid": os.getpid(), "process": process, "command": self._command, "revision": revision()}
+        write_status(self._directory, state=state, attempt=attempt, exit=code, **facts)
+
+    def _once(self, attempt: int, lock: int) -> int:
+        log = self._directory / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{attempt}.log"
+        link = self._directory / "log.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(log.relative_to(self._directory))
+        for old in sorted((self._directory / "logs").glob("*.log"))[: -KEPT_LOGS + 1]:
+            old.unlink()
+        with log.open("w") as output:
+            print(
+                f"$ {shlex.join(self._command)}    (start {attempt} on {socket.gethostname()}, code {revision()})", file=output, flush=True
+            )
+            link.replace(self._directory / "log")
+            if self._told is not None:
+                return 128 + signal.SIGTERM
+            self._process = subprocess.Popen(
+                self._command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=_end_with_parent
+            )
+            self._status("running", attempt, None)
+            code = self._process.wait()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return 128 - code if code < 0 else code
+
+
+def revision() -> str:
+    """The commit that `launch_tpu.sh setup` put here; part of what makes two commands the same."""
+    return Path("COMMIT").read_text().strip() if Path("COMMIT").is_file() else "unknown"
+
+
+def start(directory: Path, command: list[str], first_pause: float, grace: float, *, again: bool) -> int:
+    """Starts a supervisor that outlives this session, unless one is there; 0 if the command runs (or is done), 3 if another one does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    status = Status(directory)
+    same = (status.values.get("command"), status.values.get("revision")) == (command, revision())
+    if status.alive and not same:
+        print(f"{socket.gethostname()}: another run is going on: {shlex.join(status.values.get('command', []))}\nStop it first.")
+        return 3
+    if not status.alive and not (same and status.state == "done" and not again):
+        (directory / "stop").unlink(missing_ok=True)
+        (directory / "status.json").unlink(missing_ok=True)
+        with (directory / "supervisor.log").open("a") as log:
+            options = ["--pause", str(first_pause), "--grace", str(grace)]
+            daemon = subprocess.Popen(
+                [sys.executable, "-m", "aurora_jax.supervise", "run", str(directory), *options, "--", *command],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        while (status := Status(directory)).state == "none":
+            if daemon.poll() is not None:
+                print(f"{socket.gethostname()}: the supervisor did not start; see {directory / 'supervisor.log'}")
+                return 1
+            time.sleep(0.05)
+    print(status.line(), flush=True)
+    return 0
+
+
+def stop(directory: Path) -> int:
+    """Ends supervisor and command, which saves a checkpoint first; returns when they have ended. Nothing to stop is well, too."""
+    told = False
+    while (status := Status(directory)).alive:
+        if not told:
+            told = True
+            (directory / "stop").touch()
+            for number in (status.values.get("pid"), status.values.get("process")):
+                with contextlib.suppress(ProcessLookupError):
+                    if number is not None:
+                        os.kill(number, signal.SIGTERM)
+                        break  # the supervisor tells its command
+        time.sleep(0.2)
+    (directory / "stop").unlink(missing_ok=True)
+    print(status.line(), flush=True)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "python -m aurora_jax.supervise",
+        usage="%(prog)s [options] start|run|status|stop DIR [-- COMMAND ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "action",
+        choices=("start", "run", "status", "stop"),
+        help="run stays in the foreground, start does not; status with a command says `other` (or none) of another one",
+    )
+    parser.add_argument("directory", type=Path, help="of status and logs")
+    parser.add_argument(
+        "--pause", type=float, default=5.0, help="seconds before the first restart; doubles each time, up to 300 (%(default)s)"
+    )
+    parser.add_argument("--grace", type=float, default=300.0, help="seconds from a stop until the command is killed (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="start even what is done already")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    given, command = parser.parse_args(arguments[:split]), arguments[split + 1 :]
+    directory = given.directory.absolute()
+    if given.action in ("start", "run") and not command:
+        parser.error("give the command after --")
+    if given.action == "start":
+        return start(directory, command, given.pause, given.grace, again=given.again)
+    if given.action == "run":
+        return 0 if Supervisor(directory, command, given.pause, given.grace).run() in ("done", "stopped") else 1
+    if given.action == "stop":
+        return stop(directory)
+    status = Status(directory)
+    if command and status.values.get("command", command) != command:
+        status.values["state"] = "other" if status.alive else "none"
+    print(status.line(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""A run of several processes as the command line starts it: told to stop, killed, wrongly described."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aurora_jax.errors import InputError
+from aurora_jax.train import processes
+from aurora_jax.train.checkpoint import RunCheckpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from pathlib import Path
+from aurora_jax.model.config import *
+from aurora_jax.train.config import *
+from aurora_jax.train.stages import *
+
+def config():
+    return TrainConfig(
+        output=Path("run"),
+        stages=(Stage("cap", "nano_cap", 60, LearningRate(peak=1e-2, decay_steps=60)),),
+        model=ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24),
+        data=DataConfig(corpus={corpus!r}, tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=32),
+        compute=ComputeConfig("float32", "float32"),
+        evaluation=EvaluationConfig(tasks=("sample_fi",), every=50, quick_windows=2, batch_size=2),
+        checkpoint=CheckpointConfig(every=20),
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({processes.ADDRESS: "a:1"}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({processes.ADDRESS: "a:1", processes.COUNT: "2", processes.INDEX: "2"}, "JAX_PROCESS_ID=2 is not one of the 2"),
+        ({processes.ADDRESS: "a:1", processes.COUNT: "two", processes.INDEX: "0"}, "two"),
+        ({processes.DISTRIBUTED: "yes"}, "AURORA_DISTRIBUTED=yes: the one value is auto"),
+    ],
+)
+def test_a_wrong_description_is_refused(environment, said):
+    with pytest.raises(InputError, match=said):
+        processes.join(environment)
+
+
+def start(config: Path, output: Path, number: int, port: int) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "AURORA_HEARTBEAT_SECONDS": "10",
+        processes.ADDRESS: f"127.0.0.1:{port}",
+        processes.COUNT: "2",
+        processes.INDEX: str(number),
+    }
+    command = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(output)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def run(config: Path, output: Path, then=lambda workers: None) -> list[int]:
+    """Two processes; what is done to them when they are under way; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    workers = [start(config, output, number, port) for number in range(2)]
+    then(workers)
+    return [worker.wait() for worker in workers]
+
+
+def losses(output: Path) -> list[tuple]:
+    path = output / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows if "loss" in row]
+
+
+@pytest.mark.full
+def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mini_corpus, mini_tokenizer, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores")))
+    alone = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(tmp_path / "alone"), "--stop-after", "1"]
+    subprocess.run(alone, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)  # builds the stores
+    assert run(config, tmp_path / "undisturbed") == [0, 0]
+
+    disturbed = tmp_path / "disturbed"
+
+    def after(steps: int, number: int, what: signal.Signals):
+        def disturb(workers):
+            while len(losses(disturbed)) < steps:
+                assert all(worker.poll() is None for worker in workers)
+                time.sleep(0.01)
+            workers[number].send_signal(what)
+
+        return disturb
+
+    assert run(config, disturbed, after(8, 1, signal.SIGTERM)) == [143, 143]  # only one is told
+    stopped = RunCheckpoints.newest_step(disturbed)
+    assert stopped == len(losses(disturbed))
+    for victim in (0, 1):
+        statuses = run(config, disturbed, after(len(losses(disturbed)) + 3, victim, signal.SIGKILL))
+        assert statuses[victim] == -signal.SIGKILL
+        assert statuses[1 - victim] not in (0, 2)
+    assert run(config, disturbed) == [0, 0]
+    assert losses(disturbed) == losses(tmp_path / "undisturbed")
