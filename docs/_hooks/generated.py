@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def on_page_markdown(markdown: str, **page: object) -> str:
 
 
 def help_of(command: list[str]) -> str:
-    """What a command of `aurora` or `python -m convert` prints with --help, in the process of the build: SeqIO and Beam load once."""
+    """What a command prints with --help; `aurora` and `python -m convert` in the process of the build, so that SeqIO and Beam load once."""
+    if command[0] == "launch_tpu.sh":
+        return subprocess.run(["bash", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.rstrip()
     sys.path.insert(0, str(ROOT))
     os.environ["COLUMNS"] = "84"  # what fits into a page
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
