@@ -6,7 +6,7 @@ PINS := requirements.txt constraints.txt pyproject.toml
 # libtpu is installed for its compiler; without this, JAX would look for a TPU.
 export JAX_PLATFORMS := cpu
 
-.PHONY: help setup quickstart test test-full lint bench clean
+.PHONY: help setup quickstart test test-full lint bench docs clean
 
 help:
 	@echo "make quickstart   the whole journey on a CPU in under 10 minutes; ends with quickstart/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-full    the long proofs too"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        the benchmarks, side by side with their peers"
+	@echo "make docs         the documentation, in site/ (python -m http.server -d site to read it)"
 	@echo "make setup        the environment alone, in $(VENV) (PYTHON=python3.11 to choose the interpreter)"
 
 # The environment is made once and kept until a pin changes; it is marked as good only when pip has finished.
@@ -21,7 +22,7 @@ setup:
 	@if [ ! -f $(VENV)/pins ] || [ "$$(cat $(PINS) | sha256sum)" != "$$(cat $(VENV)/pins)" ]; then \
 	  $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"Python 3.11 to 3.13 is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.11 ...")' && \
 	  rm -f $(VENV)/pins && $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,tpu]' && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,docs,tpu]' && \
 	  cat $(PINS) | sha256sum > $(VENV)/pins; \
 	fi
 
@@ -48,5 +49,8 @@ bench: setup
 	$(BIN)/python -m aurora_jax data sample quickstart/corpus
 	$(BIN)/python benchmarks/data.py
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart site notebook

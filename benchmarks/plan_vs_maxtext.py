@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from aurora_jax.model.config import PRESETS  # noqa: E402
+from aurora_jax.model.flops import flops_per_token  # noqa: E402
 from aurora_jax.plan.chips import CHIPS  # noqa: E402
-from aurora_jax.plan.estimate import flops_per_token, make_plan  # noqa: E402
+from aurora_jax.plan.estimate import make_plan  # noqa: E402
 from aurora_jax.plan.program import read_program  # noqa: E402
 from aurora_jax.plan.topology import ENVIRONMENT  # noqa: E402
 from aurora_jax.train.config import MeshConfig, TrainConfig  # noqa: E402

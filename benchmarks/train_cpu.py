@@ -89,7 +89,7 @@ def roofline(precision: str) -> float:
     import jax.numpy as jnp
 
     from aurora_jax.model.config import ModelConfig
-    from aurora_jax.plan.estimate import flops_per_token
+    from aurora_jax.model.flops import flops_per_token
 
     model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP)
     left, right = (jnp.ones(shape, precision) for shape in ((BATCH * POSITIONS, WIDTH), (WIDTH, MLP)))

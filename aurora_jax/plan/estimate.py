@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig
+from aurora_jax.model.flops import flops_per_token
 from aurora_jax.model.sharding import MESH_AXES, parameter_count
 from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.chips import CHIPS, GIB, Chip
@@ -89,11 +90,6 @@ class Plan:
     def as_dict(self) -> dict:
         """All fields and what follows from them, for JSON."""
         return {**asdict(self), "step_seconds": self.step_seconds, "tokens_per_second_per_chip": self.tokens_per_second_per_chip}
-
-
-def flops_per_token(model: ModelConfig, length: int) -> float:
-    """Training FLOPs a token: 6 N + 6 layers H C L (Chowdhery et al. 2022, arXiv 2204.02311, with the causal half of attention)."""
-    return 6.0 * parameter_count(model) + 6.0 * model.layers * model.heads * model.head_dim * length
 
 
 def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:

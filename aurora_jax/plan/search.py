@@ -20,9 +20,10 @@ from rich.table import Table
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.flops import flops_per_token
 from aurora_jax.model.sharding import parameter_count
 from aurora_jax.plan.chips import CHIPS, GIB, Chip
-from aurora_jax.plan.estimate import Plan, flops_per_token, make_plan
+from aurora_jax.plan.estimate import Plan, make_plan
 from aurora_jax.train.config import MeshConfig, TrainConfig
 
 REMATERIALISATIONS = ("nothing", "products", "projections", "attention", "full")

@@ -126,6 +126,11 @@ class TrainConfig:
     """Stop, with a checkpoint, after this many steps of the run: for budgets and for tests of resuming."""
     log_format: Literal["auto", "lines"] = "auto"
     """A live progress bar on a terminal, or a line every few seconds."""
+    profile_steps: tuple[int, int] | None = None
+    """Trace these steps, first and last (numbered from 0, as in metrics.jsonl), into OUTPUT/profile, for XProf. The first step that a
+    process does compiles: choose later ones."""
+    wandb_project: str | None = None
+    """Send the metrics to this project at Weights & Biases too (`pip install wandb`)."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -142,6 +147,8 @@ class TrainConfig:
                     f"{name} {path}: a run reads and writes through the file system. Mount the bucket (gcsfuse; on TPU hosts "
                     f"`launch_tpu.sh setup --bucket BUCKET`) and give the folder, /mnt/BUCKET/..."
                 )
+        if self.profile_steps is not None and not 0 <= self.profile_steps[0] <= self.profile_steps[1] < self.steps:
+            raise InputError(f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to {self.steps - 1}.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise InputError(f"Stage names must differ: {', '.join(names)}.")

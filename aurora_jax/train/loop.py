@@ -28,8 +28,11 @@ from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
+from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
+from aurora_jax.train.throughput import Throughput
+from aurora_jax.train.wandb_run import import_wandb
 
 MOST_SKIPPED = 20
 """Updates skipped in a row after which a run is called diverged."""
@@ -49,6 +52,8 @@ def train(config: TrainConfig) -> TrainState:
         InputError: something in the config, the data or a checkpoint is wrong; nothing has been overwritten.
         Diverged: MOST_SKIPPED updates in a row were skipped.
     """
+    if config.wandb_project:
+        import_wandb()
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
@@ -127,11 +132,19 @@ def train(config: TrainConfig) -> TrainState:
     )
     ends = dict(zip(np.cumsum([stage.steps for stage in config.stages]).tolist(), [stage.name for stage in config.stages], strict=True))
     last_step = min(config.steps, config.stop_after or config.steps)
+    throughput = Throughput.of(
+        model,
+        batch_size=config.data.batch_size,
+        sequence_length=config.data.sequence_length,
+        chips=mesh.size,
+        device_kind=mesh.devices.flat[0].device_kind,
+    )
 
     # ---------------------------------------------------------------- Train loop
     with (
         jax.set_mesh(mesh),
-        MetricsLog(config.output, first_step=first_step, steps=config.steps, lines=config.log_format == "lines") as log,
+        MetricsLog(config, throughput, first_step=first_step) as log,
+        StepTrace(config.output / "profile", config.profile_steps) as step_trace,
         stop_requested() as stops,
         jax.transfer_guard("disallow"),
     ):
@@ -164,7 +177,9 @@ def train(config: TrainConfig) -> TrainState:
         dispatched: tuple[int, str, dict] | None = None
         for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows):
             stage = loader.position(step)["stage"]
-            state, metrics = train_step(state, place_here(batch, rows, config.data.batch_size))
+            with step_trace.before(step):
+                state, metrics = train_step(state, place_here(batch, rows, config.data.batch_size))
+            step_trace.after(step, metrics)
             # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
             if dispatched is not None:
                 record(*dispatched)

@@ -1,4 +1,4 @@
-"""What a run tells people: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run tells people: a progress bar, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import json
 import time
@@ -11,14 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.summary import Writer
 
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
+from aurora_jax.train.throughput import Throughput
+from aurora_jax.train.wandb_run import WandbRun
 
 LINE_SECONDS = 10.0
 """Where there is no terminal: seconds between two lines of progress."""
 
 
 class MetricsLog:
-    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard, and shows progress.
+    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard (and Weights & Biases, if a
+    project is named), and shows progress.
 
     Lines at and beyond the step that a resumed run starts from are dropped first: the file has each step once, however often it was done.
     Of several processes the first writes and shows; the others' logs say nothing.
@@ -27,7 +31,8 @@ class MetricsLog:
         evaluated: steps after which all held-out text has been evaluated.
     """
 
-    def __init__(self, output: Path, *, first_step: int, steps: int, lines: bool):
+    def __init__(self, config: TrainConfig, throughput: Throughput, *, first_step: int):
+        output = config.output
         self._first = is_first()
         self.console = Console(quiet=not self._first)
         self._path = output / "metrics.jsonl"
@@ -35,23 +40,24 @@ class MetricsLog:
         self.evaluated = {row["step"] for row in kept if row.get("complete")}
         self._file = self._path.open("a") if self._first else None
         self._tensorboard = Writer(str(output / "tensorboard")) if self._first else None
-        self._lines = lines or not self.console.is_terminal or not self._first
-        self._steps, self._first_step = steps, first_step
+        self._wandb = WandbRun(config, config.wandb_project) if self._first and config.wandb_project else None
+        self._lines = config.log_format == "lines" or not self.console.is_terminal or not self._first
+        self._throughput, self._steps, self._first_step = throughput, config.steps, first_step
         self._begun = self._last_line = time.monotonic()
         self._paused = 0.0
-        self._tokens = 0.0
+        self._done = 0
         self._progress = Progress(
             TextColumn("{task.fields[stage]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False, compact=True),
             console=self.console,
             disable=self._lines,
         )
-        self._task = self._progress.add_task("train", total=steps, completed=first_step, stage="", loss=float("nan"), rate=0.0)
+        self._task = self._progress.add_task("train", total=self._steps, completed=first_step, stage="", loss=float("nan"), rate="")
 
     def __enter__(self) -> "MetricsLog":
         self._progress.start()
@@ -62,17 +68,23 @@ class MetricsLog:
         if self._file and self._tensorboard:
             self._file.close()
             self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
 
     def restart_clock(self) -> None:
         """Call when the first step has been done: compilation is not training speed."""
-        self._begun, self._tokens, self._paused = time.monotonic(), 0.0, 0.0
+        self._begun, self._done, self._paused = time.monotonic(), 0, 0.0
 
     def step(self, step: int, stage: str, metrics: Mapping[str, float], task_loss: Mapping[str, float]) -> None:
-        """Records one training step; `metrics` as `train_step` returns them, scalars only."""
-        self._tokens += metrics["tokens"]
-        rate = self._tokens / max(1e-9, time.monotonic() - self._begun - self._paused)
-        row = {"step": step, "stage": stage, **metrics, "tokens_per_second": rate, "task_loss": dict(task_loss)}
-        self._write(row, {f"train/{name}": value for name, value in {**metrics, "tokens_per_second": rate}.items()})
+        """Records one training step; `metrics` as `train_step` returns them, scalars only.
+
+        Speed is that since the first step, which compiles, and without the time of evaluations.
+        """
+        self._done += 1
+        speed = self._throughput.at(self._done / max(1e-9, time.monotonic() - self._begun - self._paused))
+        scalars = {**metrics, **speed}
+        rate = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else "")
+        self._write({"step": step, "stage": stage, **scalars, "task_loss": dict(task_loss)}, {f"train/{k}": v for k, v in scalars.items()})
         self._progress.update(self._task, completed=step + 1, stage=stage, loss=metrics["loss"], rate=rate)
         now = time.monotonic()
         if self._lines and (now - self._last_line >= LINE_SECONDS or step + 1 == self._steps):
@@ -80,7 +92,7 @@ class MetricsLog:
             remaining = (now - self._begun) / max(1, step - self._first_step) * (self._steps - step - 1)
             self.console.print(
                 f"{stage} step {step + 1}/{self._steps}  loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.2e}  "
-                f"{rate:,.0f} tokens/s  ETA {remaining:.0f} s",
+                f"{rate}  ETA {remaining:.0f} s",
                 highlight=False,
             )
 
@@ -98,6 +110,8 @@ class MetricsLog:
             self._file.flush()
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(scalars, row["step"])
 
 
 def _drop_from(path: Path, first_step: int) -> list[dict]:

@@ -1,0 +1,50 @@
+"""Weights & Biases, for those who ask for it with --wandb-project. It is imported nowhere else, and no requirement."""
+
+import importlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from aurora_jax.errors import InputError
+from aurora_jax.train.config import TrainConfig
+
+
+def import_wandb() -> ModuleType:
+    """The package. Raises InputError, with the command that installs it, if it is not there."""
+    try:
+        return importlib.import_module("wandb")
+    except ModuleNotFoundError as error:
+        raise InputError(f"--wandb-project needs Weights & Biases: pip install wandb (and `wandb login` once). {error}.") from error
+
+
+class WandbRun:
+    """One run at Weights & Biases for one run of ours: OUTPUT/wandb.json keeps its id, so that a resumed run goes on with its curves."""
+
+    def __init__(self, config: TrainConfig, project: str):
+        wandb = import_wandb()
+        kept = config.output / "wandb.json"
+        identity = json.loads(kept.read_text())["id"] if kept.is_file() else secrets.token_hex(8)
+        kept.write_text(json.dumps({"project": project, "id": identity}) + "\n")
+        self._run = wandb.init(
+            project=project, name=config.output.name, id=identity, resume="allow", dir=str(config.output), config=_plain(asdict(config))
+        )
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Scalars under the names that TensorBoard has."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, the rest as it is."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
