@@ -33,8 +33,9 @@ class FromTorch:
     dtype: ParameterDtype | None = None
     """Of the parameters. Default: that of the source, float32 for float16. bfloat16 halves the disk, and what a mesh has to read."""
     vocabulary_divisible_by: int = 1
-    """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n devices can divide them: n, or 128
-    for any (Megatron-LM's make-vocab-size-divisible-by). Needed for vocabularies such as 49,153. to-torch leaves the padding out."""
+    """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n devices can divide them: n,
+    or 128 for every power of two up to it (Megatron-LM's make-vocab-size-divisible-by). Needed for vocabularies such as 49,153.
+    to-torch leaves the padding out."""
     resume: bool = False
     """Continue an interrupted conversion of the same files with the same options; begin one if there is none."""
     dry_run: bool = False
