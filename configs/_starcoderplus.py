@@ -1,6 +1,7 @@
-"""What the `starcoderplus_*` configs share: Aurora-M's first stage from StarCoderPlus, 15.5B, at 4,194,304 tokens a step.
+"""What the `starcoderplus_*` configs share: Aurora-M's two stages from StarCoderPlus, 15.5B, at 4,194,304 tokens a step.
 
-The stage table names the nano mixtures of the sample corpus until the mixtures of Aurora-M's own sources are registered.
+377B tokens of `aurora_m_cap`, then 58B of `aurora_m_cat` on the same falling learning rate. Peak, warm-up and floor are ours: Aurora-M's
+are not known (docs/reproduction.md).
 """
 
 from dataclasses import replace
@@ -23,10 +24,13 @@ SPARSE_CORE = (
 def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1) -> TrainConfig:
     """The run on a mesh, as 512 sequences of 8,192 tokens."""
     return TrainConfig(
-        output=Path("runs/starcoderplus_cap"),
+        output=Path("runs/aurora_m"),
         initial_checkpoint=Path("checkpoints/starcoderplus"),
-        stages=(Stage("cap", "nano_cap", steps=90_000, learning_rate=LearningRate(peak=1e-4, warmup_steps=2_000, final=1e-5)),),
-        data=DataConfig(corpus="corpus", batch_size=TOKENS // 8_192, sequence_length=8_192),
+        stages=(
+            Stage("cap", "aurora_m_cap", 90_000, LearningRate(peak=1e-4, warmup_steps=2_000, final=1e-5, decay_steps=118_000)),
+            Stage("cat", "aurora_m_cat", 14_000),
+        ),
+        data=DataConfig(corpus="data", batch_size=TOKENS // 8_192, sequence_length=8_192),
         mesh=mesh,
         compute=replace(compute, attention="flash", compiler_options=MORE_SCRATCH + compute.compiler_options),
         optimizer=OptimizerConfig(micro_batches=micro_batches),

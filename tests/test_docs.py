@@ -26,7 +26,7 @@ OTHERS = {"git", "cd", "export", "source", "echo", "pip", "jupyter", "tensorboar
 """Programs that are not ours: their commands are not checked."""
 STAND_INS = {"N": "1", "CONFIG": "configs/nano_aurora.py", "CONFIG.py": "configs/nano_aurora.py"}
 """Words that the reader replaces."""
-THEIRS = re.compile(r"configs/my_run\.py|best\.py")
+THEIRS = re.compile(r"best\.py")
 """Configs that the reader writes."""
 
 
