@@ -136,6 +136,7 @@ class Supervisor:
             if Status(self._directory).is_done(self._command) and not again:
                 return "done"
             (self._directory / "stop").unlink(missing_ok=True)
+            self._status("waiting", 0, None)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._tell)
             state, attempt, pause = "waiting", 0, self._first_pause
@@ -223,7 +224,7 @@ def start(directory: Path, command: list[str], first_pause: float, grace: float,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        while (status := Status(directory)).values.get("pid") != daemon.pid:
+        while (status := Status(directory)).values.get("pid") != daemon.pid or not status.values["attempt"]:
             if (code := daemon.poll()) is not None:
                 status = Status(directory)
                 if code == 0 or status.alive:  # another one was quicker

@@ -99,7 +99,8 @@ class Launcher:
 
     def order(self, code: int, host: str = "all") -> None:
         """`aurora train` on a host ends with this status."""
-        (self.folder / "orders" / host).write_text(str(code))
+        (self.folder / "order").write_text(str(code))
+        (self.folder / "order").rename(self.folder / "orders" / host)
 
     @contextlib.contextmanager
     def watching(self, *words: str) -> Iterator[subprocess.Popen]:
