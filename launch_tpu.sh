@@ -572,7 +572,13 @@ look_at_hosts() {
     say "the run is done"
     return 0
   fi
-  # A host that is done and others that are not: they cannot meet again unless it starts, too.
+  # Some hosts are done and others are not: for a moment that is how every run ends. If it lasts, the others have lost their last step and
+  # cannot meet again unless those that are done start, too.
+  if [[ $states == *done* ]]; then
+    PARTLY_DONE=$((PARTLY_DONE + 1))
+    ((PARTLY_DONE >= 3)) || return 1
+  fi
+  PARTLY_DONE=0
   if [[ ! $states =~ ^((running|waiting)\ on\ [0-9]+(,\ )?)+$ ]]; then
     AGAIN=""
     [[ $states != *done* ]] || AGAIN=1
@@ -583,7 +589,7 @@ look_at_hosts() {
 
 verb_watch() {
   local backoff=$POLL was="" health answer
-  SEEN=""
+  SEEN="" PARTLY_DONE=0
   check_train_command
   [[ $HOSTS ]] || require_accelerator
   if [[ $DRY_RUN ]]; then

@@ -26,6 +26,8 @@ LONGEST_PAUSE = 300.0
 SETTLED = 600.0
 """A command that lived this many seconds was well: the pause begins anew."""
 KEPT_LOGS = 30
+GLANCE = 1.0
+"""Seconds for which a supervisor asks for the lock, which those who look at it hold for a moment."""
 BAD_INPUT = 2
 """Exit status of `aurora` for what the user must mend: starting again would not help."""
 PR_SET_PDEATHSIG = 1
@@ -41,15 +43,21 @@ class Status:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        # The lock before the file: what ends between the two looks has written its last state by then.
+        self.alive = is_locked(directory)
         path = directory / "status.json"
         self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"state": "none"}
-        self.alive = is_locked(directory)
-        if not self.alive and self.values["state"] in ("running", "waiting"):
-            self.values["state"] = "dead"
+        if not self.alive and self.state in ("running", "waiting"):
+            self.alive = is_locked(directory)  # it may have been started between them
+            self.values["state"] = self.state if self.alive else "dead"
 
     @property
     def state(self) -> str:
         return self.values["state"]
+
+    def is_done(self, command: list[str]) -> bool:
+        """Has this very command, of this very code, come to its end?"""
+        return self.state == "done" and (self.values.get("command"), self.values.get("revision")) == (command, revision())
 
     def line(self) -> str:
         """One line for people and for `launch_tpu.sh`: host, state, attempts, exit status, the last line that was logged."""
@@ -74,12 +82,12 @@ def is_locked(directory: Path) -> bool:
     if not (directory / "lock").is_file():
         return False
     with (directory / "lock").open("a+") as lock:
-        return not _lock(lock)
+        return not _lock(lock, fcntl.LOCK_SH)  # those who only look do not hold each other off
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -115,12 +123,20 @@ class Supervisor:
         self._told: str | None = None
         self._process: subprocess.Popen | None = None
 
-    def run(self) -> str:
-        """Returns the final state; `running` at once if another supervisor has the lock."""
+    def run(self, *, again: bool) -> str:
+        """Returns the final state; at once if another supervisor is there, or if the command is done and not to run again."""
         (self._directory / "logs").mkdir(parents=True, exist_ok=True)
         with (self._directory / "lock").open("a+") as lock:
-            if not _lock(lock):
-                return "running"
+            end = time.monotonic() + GLANCE
+            while not _lock(lock):
+                if time.monotonic() > end:
+                    return "running"
+                time.sleep(0.02)
+            # Of two that were started together, the second may get here when the first has done all.
+            if Status(self._directory).is_done(self._command) and not again:
+                return "done"
+            (self._directory / "stop").unlink(missing_ok=True)
+            self._status("waiting", 0, None)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._tell)
             state, attempt, pause = "waiting", 0, self._first_pause
@@ -195,15 +211,12 @@ def start(directory: Path, command: list[str], first_pause: float, grace: float,
     """Starts a supervisor that outlives this session, unless one is there; 0 if the command runs (or is done), 3 if another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     status = Status(directory)
-    same = (status.values.get("command"), status.values.get("revision")) == (command, revision())
-    if status.alive and not same:
+    if status.alive and (status.values.get("command"), status.values.get("revision")) != (command, revision()):
         print(f"{socket.gethostname()}: another run is going on: {shlex.join(status.values.get('command', []))}\nStop it first.")
         return 3
-    if not status.alive and not (same and status.state == "done" and not again):
-        (directory / "stop").unlink(missing_ok=True)
-        (directory / "status.json").unlink(missing_ok=True)
+    if not status.alive and (again or not status.is_done(command)):
         with (directory / "supervisor.log").open("a") as log:
-            options = ["--pause", str(first_pause), "--grace", str(grace)]
+            options = ["--pause", str(first_pause), "--grace", str(grace), *(["--again"] if again else [])]
             daemon = subprocess.Popen(
                 [sys.executable, "-m", "aurora_jax.supervise", "run", str(directory), *options, "--", *command],
                 stdout=log,
@@ -211,11 +224,14 @@ def start(directory: Path, command: list[str], first_pause: float, grace: float,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        while (status := Status(directory)).state == "none":
-            if daemon.poll() is not None:
+        while (status := Status(directory)).values.get("pid") != daemon.pid or not status.values["attempt"]:
+            if (code := daemon.poll()) is not None:
+                status = Status(directory)
+                if code == 0 or status.alive:  # another one was quicker
+                    break
                 print(f"{socket.gethostname()}: the supervisor did not start; see {directory / 'supervisor.log'}")
                 return 1
-            time.sleep(0.05)
+            time.sleep(0.02)
     print(status.line(), flush=True)
     return 0
 
@@ -266,7 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.action == "start":
         return start(directory, command, given.pause, given.grace, again=given.again)
     if given.action == "run":
-        return 0 if Supervisor(directory, command, given.pause, given.grace).run() in ("done", "stopped") else 1
+        state = Supervisor(directory, command, given.pause, given.grace).run(again=given.again)
+        return 0 if state in ("done", "stopped") else 1
     if given.action == "stop":
         return stop(directory)
     status = Status(directory)

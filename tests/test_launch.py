@@ -91,9 +91,16 @@ class Launcher:
         path = self.folder / "starts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def started(self, count: int) -> list[dict]:
+        """Waits for so many starts of `aurora train`, which follow those of their supervisors."""
+        while len(self.starts()) < count:
+            time.sleep(0.02)
+        return self.starts()
+
     def order(self, code: int, host: str = "all") -> None:
         """`aurora train` on a host ends with this status."""
-        (self.folder / "orders" / host).write_text(str(code))
+        (self.folder / "order").write_text(str(code))
+        (self.folder / "order").rename(self.folder / "orders" / host)
 
     @contextlib.contextmanager
     def watching(self, *words: str) -> Iterator[subprocess.Popen]:
@@ -157,7 +164,7 @@ def test_step_by_step_and_every_verb_twice(launcher):
     assert "queued resource aurora: ACTIVE, 1 x v5p-128 (spot)" in status
     assert "TPU VM aurora: READY" in status
     assert status.count(" running, since") == 2
-    starts = launcher.starts()
+    starts = launcher.started(2)
     assert sorted(start["host"] for start in starts) == ["aurora-w0", "aurora-w1"]  # one on each, however often `run` is said
     for start in starts:
         assert start["arguments"] == ["train", *RUN]
@@ -260,7 +267,7 @@ def test_a_host_that_does_not_answer(launcher):
     with launcher.cloud.change() as state:
         state["silent"] = [["aurora", 1]]
     assert "failed on: aurora" in launcher("run", *RUN, status=1)
-    assert [start["host"] for start in launcher.starts()] == ["aurora-w0"]
+    assert [start["host"] for start in launcher.started(1)] == ["aurora-w0"]
     with launcher.watching(*POD, *RUN) as watch:
         launcher.wait(watch, lambda: "not all hosts answer" in launcher.said())
         with launcher.cloud.change() as state:
@@ -310,9 +317,9 @@ def test_a_host_that_ended_before_the_others_joins_them_again(launcher):
     launcher.order(0, "aurora-w0")
     with launcher.watching(*POD, *RUN) as watch:
         launcher.wait(watch, lambda: [start["host"] for start in launcher.starts()].count("aurora-w0") >= 2)
+        assert [start["host"] for start in launcher.starts()].count("aurora-w1") == 1
         launcher.order(0)
         assert watch.wait() == 0, launcher.said()
-    assert [start["host"] for start in launcher.starts()].count("aurora-w1") == 1
 
 
 DRY = [
