@@ -4,7 +4,7 @@
 
 Two models: the shape of `configs/nano_aurora.py` (3.4M parameters, with 512 positions) and `tiny_starcoder_py` (164M). Prompts of 64 random
 tokens are continued by 256, the prompt's reading included, compiling and one warming call not. Each measurement is a process of its own,
-the two sides take turns, and the median counts. Whole runs take about 15 minutes.
+the two sides take turns, and the median counts. Three rounds take about 25 minutes.
 """
 
 import json
@@ -24,7 +24,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("nano", "tiny_starcoder_py")
 BATCHES = (1, 16)
-PROMPT, NEW_TOKENS, CALLS = 64, 256, 3
+PROMPT, NEW_TOKENS, CALLS = 64, 256, 2
 TARGET = 2.0
 PAIRS = {
     "fp32, both": ("float32", "float32"),

@@ -32,7 +32,7 @@ for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "fsdp_inner": 2, 
     loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=True, division=division)
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
     shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
-    rows, batch = rows_of_this_process(mesh, B), make_batch()
+    rows, batch = rows_of_this_process(mesh, B), make_batch(model.vocabulary_size)
     assert len(rows) < B, "each process has its own rows"
     here = place(mesh, type(batch)(*(array[rows] for array in batch)), rows, B)
     value, nll_BL, gradients = jax.jit(make_gradient(loss, 2, mesh))(jax.device_put(parameters, shardings), here, None)

@@ -121,7 +121,11 @@ def test_collectives_in_flight_together_share_what_hides_them():
     assert gather.hidden_cycles == int(10 + 1000 * sent[1] / sum(sent))
 
 
-PODS = (("v5p:4x4x4", 16, 4), ("v5e:16x16", 16, 16), ("v6e:16x16", 8, 32))
+PODS = (
+    ("v5p:4x4x4", 16, 4),
+    pytest.param("v5e:16x16", 16, 16, marks=pytest.mark.full),
+    pytest.param("v6e:16x16", 8, 32, marks=pytest.mark.full),
+)
 
 
 @pytest.mark.parametrize(("topology", "fsdp", "inner"), PODS)
