@@ -26,9 +26,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from aurora_jax.chips import CHIPS  # noqa: E402
 from aurora_jax.model.config import PRESETS  # noqa: E402
 from aurora_jax.model.flops import flops_per_token  # noqa: E402
-from aurora_jax.plan.chips import CHIPS  # noqa: E402
 from aurora_jax.plan.estimate import make_plan  # noqa: E402
 from aurora_jax.plan.program import read_program  # noqa: E402
 from aurora_jax.plan.topology import ENVIRONMENT  # noqa: E402

@@ -55,7 +55,8 @@ def ours(precision: str) -> float:
     from aurora_jax.data.loader import Batch
     from aurora_jax.model.config import ModelConfig
     from aurora_jax.model.decoder import initial_parameters, structure_of
-    from aurora_jax.train.step import initial_state, make_gradient, make_loss, make_train_step
+    from aurora_jax.train.state import initial_state
+    from aurora_jax.train.step import make_gradient, make_loss, make_train_step
     from configs.nano_aurora import config as nano_aurora
 
     config = nano_aurora()

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.plan.step import abstract_batch, abstract_state, lower_train_step
+from aurora_jax.plan.step import abstract_batch, lower_train_step
 from aurora_jax.train.config import MeshConfig, OptimizerConfig
 from aurora_jax.train.mesh import make_mesh
+from aurora_jax.train.state import state_shapes
 
 MODEL = ModelConfig(512, 1024, 256, 6, 4, 1024).with_dropout(0.0)
 B, L = 8, 1024
@@ -33,7 +34,7 @@ def main(rematerialisation: str) -> None:
     lowered = lower_train_step(MODEL, compute, OptimizerConfig(), mesh, batch_size=B, length=L)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
-    shapes = abstract_state(MODEL, OptimizerConfig(), mesh), abstract_batch(B, L, mesh)
+    shapes = state_shapes(MODEL, OptimizerConfig(), mesh), abstract_batch(B, L, mesh)
     arguments = jax.tree.map(lambda shape: jax.device_put(jnp.ones(shape.shape, shape.dtype), shape.sharding), shapes)
     jax.block_until_ready(arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

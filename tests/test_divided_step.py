@@ -1,11 +1,9 @@
 """The step on a mesh equals the step on one device, over every axis; each run in a process that has eight CPU devices."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from eight_devices import run_on_eight_devices
 
 WORKER = Path(__file__).with_name("divided_step.py")
 
@@ -20,7 +18,6 @@ WORKER = Path(__file__).with_name("divided_step.py")
     ],
 )
 def test_loss_and_gradients_on_every_mesh_are_those_of_one_device(attention, which, comparisons):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, WORKER, attention, which], env=environment, capture_output=True, text=True, check=False)
+    done = run_on_eight_devices(WORKER, attention, which)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(": equal") == comparisons

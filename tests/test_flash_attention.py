@@ -3,9 +3,6 @@
 B batch, H query heads, K key/value heads, L queries, M keys, C head dim.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
@@ -28,7 +26,8 @@ from aurora_jax.model.attention import attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.train.config import OptimizerConfig
-from aurora_jax.train.step import initial_state, make_gradient, make_loss, make_train_step
+from aurora_jax.train.state import initial_state
+from aurora_jax.train.step import make_gradient, make_loss, make_train_step
 
 HEADS = [(1, 1), (4, 1), (16, 1), (6, 2), (3, 3)]
 SPLASH_LENGTH, SPLASH_HEADS, SPLASH_HEAD_DIM = 512, 4, 128
@@ -253,9 +252,7 @@ def test_no_race_and_no_uninitialised_memory(is_packed):
 
 def test_eight_devices():
     """Divided over every axis of a mesh: the values and gradients of one device. In a process of its own, which has eight CPU devices."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    worker = Path(__file__).with_name("flash_attention_on_a_mesh.py")
-    done = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
+    done = run_on_eight_devices(Path(__file__).with_name("flash_attention_on_a_mesh.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 5
 

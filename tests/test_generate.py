@@ -5,10 +5,7 @@ B batch, L sequence, V vocabulary.
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,9 +207,7 @@ def test_end_of_text_listeners_and_chunks(pair):
 
 
 def test_on_every_mesh_as_on_one_device():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    worker = Path(__file__).with_name("generate_on_a_mesh.py")
-    done = subprocess.run([sys.executable, worker], env=environment, capture_output=True, text=True, check=False)
+    done = run_on_eight_devices(Path(__file__).with_name("generate_on_a_mesh.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count(": equal") == 10
 

@@ -9,12 +9,12 @@ import pytest
 from jax.profiler import ProfileData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.data.tasks import unregister
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model.config import PRESETS, ComputeConfig, ModelConfig
 from aurora_jax.model.flops import flops_per_token
-from aurora_jax.plan.chips import CHIPS
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, TrainConfig
 from aurora_jax.train.loop import train

@@ -5,9 +5,6 @@ V vocabulary, D model.
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 from jax.sharding import AbstractMesh, NamedSharding
 
 from aurora_jax.data.loader import Batch
@@ -178,9 +176,7 @@ for path, array in flatten(restore_parameters(sys.argv[1], shardings=shardings))
 @pytest.mark.parametrize("divisor", [1, 2])
 def test_restored_on_a_mesh_that_divides_the_vocabulary(tmp_path, hf, divisor):
     assert main(["from-torch", str(hf), str(tmp_path / "ours"), "--vocabulary-divisible-by", str(divisor)]) == 0
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-c", RESTORED, str(tmp_path / "ours")]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    done = run_on_eight_devices(RESTORED, tmp_path / "ours")
     assert (done.returncode == 0) == (divisor == 2), done.stderr[-2000:]
     if divisor == 1:
         error = done.stderr.splitlines()[-1]

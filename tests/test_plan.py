@@ -16,11 +16,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from aurora_jax.chips import CHIPS, GIB
 from aurora_jax.cli import load_config, main
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.sharding import TABLE, parameter_shapes
-from aurora_jax.plan.chips import CHIPS, GIB
 from aurora_jax.plan.command import PlanOptions, model_of, run
 from aurora_jax.plan.estimate import DoesNotFit, compile_step, make_plan
 from aurora_jax.plan.program import read_program

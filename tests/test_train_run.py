@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import run_on_eight_devices
 
 from aurora_jax.data.tasks import unregister
 from aurora_jax.errors import InputError
@@ -268,29 +269,55 @@ def test_a_mesh_that_does_not_fit_is_refused(base, tmp_path):
 
 
 EIGHT_DEVICES = """
-import json, sys
+import sys
 from dataclasses import replace
 import jax
 from aurora_jax.cli import load_config
-from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.train import state as states
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.loop import train
+from aurora_jax.train.mesh import make_mesh
 from pathlib import Path
 
+def assert_placed(state, mesh):
+    expected = states.shardings_of(states.state_shapes(base.model, base.optimizer, mesh))
+    for array, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim), (array.shape, array.sharding)
+
+jax.config.update("jax_log_compiles", True)
 base = load_config(Path(sys.argv[1]))
 for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
     output = Path(sys.argv[2]) / f"{data}-{fsdp}-{tensor}"
-    state = train(replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, 1, tensor)))
+    config = replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, 1, tensor))
+    mesh = make_mesh(config.mesh)
+    random = states.make_random_state(base.model, base.optimizer, mesh, base.seed)()
+    assert_placed(random, mesh)
+    assert_placed(states.make_state_around(base.model, base.optimizer, mesh)(random.parameters), mesh)
+    if tensor == 2:
+        train(replace(config, stop_after=2))
+    state = train(config)
+    assert_placed(state, mesh)
     kernel = state.parameters["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor), kernel.sharding
     assert state.moments[0].mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 """
 
 
+def test_a_resumed_run_makes_no_weights(base, undisturbed, tmp_path, monkeypatch):
+    """It reads the state in parts; random weights, or a second copy, would not fit beside it at full size."""
+    config = replace(base, output=tmp_path / "run")
+    train(replace(config, stop_after=11))
+    for name in ("make_random_state", "make_state_around"):
+        monkeypatch.delattr(loop, name)
+    assert_same_state(train(config), undisturbed[1])
+
+
 def test_eight_devices_give_the_losses_of_one(base, undisturbed, tmp_path):
     path = config_file(replace(base, evaluation=replace(base.evaluation, tasks=())), tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", EIGHT_DEVICES, str(path), str(tmp_path)], env=environment, check=True)
+    done = run_on_eight_devices(EIGHT_DEVICES, path, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Three meshes and one resumed run: a state that came out elsewhere than it went in would be compiled for again.
+    assert done.stderr.count("Finished XLA compilation of jit(train_step)") == 4
     expected = [row[:2] for row in losses(undisturbed[0]).values()][:3]
     for mesh in ("1-8-1", "2-2-2", "8-1-1"):
         found = [row[:2] for row in losses(tmp_path / mesh).values()]

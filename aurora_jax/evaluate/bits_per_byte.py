@@ -32,6 +32,25 @@ class Score:
     tokens: int
 
 
+def make_sums(structure: nnx.GraphDef, compute: ComputeConfig) -> Callable[[dict, Any], tuple[jax.Array, jax.Array]]:
+    """The program of an evaluation: `sums(parameters, batch) -> (nll in nats, tokens)`, fp32 scalars; the batch is traced."""
+
+    def sums(parameters: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
+        decoder = merge(structure, parameters)
+        loss, _ = cross_entropy(
+            decoder(batch.tokens_BL),
+            decoder.token_embedding.embedding[...],
+            batch.targets_BL,
+            batch.loss_weights_BL,
+            jnp.ones((), jnp.float32),
+            dtype=jnp.dtype(compute.compute_dtype),
+            vocabulary_size=decoder.config.vocabulary_size,
+        )
+        return loss, batch.loss_weights_BL.sum()
+
+    return sums
+
+
 class Evaluator:
     """Evaluates parameters on token stores; compiled once.
 
@@ -56,21 +75,7 @@ class Evaluator:
         self._sequence_length = sequence_length
         self._place = place
 
-        def sums(parameters: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
-            decoder = merge(structure, parameters)
-            weight = batch.loss_weights_BL.sum()
-            loss, _ = cross_entropy(
-                decoder(batch.tokens_BL),
-                decoder.token_embedding.embedding[...],
-                batch.targets_BL,
-                batch.loss_weights_BL,
-                jnp.ones((), jnp.float32),
-                dtype=jnp.dtype(compute.compute_dtype),
-                vocabulary_size=decoder.config.vocabulary_size,
-            )
-            return loss, weight
-
-        self._sums = jax.jit(sums)
+        self._sums = jax.jit(make_sums(structure, compute))
 
     def __call__(self, parameters: dict, windows: int | None = None) -> dict[str, Score]:
         """Scores of every task: over all held-out text, or over about its first `windows` sequences."""

@@ -8,9 +8,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from aurora_jax.chips import CHIPS, GIB
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ModelConfig
-from aurora_jax.plan.chips import CHIPS, GIB
 from aurora_jax.train.config import TrainConfig
 
 

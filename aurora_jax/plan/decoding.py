@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.generate.generator import ROWS_AXIS, Programs, Settings, make_inference_mesh, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.plan.chips import CHIPS
 from aurora_jax.plan.estimate import bytes_a_chip
 from aurora_jax.plan.program import array_bytes, computations_of, own_cycles
 from aurora_jax.plan.topology import tpu_topology

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig
 from aurora_jax.model.flops import flops_per_token
 from aurora_jax.model.sharding import MESH_AXES, parameter_count
 from aurora_jax.plan.attention_cycles import attention_cycles
-from aurora_jax.plan.chips import CHIPS, GIB, Chip
 from aurora_jax.plan.program import Collective, Program, read_program
-from aurora_jax.plan.step import abstract_state, lower_train_step
+from aurora_jax.plan.step import lower_train_step
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh
+from aurora_jax.train.state import state_shapes
 
 
 class DoesNotFit(InputError):
@@ -136,7 +137,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     compiled = compile_step(config, model, mesh)
     compile_seconds = time.monotonic() - begun
     program = read_program(compiled.as_text() or "", slices)
-    state = abstract_state(model, config.optimizer, mesh)
+    state = state_shapes(model, config.optimizer, mesh)
     of_parameters, of_optimizer = (bytes_a_chip(tree) for tree in (state.parameters, state.moments))
     memory = compiled.memory_analysis()
     assert memory is not None  # the TPU compiler always tells
@@ -173,7 +174,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
 def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The config's step, compiled. Raises DoesNotFit."""
     lowered = lower_train_step(
-        model.with_dropout(config.dropout),
+        model,
         config.compute,
         config.optimizer,
         mesh,
@@ -181,9 +182,10 @@ def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.sta
         length=config.data.sequence_length,
         isolate_documents=not config.data.attend_across_documents,
         gather=config.mesh.gather,
+        dropout=config.dropout,
     )
     try:
-        return lowered.compile(compiler_options=dict(config.compute.compiler_options))
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"\(?(\d+(?:\.\d+)?)([MG])\)?", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:

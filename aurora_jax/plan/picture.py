@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from aurora_jax.plan.chips import GIB
+from aurora_jax.chips import GIB
 from aurora_jax.plan.estimate import Plan
 
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
 from aurora_jax.model.sharding import parameter_count
-from aurora_jax.plan.chips import CHIPS, GIB, Chip
 from aurora_jax.plan.estimate import Plan, make_plan
 from aurora_jax.train.config import MeshConfig, TrainConfig
 

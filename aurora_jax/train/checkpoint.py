@@ -12,7 +12,7 @@ from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint as format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.step import TrainState
+from aurora_jax.train.state import TrainState
 
 OPTIMIZER, RUN = "optimizer", "run"
 
@@ -135,7 +135,7 @@ class RunCheckpoints:
         return path
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest complete state, in the shardings of `like` (shape structs or arrays).
+        """The newest complete state, in the shardings of `like` (`state.state_shapes`): each device reads its own part.
 
         Raises:
             InputError: it was written by a run with other settings or another model.
@@ -145,14 +145,13 @@ class RunCheckpoints:
         found = format.read_metadata(where)
         format.require_same_architecture(found.config, self._metadata.config, where, "this run's model")
         self._metadata = replace(self._metadata, lineage=found.lineage)
-        targets = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         with format.damage_named(where):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     **{
-                        format.PARAMETERS: ocp.args.StandardRestore(targets.parameters),
-                        OPTIMIZER: ocp.args.StandardRestore(_without_parameters(targets)),
+                        format.PARAMETERS: ocp.args.StandardRestore(like.parameters),
+                        OPTIMIZER: ocp.args.StandardRestore(_without_parameters(like)),
                         RUN: ocp.args.JsonRestore(),
                     }
                 ),

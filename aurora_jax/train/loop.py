@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.data.loader import Loader, stage_over
 from aurora_jax.data.loader import Stage as DataStage
@@ -20,9 +19,7 @@ from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model import checkpoint as checkpoint_format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
-from aurora_jax.model.decoder import initial_parameters, structure_of
-from aurora_jax.model.division import Division
-from aurora_jax.model.sharding import nest, rows_of
+from aurora_jax.model.decoder import structure_of
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
@@ -30,7 +27,8 @@ from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.stages import learning_rate_schedule
-from aurora_jax.train.step import TrainState, initial_state, make_gradient, make_loss, make_train_step
+from aurora_jax.train.state import TrainState, make_random_state, make_state_around, shardings_of, state_shapes
+from aurora_jax.train.step import train_step_on_mesh
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.wandb_run import import_wandb
 
@@ -81,49 +79,42 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Mesh
     mesh = make_mesh(config.mesh)
-    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
-    replicated = NamedSharding(mesh, PartitionSpec())
     place_here = partial(place, mesh)
     rows = rows_of_this_process(mesh, config.data.batch_size)
 
     # ---------------------------------------------------------------- Model, optimizer, step
     compute = config.compute
     print(f"mesh: {dict(mesh.shape)}; attention: {compute.attention}; products: {compute.compute_dtype}", flush=True)
-    division = Division.of(mesh)
-    structure = structure_of(model.with_dropout(config.dropout), compute)
-    divided = structure_of(model.with_dropout(config.dropout), compute, division)
-    isolate = not config.data.attend_across_documents
-    loss = make_loss(divided, compute, z_loss=config.optimizer.z_loss, isolate_documents=isolate, division=division)
-    gathered_once = compute.compute_dtype if config.mesh.gather == "step" else None
-    train_step = jax.jit(
-        make_train_step(
-            make_gradient(loss, config.optimizer.micro_batches, mesh, gathered_once),
-            config.optimizer,
-            learning_rate_schedule(config.stages),
-            dropout=config.dropout > 0,
-            seed=config.seed,
-            tasks=len(loader.tasks),
-        ),
-        donate_argnums=0,
-        compiler_options=dict(compute.compiler_options),
+    train_step = train_step_on_mesh(
+        model,
+        compute,
+        config.optimizer,
+        mesh,
+        learning_rate_schedule(config.stages),
+        isolate_documents=not config.data.attend_across_documents,
+        gather=config.mesh.gather,
+        dropout=config.dropout,
+        seed=config.seed,
+        tasks=len(loader.tasks),
     )
 
     # ---------------------------------------------------------------- State
-    if start.kind == "checkpoint" and start.path is not None:
-        parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
-    else:
-        parameters = jax.device_put(initial_parameters(model, config.seed), shardings)
-    state = jax.jit(partial(initial_state, optimizer=config.optimizer), donate_argnums=0)(parameters)
-    state = jax.tree.map(lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, replicated), state)
+    shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
     checkpoints = RunCheckpoints(config, metadata, tokenizer_files, run_facts(config, fingerprints))
     if start.kind == "resume":
-        state = checkpoints.restore(state)
+        state = checkpoints.restore(shapes)
+    elif start.path is not None:
+        shardings = shardings_of(shapes).parameters
+        parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
+        state = make_state_around(model, config.optimizer, mesh)(parameters)
+    else:
+        state = make_random_state(model, config.optimizer, mesh, config.seed)()
     first_step = int(jax.device_get(state.step))
 
     # ---------------------------------------------------------------- Evaluation
     evaluator = Evaluator(
-        structure,
+        structure_of(model.with_dropout(0.0), compute),
         compute,
         held_out,
         batch_size=config.evaluation.batch_size,

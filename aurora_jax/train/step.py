@@ -5,46 +5,27 @@ B batch, L sequence, A micro-batches, T tasks.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.data.loader import Batch
-from aurora_jax.model.config import ComputeConfig
-from aurora_jax.model.decoder import merge
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.decoder import merge, structure_of
 from aurora_jax.model.division import WHOLE, Division
 from aurora_jax.model.loss import cross_entropy
 from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, TENSOR_AXIS, TENSOR_PARTIAL, flatten, nest
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw, clip
+from aurora_jax.train.state import TrainState, shardings_of, state_shapes
 
 AVERAGE_DECAY = 0.99
 SPIKE_WARMUP = 50
 """Accepted updates before the average of gradient norms is trusted to call one a spike."""
-
-
-class TrainState(NamedTuple):
-    """Everything that a step changes."""
-
-    parameters: dict
-    moments: Any
-    """State of `optimizer.adamw`: two trees like the parameters', and a count."""
-    step: jax.Array
-    """Steps done, int32; batches and learning rates follow it."""
-    accepted: jax.Array
-    """Updates applied, int32."""
-    norm_average: jax.Array
-    """Running average of accepted gradient norms, fp32."""
-
-
-def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
-    """A fresh optimizer around the given parameters."""
-    step, accepted = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return TrainState(parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32))
 
 
 def make_loss(
@@ -214,3 +195,40 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def train_step_on_mesh(
+    model: ModelConfig,
+    compute: ComputeConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    schedule: optax.Schedule,
+    *,
+    isolate_documents: bool,
+    gather: Literal["layer", "step"],
+    dropout: float = 0.0,
+    seed: int = 0,
+    tasks: int = 1,
+) -> jax.stages.Wrapped:
+    """`make_train_step` of a run, to be compiled for its mesh: what `train` runs and `plan` asks the TPU compiler about.
+
+    The state comes out where it went in, so its memory is used again and the second step is the program of the first.
+
+    Args:
+        schedule: learning rate of a step.
+        isolate_documents: documents of a sequence do not attend to each other.
+        gather: as in `MeshConfig`.
+        dropout: rate, in place of the model's own.
+        seed: of dropout.
+        tasks: of the mixture, for the metrics (T).
+    """
+    division = Division.of(mesh)
+    structure = structure_of(model.with_dropout(dropout), compute, division)
+    loss = make_loss(structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division)
+    gradient = make_gradient(loss, optimizer.micro_batches, mesh, compute.compute_dtype if gather == "step" else None)
+    return jax.jit(
+        make_train_step(gradient, optimizer, schedule, dropout=dropout > 0, seed=seed, tasks=tasks),
+        donate_argnums=0,
+        out_shardings=(shardings_of(state_shapes(model, optimizer, mesh)), NamedSharding(mesh, PartitionSpec())),
+        compiler_options=dict(compute.compiler_options),
+    )

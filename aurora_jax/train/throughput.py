@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.kernels.flash_attention.blocks import DEVICE_KINDS
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
-from aurora_jax.plan.chips import CHIPS
 
 
 @dataclass(frozen=True)

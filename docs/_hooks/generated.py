@@ -53,7 +53,7 @@ def seconds_a_step(config: str) -> float:
 
 def stages_table(length: str) -> str:
     """Days and dollars of each stage on each kind of chip, for sequences of 8,192 (`8k`) or 2,048 tokens (`2k`)."""
-    from aurora_jax.plan.chips import CHIPS
+    from aurora_jax.chips import CHIPS
     from configs._starcoderplus import TOKENS
 
     stages = " | ".join(f"{stage}, {tokens / 1e9:.0f}B" for stage, tokens in STAGES.items())
