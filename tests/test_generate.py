@@ -104,7 +104,8 @@ def test_cached_logits_are_those_without_a_cache(pair):
     def cached(parameters, tokens_BL, padding_B):
         decoder, layers = merge_unstacked(structure, parameters)
         hidden_BLD, keys, values = decoding.read(decoder, layers, tokens_BL[:, :read], padding_B)
-        keys, values = (tuple(jnp.pad(cache, ((0, 0), (0, 0), (0, L - read), (0, 0))) for cache in each) for each in (keys, values))
+        keys = tuple(jnp.pad(cache_ZCL, ((0, 0), (0, 0), (0, L - read))) for cache_ZCL in keys)
+        values = tuple(jnp.pad(cache_ZLC, ((0, 0), (0, L - read), (0, 0))) for cache_ZLC in values)
 
         def step(caches, slot):
             token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, slot, 1, axis=1)

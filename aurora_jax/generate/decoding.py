@@ -4,7 +4,7 @@ Prompts are padded on the left, so that all rows write the same slot of the cach
 Parameters come as a list of layers: slices of stacked arrays would be copied at every token.
 
 B batch, L slots of the prompt, S slots of the cache, T new tokens, D model, H query heads, K key/value heads, G = H / K, C head dim,
-V vocabulary.
+Z = B K independent streams, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,10 @@ class DecodingState(NamedTuple):
     seen_BV: jax.Array | None
     """Tokens that have occurred, if the repetition is penalised."""
     keys: tuple[jax.Array, ...]
-    """Of each layer, [B, K, S, C]."""
+    """Of each layer, [Z, C, S]: as the products take them, so that the update of a slot is in place. Were their first two axes to be joined
+    after it, XLA's CPU backend would make the update twice, and copy each cache four times a token."""
     values: tuple[jax.Array, ...]
+    """Of each layer, [Z, S, C]."""
 
 
 def prefill(
@@ -85,8 +87,8 @@ def prefill(
         padding_B=padding_B,
         seeds_B=seeds_B,
         seen_BV=seen_BV,
-        keys=tuple(map(grown, keys)),
-        values=tuple(map(grown, values)),
+        keys=tuple(grown(cache, axis=2) for cache in keys),
+        values=tuple(grown(cache, axis=1) for cache in values),
     )
     return _drawn(state, logits_BV, sampling, eos_ids, batch_axes)
 
@@ -123,7 +125,7 @@ def decode(
 def read(
     decoder: Decoder, layers: list[Layer], tokens_BL: jax.Array, padding_B: jax.Array
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Whole prompts through all layers: final hidden states [B, L, D], keys and values of each layer [B, K, L, C]."""
+    """Whole prompts through all layers: final hidden states [B, L, D], keys [Z, C, L] and values [Z, L, C] of each layer."""
     slots_L = jnp.arange(tokens_BL.shape[1])
     positions_BL = jnp.maximum(slots_L[None] - padding_B[:, None], 0)
     segment_ids_BL = (slots_L[None] >= padding_B[:, None]).astype(jnp.int32)
@@ -132,8 +134,8 @@ def read(
     for layer in layers:
 
         def attend(query_BLHC, key_BLKC, value_BLKC, layer=layer):
-            keys.append(jnp.moveaxis(key_BLKC, 1, 2))
-            values.append(jnp.moveaxis(value_BLKC, 1, 2))
+            keys.append(_key_streams(key_BLKC))
+            values.append(_value_streams(value_BLKC))
             return layer.attention.attend(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL)
 
         hidden_BLD = _through(layer, hidden_BLD, attend)
@@ -156,19 +158,18 @@ def advance(
     visible_BS = (slots_S[None] >= padding_B[:, None]) & (slots_S <= slot)[None]
     dtype = jnp.dtype(decoder.compute.compute_dtype)
     new_keys, new_values = [], []
-    for layer, keys_BKSC, values_BKSC in zip(layers, keys, values, strict=True):
+    for layer, keys_ZCS, values_ZSC in zip(layers, keys, values, strict=True):
 
-        def attend(query_B1HC, key_B1KC, value_B1KC, layer=layer, keys_BKSC=keys_BKSC, values_BKSC=values_BKSC):
-            keys_BKSC, values_BKSC = (
-                jax.lax.dynamic_update_slice_in_dim(cache, jnp.moveaxis(new, 1, 2).astype(cache.dtype), slot, axis=2)
-                for cache, new in ((keys_BKSC, key_B1KC), (values_BKSC, value_B1KC))
-            )
-            new_keys.append(keys_BKSC)
-            new_values.append(values_BKSC)
+        def attend(query_B1HC, key_B1KC, value_B1KC, layer=layer, keys_ZCS=keys_ZCS, values_ZSC=values_ZSC):
+            key_ZC1, value_Z1C = _key_streams(key_B1KC).astype(keys_ZCS.dtype), _value_streams(value_B1KC).astype(values_ZSC.dtype)
+            keys_ZCS = jax.lax.dynamic_update_slice_in_dim(keys_ZCS, key_ZC1, slot, axis=2)
+            values_ZSC = jax.lax.dynamic_update_slice_in_dim(values_ZSC, value_Z1C, slot, axis=1)
+            new_keys.append(keys_ZCS)
+            new_values.append(values_ZSC)
             bias_HS = None
             if layer.attention.alibi:
                 bias_HS = layer.attention.alibi_slopes()[:, None] * (slots_S - slot).astype(jnp.float32)[None]
-            return cached_attention(query_B1HC, keys_BKSC, values_BKSC, visible_BS, bias_HS, dtype)
+            return cached_attention(query_B1HC, keys_ZCS, values_ZSC, visible_BS, bias_HS, dtype)
 
         hidden_B1D = _through(layer, hidden_B1D, attend)
     return hidden_B1D, tuple(new_keys), tuple(new_values)
@@ -176,8 +177,8 @@ def advance(
 
 def cached_attention(
     query_B1HC: jax.Array,
-    keys_BKSC: jax.Array,
-    values_BKSC: jax.Array,
+    keys_ZCS: jax.Array,
+    values_ZSC: jax.Array,
     visible_BS: jax.Array,
     bias_HS: jax.Array | None,
     dtype: jnp.dtype,
@@ -187,17 +188,19 @@ def cached_attention(
     Operands of the two products are rounded to `dtype`; sums and softmax are fp32.
     """
     B, _, H, C = query_B1HC.shape
-    K = keys_BKSC.shape[1]
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    query_BKGC = query_B1HC.reshape(B, K, H // K, C).astype(dtype)
-    scores_BKGS = product("bkgc,bksc->bkgs", query_BKGC, keys_BKSC.astype(dtype)) * C**-0.5
+    Z, _, S = keys_ZCS.shape
+    K = Z // B
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    query_ZGC = query_B1HC.reshape(Z, H // K, C).astype(dtype)
+    scores_ZGS = product(query_ZGC, keys_ZCS.astype(dtype)) * C**-0.5
     if bias_HS is not None:
-        scores_BKGS += bias_HS.reshape(1, K, H // K, -1)
-    scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, jnp.finfo(jnp.float32).min)
-    weights_BKGS = jnp.exp(scores_BKGS - scores_BKGS.max(axis=-1, keepdims=True))
-    context_BKGC = product("bkgs,bksc->bkgc", weights_BKGS.astype(dtype), values_BKSC.astype(dtype))
-    context_BKGC /= weights_BKGS.sum(axis=-1, keepdims=True)
-    return context_BKGC.reshape(B, 1, H, C).astype(query_B1HC.dtype)
+        scores_ZGS += jnp.tile(bias_HS.reshape(K, H // K, S), (B, 1, 1))
+    visible_ZS = jnp.repeat(visible_BS, K, axis=0)
+    scores_ZGS = jnp.where(visible_ZS[:, None], scores_ZGS, jnp.finfo(jnp.float32).min)
+    weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(axis=-1, keepdims=True))
+    context_ZGC = product(weights_ZGS.astype(dtype), values_ZSC.astype(dtype))
+    context_ZGC /= weights_ZGS.sum(axis=-1, keepdims=True)
+    return context_ZGC.reshape(B, 1, H, C).astype(query_B1HC.dtype)
 
 
 def last_logits(decoder: Decoder, hidden_B1D: jax.Array) -> jax.Array:
@@ -235,8 +238,20 @@ def _through(layer: Layer, hidden_BLD: jax.Array, attend: Callable[..., jax.Arra
     return hidden_BLD + layer.mlp(layer.mlp_norm(hidden_BLD))
 
 
-def _grown(cache_BKLC: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(cache_BKLC, ((0, 0), (0, 0), (0, slots - cache_BKLC.shape[2]), (0, 0)))
+def _key_streams(key_BLKC: jax.Array) -> jax.Array:
+    """[Z, C, L]."""
+    B, L, K, C = key_BLKC.shape
+    return jnp.moveaxis(key_BLKC, 1, 3).reshape(B * K, C, L)
+
+
+def _value_streams(value_BLKC: jax.Array) -> jax.Array:
+    """[Z, L, C]."""
+    B, L, K, C = value_BLKC.shape
+    return jnp.moveaxis(value_BLKC, 1, 2).reshape(B * K, L, C)
+
+
+def _grown(cache: jax.Array, slots: int, axis: int) -> jax.Array:
+    return jnp.pad(cache, [(0, slots - cache.shape[axis] if each == axis else 0) for each in range(cache.ndim)])
 
 
 def _occurring(tokens_BL: jax.Array, padding_B: jax.Array, vocabulary_size: int) -> jax.Array:

@@ -275,7 +275,7 @@ class Programs:
     def state_spec(self, sampling: Sampling) -> DecodingState:
         """Partition of the state: rows over their axis, and over `tensor` the keys and values of heads that are not shared."""
         rows, whole = PartitionSpec(ROWS_AXIS), PartitionSpec()
-        caches = (PartitionSpec(ROWS_AXIS, None if self.config.kv_heads == 1 else TENSOR_AXIS),) * self.config.layers
+        caches = (PartitionSpec(ROWS_AXIS if self.config.kv_heads == 1 else (ROWS_AXIS, TENSOR_AXIS)),) * self.config.layers
         others = {
             "drawn": whole,
             "unfinished": whole,

@@ -22,13 +22,13 @@ def einsum(equation: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -
     Its two gradient products do the same. Plain autodiff would multiply the fp32 cotangent as it is, which leaves the bf16 matrix units,
     or round the gradient of a parameter to bf16; here a parameter's gradient is an fp32 sum of bf16 products.
     """
-    return jnp.einsum(equation, left.astype(dtype), right.astype(dtype), preferred_element_type=jnp.float32)
+    return _fp32_sums(equation, left.astype(dtype), right.astype(dtype))
 
 
 def _einsum_forward(equation, left, right, dtype):
     # The operands are kept rounded: half the memory, and what the gradient products take anyway. Zero-size arrays carry the dtypes.
     left_rounded, right_rounded = left.astype(dtype), right.astype(dtype)
-    output = jnp.einsum(equation, left_rounded, right_rounded, preferred_element_type=jnp.float32)
+    output = _fp32_sums(equation, left_rounded, right_rounded)
     return output, (left_rounded, right_rounded, jnp.zeros(0, left.dtype), jnp.zeros(0, right.dtype))
 
 
@@ -46,7 +46,15 @@ def _einsum_smaller_first(one_letters, other_letters, result_letters, one, other
     # A gradient product sums over leading axes, for which XLA's CPU backend transposes its first operand: let that be the smaller one.
     if one.size > other.size:
         one_letters, other_letters, one, other = other_letters, one_letters, other, one
-    return jnp.einsum(f"{one_letters},{other_letters}->{result_letters}", one, other, preferred_element_type=jnp.float32)
+    return _fp32_sums(f"{one_letters},{other_letters}->{result_letters}", one, other)
+
+
+def _fp32_sums(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    # jnp.einsum contracts letters in alphabetical order: "blhc,hcd->bld" would be a product over c, h, for which XLA's CPU backend
+    # transposes both operands. Renamed in the order in which they stand, they are contracted as they lie in memory.
+    letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
+    names = {ord(letter): chr(ord("a") + place) for place, letter in enumerate(letters)}
+    return jnp.einsum(equation.translate(names), left, right, preferred_element_type=jnp.float32)
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
