@@ -9,9 +9,12 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = 84
+"""Of text that fits into a page."""
 STAGES = {"CAP": 377e9, "CAT": 58e9}
 """Tokens of Aurora-M's two stages (its authors' blog)."""
 CHIPS_OF = {"v4_256": ("v4", 128), "v5e_256": ("v5e", 256), "v5p_128": ("v5p", 64), "v6e_256": ("v6e", 256)}
@@ -27,9 +30,10 @@ def on_page_markdown(markdown: str, **page: object) -> str:
 def help_of(command: list[str]) -> str:
     """What a command prints with --help; `aurora` and `python -m convert` in the process of the build, so that SeqIO and Beam load once."""
     if command[0] == "launch_tpu.sh":
-        return subprocess.run(["bash", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.rstrip()
+        printed = subprocess.run(["bash", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return narrowed(printed.rstrip())
     sys.path.insert(0, str(ROOT))
-    os.environ["COLUMNS"] = "84"  # what fits into a page
+    os.environ["COLUMNS"] = str(COLUMNS)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from aurora_jax.cli import main as aurora
     from convert.__main__ import main as convert
@@ -41,6 +45,25 @@ def help_of(command: list[str]) -> str:
     if not printed.getvalue():
         raise ValueError(f"{' '.join(command)} --help prints nothing")
     return printed.getvalue().rstrip()
+
+
+def narrowed(text: str) -> str:
+    """Help folded to what fits into a page: paragraphs anew, explanations under the column where they begin, commands not at all."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if lines and line[:1].strip() and lines[-1][:1].strip():
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(map(_folded, lines))
+
+
+def _folded(line: str) -> str:
+    if len(line) <= COLUMNS or line.lstrip().startswith(("./", "configs/")):
+        return line
+    column = re.match(r"\s*(?:\S+(?: \S+)*?\s{2,}(?:-> )?)?", line)
+    assert column is not None  # it matches nothing, too
+    return textwrap.fill(line, COLUMNS, subsequent_indent=" " * column.end(), break_on_hyphens=False, break_long_words=False)
 
 
 def seconds_a_step(config: str) -> float:
