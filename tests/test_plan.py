@@ -22,7 +22,7 @@ from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.sharding import TABLE, parameter_shapes
 from aurora_jax.plan.command import PlanOptions, model_of, run
-from aurora_jax.plan.estimate import DoesNotFit, compile_step, make_plan
+from aurora_jax.plan.estimate import DoesNotFit, bytes_gathered_once, compile_step, make_plan
 from aurora_jax.plan.program import read_program
 from aurora_jax.plan.search import least_memory, print_ranking, search, write_config
 from aurora_jax.plan.topology import tpu_topology
@@ -157,6 +157,16 @@ def test_plan_is_within_what_is_possible(plans, topology):
     least = 8 * (parameters - MODEL.max_positions * MODEL.width) * plan.tokens / 4 / chip.peak
     assert least * 0.75 < plan.compute_seconds < 2 * least
     assert plan.kernel_seconds > 0
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_weights_that_are_gathered_once_are_told_apart(tensor):
+    """Two bytes for each weight of the layers' matrices; all but those of keys and values are divided over `tensor`."""
+    mesh = make_mesh(replace(CONFIG.mesh, fsdp_inner=2 // tensor, tensor=tensor), tpu_topology("v5e:2x2").devices)
+    D, F, KV = MODEL.width, MODEL.mlp_width, 2 * MODEL.head_dim
+    expected = 2 * MODEL.layers * ((2 * D * D + 2 * D * F) // tensor + D * KV)
+    assert bytes_gathered_once(replace(CONFIG, mesh=replace(CONFIG.mesh, gather="step")), MODEL, mesh) == expected
+    assert bytes_gathered_once(CONFIG, MODEL, mesh) == 0
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,8 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     table.add_section()
     free = 1 - plan.memory_peak / plan.memory_capacity
     table.add_row("HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)")
-    for name, size in (
-        ("  parameters", plan.memory_parameters),
-        ("  optimizer", plan.memory_optimizer),
-        ("  gradients", plan.memory_gradients),
-        ("  activations, temporaries", plan.memory_activations),
-    ):
-        table.add_row(name, f"{size / GIB:.2f} GiB")
+    for name, size in plan.memory_parts.items():
+        table.add_row(f"  {name}", f"{size / GIB:.2f} GiB")
     table.add_section()
     table.add_row("time a step, estimated", f"{plan.step_seconds:.2f} s")
     table.add_row("  compute", f"{plan.compute_seconds:.2f} s ({plan.cycles / 1e9:.2f}e9 cycles)")

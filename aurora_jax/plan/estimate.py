@@ -16,7 +16,7 @@ from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig
 from aurora_jax.model.flops import flops_per_token
-from aurora_jax.model.sharding import MESH_AXES, parameter_count
+from aurora_jax.model.sharding import FSDP_AXES, MESH_AXES, TENSOR_AXIS, parameter_count, parameter_shapes, rows_of
 from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.program import Collective, Program, read_program
 from aurora_jax.plan.step import lower_train_step
@@ -67,6 +67,8 @@ class Plan:
     memory_parameters: int
     memory_optimizer: int
     memory_gradients: int
+    memory_gathered: int
+    """Layers' weights that are gathered once a step and kept, in the precision of the products."""
     memory_activations: int
     """Activations and the compiler's temporaries: what is left of the peak."""
     cycles: int
@@ -79,6 +81,18 @@ class Plan:
     mfu: float
     """Model FLOP/s over peak: 6 FLOPs a parameter and token, and attention's products with a causal triangle counted once."""
     compile_seconds: float
+
+    @property
+    def memory_parts(self) -> dict[str, int]:
+        """What fills the peak, by name."""
+        gathered = {"weights gathered once a step": self.memory_gathered} if self.memory_gathered else {}
+        return {
+            "parameters": self.memory_parameters,
+            "optimizer": self.memory_optimizer,
+            "gradients": self.memory_gradients,
+            **gathered,
+            "activations, temporaries": self.memory_activations,
+        }
 
     @property
     def step_seconds(self) -> float:
@@ -142,6 +156,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     memory = compiled.memory_analysis()
     assert memory is not None  # the TPU compiler always tells
     peak = memory.peak_memory_in_bytes
+    gathered = bytes_gathered_once(config, model, mesh)
     tokens = config.data.batch_size * config.data.sequence_length
     rows = collective_rows(program.collectives, mesh, chip)
     compute = program.cycles / chip.clock
@@ -160,7 +175,8 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
         memory_parameters=of_parameters,
         memory_optimizer=of_optimizer,
         memory_gradients=of_parameters,
-        memory_activations=max(peak - 2 * of_parameters - of_optimizer, 0),
+        memory_gathered=gathered,
+        memory_activations=max(peak - 2 * of_parameters - of_optimizer - gathered, 0),
         cycles=program.cycles,
         compute_seconds=compute,
         kernel_seconds=kernels,
@@ -263,6 +279,18 @@ def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, m
     total = sum(times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items())
     # A sequence that is divided has fewer queries on each device, of which the last see all keys: an even share, roughly.
     return total * sequences / mesh.shape["sequence"] / chip.cores / chip.clock
+
+
+def bytes_gathered_once(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> int:
+    """What the layers' weights take on a chip when they are gathered along fsdp for the whole step; 0 where each layer gathers its own."""
+    if config.mesh.gather != "step":
+        return 0
+    shapes, total = parameter_shapes(model, config.compute.compute_dtype), 0
+    for path, row in rows_of(model).items():
+        axes = [axis for entry in row.partition for axis in (entry if isinstance(entry, tuple) else (entry,))]
+        if path.startswith("layers.") and set(FSDP_AXES).intersection(axes):
+            total += shapes[path].size * shapes[path].dtype.itemsize // (mesh.shape[TENSOR_AXIS] if TENSOR_AXIS in axes else 1)
+    return total
 
 
 def bytes_a_chip(tree: object) -> int:

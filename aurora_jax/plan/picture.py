@@ -13,12 +13,7 @@ from aurora_jax.plan.estimate import Plan
 
 def draw(plan: Plan, path: Path) -> None:
     """Writes two bars as a PNG or SVG, whichever the path ends in."""
-    memory = [
-        ("parameters", plan.memory_parameters / GIB),
-        ("optimizer", plan.memory_optimizer / GIB),
-        ("gradients", plan.memory_gradients / GIB),
-        ("activations, temporaries", plan.memory_activations / GIB),
-    ]
+    memory = [(name, size / GIB) for name, size in plan.memory_parts.items()]
     seconds = [
         ("compute", plan.compute_seconds),
         ("attention kernels", plan.kernel_seconds),
