@@ -54,26 +54,23 @@ def ours(precision: str) -> float:
 
     from aurora_jax.data.loader import Batch
     from aurora_jax.model.config import ModelConfig
-    from aurora_jax.model.decoder import initial_parameters, structure_of
-    from aurora_jax.train.state import initial_state
-    from aurora_jax.train.step import make_gradient, make_loss, make_train_step
+    from aurora_jax.train.mesh import make_mesh, place
+    from aurora_jax.train.state import make_random_state
+    from aurora_jax.train.step import train_step_on_mesh
     from configs.nano_aurora import config as nano_aurora
 
     config = nano_aurora()
     compute = config.compute.__class__(compute_dtype=precision, activation_dtype="float32", unroll_layers=True)
     model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP).with_dropout(0.0)
-    loss = make_loss(structure_of(model, compute), compute, z_loss=0.0, isolate_documents=False)
-    train_step = jax.jit(
-        make_train_step(
-            make_gradient(loss, config.optimizer.micro_batches), config.optimizer, lambda step: 1e-3, dropout=False, seed=0, tasks=1
-        ),
-        donate_argnums=0,
+    mesh = make_mesh(config.mesh)
+    train_step = train_step_on_mesh(
+        model, compute, config.optimizer, mesh, lambda step: 1e-3, isolate_documents=False, gather=config.mesh.gather
     )
-    state = initial_state(initial_parameters(model, 0), config.optimizer)
+    state = make_random_state(model, config.optimizer, mesh, seed=0)()
     tokens = tokens_BL()
     ones = np.ones((BATCH, POSITIONS), np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, ones, np.zeros(BATCH, np.int32))
-    batch = jax.device_put(batch)
+    batch = place(mesh, batch)
 
     def step() -> None:
         nonlocal state

@@ -10,7 +10,7 @@ from aurora_jax.data.loader import Batch
 from aurora_jax.model.config import BLOOM, ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.division import WHOLE, Division
-from aurora_jax.model.sharding import MESH_AXES, flatten, nest, rows_of
+from aurora_jax.model.sharding import MESH_AXES, flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.mesh import make_mesh, place
 from aurora_jax.train.step import make_gradient, make_loss
@@ -42,8 +42,7 @@ def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.shardi
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
     batch = make_batch(model.vocabulary_size)
     if mesh is not None:
-        shardings = nest({path: jax.sharding.NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
-        parameters, batch = jax.device_put(parameters, shardings), place(mesh, batch)
+        parameters, batch = jax.device_put(parameters, parameter_shardings(model, mesh)), place(mesh, batch)
     value, nll_BL, gradients = jax.jit(make_gradient(loss, MICRO_BATCHES, mesh, "float32" if gather == "step" else None))(
         parameters, batch, None
     )

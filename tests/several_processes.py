@@ -12,12 +12,11 @@ jax.distributed.initialize(f"localhost:{port}", processes, process)
 
 from divided_step import MODELS, B, compare, gradient, make_batch  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
 
 from aurora_jax.model.config import ComputeConfig  # noqa: E402
 from aurora_jax.model.decoder import initial_parameters, structure_of  # noqa: E402
 from aurora_jax.model.division import Division  # noqa: E402
-from aurora_jax.model.sharding import flatten, nest, rows_of  # noqa: E402
+from aurora_jax.model.sharding import flatten, parameter_shardings  # noqa: E402
 from aurora_jax.train.config import MeshConfig  # noqa: E402
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process  # noqa: E402
 from aurora_jax.train.step import make_gradient, make_loss  # noqa: E402
@@ -31,10 +30,11 @@ for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "fsdp_inner": 2, 
     division, compute = Division.of(mesh), ComputeConfig("float32", "float32", rematerialisation="full")
     loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=True, division=division)
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
-    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
     rows, batch = rows_of_this_process(mesh, B), make_batch(model.vocabulary_size)
     assert len(rows) < B, "each process has its own rows"
     here = place(mesh, type(batch)(*(array[rows] for array in batch)), rows, B)
-    value, nll_BL, gradients = jax.jit(make_gradient(loss, 2, mesh))(jax.device_put(parameters, shardings), here, None)
+    value, nll_BL, gradients = jax.jit(make_gradient(loss, 2, mesh))(
+        jax.device_put(parameters, parameter_shardings(model, mesh)), here, None
+    )
     whole = [multihost_utils.process_allgather(array, tiled=True) for array in (value, nll_BL, gradients)]
     compare(expected, (float(whole[0]), whole[1], flatten(whole[2])), f"{processes} processes {sizes}")

@@ -158,17 +158,15 @@ def test_padding_is_removed_on_export(tmp_path, hf, monkeypatch, divisor):
 RESTORED = """
 import sys
 import jax, numpy as np
-from jax.sharding import NamedSharding
 from aurora_jax.model.checkpoint import read_metadata, restore_parameters
-from aurora_jax.model.sharding import flatten, nest, rows_of
+from aurora_jax.model.sharding import flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.mesh import make_mesh
 mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-rows = rows_of(read_metadata(sys.argv[1]).config)
-shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows.items()})
+shardings = parameter_shardings(read_metadata(sys.argv[1]).config, mesh)
 expected = flatten(restore_parameters(sys.argv[1]))
 for path, array in flatten(restore_parameters(sys.argv[1], shardings=shardings)).items():
-    assert array.sharding == NamedSharding(mesh, rows[path].partition), path
+    assert array.sharding == flatten(shardings)[path], path
     np.testing.assert_array_equal(np.asarray(array), np.asarray(expected[path]), err_msg=path)
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.model.config import ModelConfig
 
@@ -90,6 +90,11 @@ def parameter_shapes(config: ModelConfig, dtype: jnp.dtype | str = jnp.float32) 
     sizes = dimensions(config)
     shapes = {path: tuple(sizes[letter] for letter in row.letters) for path, row in rows_of(config).items()}
     return {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
+    """Where each parameter lies on a mesh, by the table; nested like the parameters."""
+    return nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(config).items()})
 
 
 def parameter_count(config: ModelConfig) -> int:

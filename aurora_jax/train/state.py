@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import initial_parameters
-from aurora_jax.model.sharding import nest, parameter_shapes, rows_of
+from aurora_jax.model.sharding import nest, parameter_shapes, parameter_shardings
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw
 
@@ -45,7 +45,7 @@ def state_shapes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> 
     def everywhere(shape):
         return placed(shape, replicated)
 
-    shardings = nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(model).items()})
+    shardings = parameter_shardings(model, mesh)
     parameters = jax.tree.map(placed, nest(parameter_shapes(model)), shardings)
     state = jax.eval_shape(partial(initial_state, optimizer=optimizer), parameters)
     moments = optax.tree_map_params(adamw(optimizer), placed, state.moments, shardings, transform_non_params=everywhere)
