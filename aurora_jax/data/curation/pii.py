@@ -1,13 +1,12 @@
 """Redaction of what points at a person or opens a door: e-mail addresses, telephone numbers, IP addresses, keys.
 
-What is found is checked before it goes: addresses by `ipaddress`, numbers by `phonenumbers`. Names of people stay: telling them from other
+What is found is checked before it goes: domains by the public suffix list, IP addresses by `ipaddress`, numbers by `phonenumbers`. Names of people stay: telling them from other
 words takes a model (a hook's work).
 """
 
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import phonenumbers
+
+from aurora_jax.data.curation.emails import find_addresses
+from aurora_jax.data.curation.keys import find_keys
 
 Kind = Literal["EMAIL", "PHONE", "IP_ADDRESS", "KEY"]
 KINDS: tuple[Kind, ...] = ("EMAIL", "PHONE", "IP_ADDRESS", "KEY")
@@ -32,58 +34,31 @@ PLACEHOLDERS: Mapping[str, Mapping[Kind, str]] = {
 # Where numbers without a country code are called from. In code only international numbers are looked for: other digits are mostly none.
 _REGIONS: Mapping[str, tuple[str, ...]] = {"en": ("US", "GB"), "fi": ("FI",), "hi": ("IN",), "ja": ("JP",), "vi": ("VN",)}
 
-# ASCII only: in Japanese an address touches the words around it.
-_EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+\-/:])[A-Za-z0-9](?:[A-Za-z0-9._%+\-]{0,62}[A-Za-z0-9_+\-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9\-(\[])",
-)
-# RFC 2606 and 6761 reserve these for examples: they are nobody's.
-_RESERVED_DOMAIN = re.compile(r"(?:^|[.@])(?:example\.(?:com|net|org|edu)|(?:example|test|invalid|localhost|local))$", re.IGNORECASE)
-
 _IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\d)", re.ASCII)
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", re.ASCII)
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; abc::def in C++ lies elsewhere
 _VERSION_BEFORE = re.compile(
-    r"(?:\bversions?|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|§|[=<>~!^]="
-    r"|versio[a-zä]*|phiên bản|संस्करण|バージョン|ヴァージョン|版)[\s:=\"'(]{0,3}$",
+    r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|§|[=<>~!^]="
+    r"|versio[a-zä]*|luku|kohta|abschnitt|kapitel|norm|phiên bản|mục|chương|संस्करण|धारा|अध्याय|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
+    r"|[A-Za-z]/$|[\w.\-]:[\w.\-]+:$",  # Chrome/118.0.5993.70 of user agents; group:artifact:1.2.3.4 of Maven
     re.IGNORECASE,
 )
 _ADDRESS_BEFORE = re.compile(
-    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|nat|://|@)[^\n]{0,16}$", re.IGNORECASE
+    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|nat|ping|ssh|://|@|palvelin|osoit|adresse|rechner"
+    r"|सर्वर|आईपी|पता|サーバ|アドレス|ホスト|máy chủ|địa chỉ)[^\n]{0,16}$",
+    re.IGNORECASE,
 )
+_ADDRESS_AFTER = re.compile(r"[^\n]{0,8}\b(?:dns|host|server)|[^\n]{0,8}(?:サーバ|アドレス|DNS)", re.IGNORECASE)
 _CONTEXT = 24
 # Four small numbers are a version or the number of a section more often than an address; one address in 256 is so small by chance.
 _SMALL_OCTET = 64
 
 # Seven digits or more, with what people write between them. Wider digits (Devanagari, full width) are `phonenumbers`' own work.
 _PHONE_LIKE = re.compile(r"[+＋(（]{0,2}\d(?:[\s\-./()（）・‐-―−－]{0,3}\d){6,40}")
+# The matcher takes no number that letters touch; these do: TEL03-..., Gsm040...
+_PHONE_BEFORE = re.compile(r"(?:tel|phone|mobile?|cell|gsm|fax|puh|ph|đt|sđt|call)[.:]?$", re.IGNORECASE)
 _PHONE_SEPARATED = re.compile(r"\d[\s\-/()（）‐-―−－]+\d|\d\.\d+\.\d")
 _DATE = re.compile(r"^[(（]?(?:1[5-9]|20)\d\d[\-./年](?:1[5-9]\d\d|20\d\d|[01]?\d(?:[\-./]|$))")
-
-_PRIVATE_KEY = re.compile(r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END (?P=kind)-----|\Z)", re.DOTALL)
-# Tokens whose issuer marks them: AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI and Anthropic, Hugging Face, npm, PyPI, SendGrid, JWT.
-_TOKEN = re.compile(
-    r"(?<![A-Za-z0-9_])(?:"
-    r"(?:AKIA|ASIA)[A-Z0-9]{16}"
-    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{36,255}"
-    r"|glpat-[A-Za-z0-9_\-]{20,}"
-    r"|xox[abeoprs]-[A-Za-z0-9\-]{10,}"
-    r"|AIza[A-Za-z0-9_\-]{35}|ya29\.[A-Za-z0-9_\-]{20,}|GOCSPX-[A-Za-z0-9_\-]{28}"
-    r"|[rs]k_live_[A-Za-z0-9]{16,}"
-    r"|sk-(?:proj-|ant-)?[A-Za-z0-9_\-]{32,}"
-    r"|hf_[A-Za-z0-9]{30,}|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_\-]{50,}"
-    r"|SG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,}"
-    r"|eyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}"
-    r")(?![A-Za-z0-9])"
-)
-# A value of high entropy that something calls a secret.
-_SECRET = re.compile(
-    r"(?:secret|passw(?:or)?d|token|api[_\-]?key|access[_\-]?key|auth[_\-]?key|private[_\-]?key|credential)s?[A-Za-z0-9_]*"
-    r"[\"']?\]?\s{0,2}(?::=|=>|[:=])\s{0,2}[\"']?(?P<value>[A-Za-z0-9+/_=\-]{16,128})(?![A-Za-z0-9+/_=\-(.\[])",
-    re.IGNORECASE,
-)
-# Bits a character. Hexadecimal digits cannot exceed 4; identifiers and words stay under 3.5 or have no digits.
-_SECRET_ENTROPY = 3.0
 
 
 @dataclass(frozen=True)
@@ -117,39 +92,14 @@ def redact(text: str, language: str) -> tuple[str, Counter[Kind]]:
 
 def find(text: str, language: str) -> list[Finding]:
     """What would be redacted, in order; where findings overlap, the one that begins first, and of those the longest."""
-    found = [*_keys(text), *_emails(text), *_ip_addresses(text), *_phone_numbers(text, language)]
+    found = [Finding(*span, "KEY") for span in find_keys(text)]
+    found += [Finding(*span, "EMAIL") for span in find_addresses(text, language)]
+    found += [*_ip_addresses(text), *_phone_numbers(text, language)]
     kept: list[Finding] = []
     for finding in sorted(found, key=lambda finding: (finding.start, -finding.end)):
         if not kept or finding.start >= kept[-1].end:
             kept.append(finding)
     return kept
-
-
-def _keys(text: str) -> Iterator[Finding]:
-    if "PRIVATE KEY" in text:
-        for match in _PRIVATE_KEY.finditer(text):
-            yield Finding(match.start(), match.end(), "KEY")
-    for match in _TOKEN.finditer(text):
-        yield Finding(match.start(), match.end(), "KEY")
-    for match in _SECRET.finditer(text):
-        if _is_random(match["value"]):
-            yield Finding(match.start("value"), match.end("value"), "KEY")
-
-
-def _is_random(value: str) -> bool:
-    """Whether a value looks drawn, not written: letters and digits mixed, and high entropy."""
-    digits = sum(character.isdigit() for character in value)
-    entropy = -sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values())
-    return digits >= 3 and any(character.isalpha() for character in value) and entropy >= _SECRET_ENTROPY
-
-
-def _emails(text: str) -> Iterator[Finding]:
-    if "@" not in text:
-        return
-    for match in _EMAIL.finditer(text):
-        domain = match.group().rpartition("@")[2]
-        if not _RESERVED_DOMAIN.search(domain) and not match.group().startswith("git@"):
-            yield Finding(match.start(), match.end(), "EMAIL")
 
 
 def _ip_addresses(text: str) -> Iterator[Finding]:
@@ -162,7 +112,8 @@ def _ip_addresses(text: str) -> Iterator[Finding]:
         before = text[max(0, match.start() - _CONTEXT) : match.start()]
         if not address.is_global or address.is_multicast or _VERSION_BEFORE.search(before):
             continue
-        if max(address.packed) < _SMALL_OCTET and not _ADDRESS_BEFORE.search(before):
+        named = _ADDRESS_BEFORE.search(before) or _ADDRESS_AFTER.match(text, match.end())
+        if max(address.packed) < _SMALL_OCTET and not named:
             continue
         yield Finding(match.start(), match.end(), "IP_ADDRESS")
     if "::" not in text and text.count(":") < 7:
@@ -179,16 +130,24 @@ def _ip_addresses(text: str) -> Iterator[Finding]:
 def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
     taken: set[tuple[int, int]] = set()
     for candidate in _PHONE_LIKE.finditer(text):
-        # The matcher is slow, so it sees only what has enough digits, with the character before and after, which it judges by.
-        start = max(0, candidate.start() - 2)
+        # The matcher is slow, so it sees only what has enough digits, with the characters before and after, which it judges by.
+        named = _PHONE_BEFORE.search(text, max(0, candidate.start() - 8), candidate.start())
+        start = candidate.start() if named else max(0, candidate.start() - 2)
         window = text[start : candidate.end() + 2]
         readings: list[tuple[str | None, int]] = [(None, phonenumbers.Leniency.VALID)]  # with its country code, however it is grouped
-        readings += [(region, phonenumbers.Leniency.STRICT_GROUPING) for region in _REGIONS.get(language, ())]
+        for region in _REGIONS.get(language, ()):
+            readings.append((region, phonenumbers.Leniency.STRICT_GROUPING))
+            if candidate.group()[0] in "0０":
+                readings.append((region, phonenumbers.Leniency.VALID))
         for region, leniency in readings:
             for match in phonenumbers.PhoneNumberMatcher(window, region, leniency):
-                number = match.raw_string
+                number = match.raw_string.lstrip("[［")
                 if not {")", "）"} & set(number):  # a bracket that opens before the number and closes after it is not part of it
                     number = number.lstrip("(（")
+                # Mobile numbers have no area code, and are grouped as one likes.
+                free = region and leniency == phonenumbers.Leniency.VALID
+                if free and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE:
+                    continue
                 span = (start + match.end - len(number), start + match.end)
                 if span not in taken and _is_written_as_a_number(number, language):
                     taken.add(span)
