@@ -54,7 +54,8 @@ _URL_PASSWORD = re.compile(r"://[^\s:/@]{0,64}:(?P<value>[^\s:/@]{12,128})@")
 
 # Bits a character. Hexadecimal digits cannot exceed 4.
 _LEAST_ENTROPY = 2.75
-_HEXADECIMAL = re.compile(r"(?=.*\d)(?=.*[a-fA-F])[0-9a-f]{16,}|[0-9A-F]{16,}")
+_HEXADECIMAL = re.compile(r"[0-9a-f]+|[0-9A-F]+")
+_LEAST_HEXADECIMAL = 20
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _PLACEHOLDER = re.compile(r"(?i)example|changeme|placeholder|insert_|your[_\-]|dummy|xxxx|1234567|abcdefg|(.)\1{4}")
 _PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
@@ -105,8 +106,8 @@ def _is_drawn(value: str) -> bool:
     entropy = -sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values())
     if entropy < _LEAST_ENTROPY or _PLACEHOLDER.search(value):
         return False
-    if _HEXADECIMAL.fullmatch(value):
-        return True
+    if _HEXADECIMAL.fullmatch(value):  # shorter ones name things more often than they open any
+        return len(value) >= _LEAST_HEXADECIMAL
     pieces = _PIECE.findall(value)
     if not pieces or sum(any(map(is_of, value)) for is_of in (str.islower, str.isupper, str.isdigit)) < 2:
         return False

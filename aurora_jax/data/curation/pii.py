@@ -39,7 +39,7 @@ _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", r
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; abc::def in C++ lies elsewhere
 _VERSION_BEFORE = re.compile(
     r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|§|[=<>~!^]="
-    r"|versio[a-zä]*|luku|kohta|abschnitt|kapitel|norm|phiên bản|mục|chương|संस्करण|धारा|अध्याय|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
+    r"|versio[a-zä]*|luku|kohta|abschnitt|kapitel|phiên bản|mục|chương|संस्करण|धारा|अध्याय|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
     r"|[A-Za-z]/$|[\w.\-]:[\w.\-]+:$",  # Chrome/118.0.5993.70 of user agents; group:artifact:1.2.3.4 of Maven
     re.IGNORECASE,
 )
@@ -57,6 +57,7 @@ _SMALL_OCTET = 64
 _PHONE_LIKE = re.compile(r"[+＋(（]{0,2}\d(?:[\s\-./()（）・‐-―−－]{0,3}\d){6,40}")
 # The matcher takes no number that letters touch; these do: TEL03-..., Gsm040...
 _PHONE_BEFORE = re.compile(r"(?:tel|phone|mobile?|cell|gsm|fax|puh|ph|đt|sđt|call)[.:]?$", re.IGNORECASE)
+_SPACED_MOBILE = re.compile(r"0[\d ]+$")
 _PHONE_SEPARATED = re.compile(r"\d[\s\-/()（）‐-―−－]+\d|\d\.\d+\.\d")
 _DATE = re.compile(r"^[(（]?(?:1[5-9]|20)\d\d[\-./年](?:1[5-9]\d\d|20\d\d|[01]?\d(?:[\-./]|$))")
 
@@ -137,14 +138,14 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
         readings: list[tuple[str | None, int]] = [(None, phonenumbers.Leniency.VALID)]  # with its country code, however it is grouped
         for region in _REGIONS.get(language, ()):
             readings.append((region, phonenumbers.Leniency.STRICT_GROUPING))
-            if candidate.group()[0] in "0０":
+            if _SPACED_MOBILE.match(candidate.group()):
                 readings.append((region, phonenumbers.Leniency.VALID))
         for region, leniency in readings:
             for match in phonenumbers.PhoneNumberMatcher(window, region, leniency):
                 number = match.raw_string.lstrip("[［")
                 if not {")", "）"} & set(number):  # a bracket that opens before the number and closes after it is not part of it
                     number = number.lstrip("(（")
-                # Mobile numbers have no area code, and are grouped as one likes.
+                # Mobile numbers have no area code, and are grouped as one likes, with spaces.
                 free = region and leniency == phonenumbers.Leniency.VALID
                 if free and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE:
                     continue
