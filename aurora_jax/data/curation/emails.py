@@ -50,12 +50,12 @@ _USERINFO = regex.compile(r"(?ri)(?P<scheme>[a-z][a-z0-9+.\-]{0,20})://[^\s/?#\"
 _MAILBOX_SCHEMES = frozenset({"mailto", "sip", "sips", "xmpp", "acct", "im"})
 
 # Suffixes that are endings of files as well, or names of attributes, slots and units.
-_FILE_COUNTRIES = frozenset("cc id la md mk ml pl pm ps py rs sh so".split())
-_FILE_WORDS = frozenset("app cat data date dot map mov name pub target zip".split())
-_COMMON_SUFFIXES = frozenset("ai biz com edu gov info int io mil net org".split())
+_FILE_COUNTRIES = frozenset(["cc", "id", "la", "md", "mk", "ml", "pl", "pm", "ps", "py", "rs", "sh", "so"])
+_FILE_WORDS = frozenset(["app", "cat", "data", "date", "dot", "map", "mov", "name", "pub", "target", "zip"])
+_COMMON_SUFFIXES = frozenset(["ai", "biz", "com", "edu", "gov", "info", "int", "io", "mil", "net", "org"])
 _CALLED = frozenset({"info", "int"})  # logger.info(...), tensor.int()
 _VERSION_LABEL = regex.compile(r"v?\d+[a-z]?\d*")
-_OBJECTS = frozenset("self this super return np jnp torch tf".split())
+_OBJECTS = frozenset(["self", "this", "super", "return", "np", "jnp", "torch", "tf"])
 _SAYS_MAIL = regex.compile(
     r"(?i)mail|author|contact|maintain|owner|sender|recipient|reply|copyright|\(c\)|©|-by:|\b(?:b?cc|to|from):|[<＜]$|連絡|宛"
 )

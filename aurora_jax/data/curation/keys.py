@@ -9,7 +9,12 @@ from collections.abc import Iterator
 
 import regex
 
-_PRIVATE_KEY = re.compile(r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END (?P=kind)-----|\Z)", re.DOTALL)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?:(?P<body>(?:(?!-----).){0,32768}?)-----END (?P=kind)-----"
+    r"|(?:(?:\s|[\"',]|\+(?=\s)|\\+[rn])*+[A-Za-z0-9+/=]{16,}+)++)",  # cut off
+    re.DOTALL,
+)
+_KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/=]{40}")  # without it the marks are spoken of
 # AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI and Anthropic, Hugging Face, npm, PyPI, SendGrid, Shopify, DigitalOcean, Databricks,
 # Docker, Vault, Groq, Linear, Grafana, Telegram, JSON web tokens, age; as their documentation gives the forms.
 _TOKEN = re.compile(
@@ -17,7 +22,7 @@ _TOKEN = re.compile(
     r"A(?:KIA|SIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_\-]{35}|AGE-SECRET-KEY-1[A-Z0-9]{58}"
     r"|GOCSPX-[A-Za-z0-9_\-]{28}|SG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,}"
     r"|d(?:o[opr]_v1_[a-f0-9]{64}|api[a-f0-9]{32}|ckr_pat_[A-Za-z0-9_\-]{27})"
-    r"|eyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}"
+    r"|(?<!-)eyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]{10,}"
     r"|g(?:h[pousr]_[A-Za-z0-9]{36,255}|ithub_pat_[A-Za-z0-9_]{36,255}|l(?:pat|dt|rt|ptt|soat|agent)-[A-Za-z0-9_\-]{20,}"
     r"|sk_[A-Za-z0-9]{52}|lsa_[A-Za-z0-9]{32}_[a-f0-9]{8})"
     r"|h(?:f_[A-Za-z0-9]{30,}|vs\.[A-Za-z0-9_\-]{24,})|lin_api_[A-Za-z0-9]{40}"
@@ -46,7 +51,7 @@ _SECRET = regex.compile(
     r"|(?<=(?:api|access|auth|private|secret|account|shared|encryption|signing|master|client)[_\-\s]?)key"
     r"|salasana|tunnussana|avain|kennwort|schlüssel|geheimnis|पासवर्ड|कूटशब्द|कुंजी|टोकन"
     r"|パスワード|(?<=API|アクセス|シークレット|秘密)キー|秘密鍵|トークン|mật khẩu|kh(?:óa|oá)|mã bí mật)s?"
-    r"(?:[_\-](?:key|value|base|prod|production|dev|test|live|api|v?\d{1,2})|key|\d{1,2}|\sAPI)*"
+    r"(?:[_\-](?:key|value|base|prod|production|dev|test|live|api|v?\d{1,2})|key|\d{1,2}|\sAPI)*+"
     r"(?:[\"'`]?[\])）]?(?:\s{0,2}(?::=|=>|[:=：＝]|は)|\s(?:is|to|on|ist|là|है)\b)\s{0,2}|\s)"
     rf"|\b(?:bearer|basic|(?<=authorization:\s?)token)\s){_VALUE}"
 )
@@ -68,7 +73,8 @@ def find_keys(text: str) -> Iterator[tuple[int, int]]:
     """Stretches [start, end) of the text that are keys; they may overlap."""
     if "PRIVATE KEY" in text:
         for match in _PRIVATE_KEY.finditer(text):
-            yield match.span()
+            if match["body"] is None or _KEY_MATERIAL.search(match["body"]):
+                yield match.span()
     for match in _TOKEN.finditer(text):
         if not _PLACEHOLDER.search(match.group()):
             yield match.span()

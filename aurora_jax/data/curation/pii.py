@@ -1,7 +1,7 @@
 """Redaction of what points at a person or opens a door: e-mail addresses, telephone numbers, IP addresses, keys.
 
-What is found is checked before it goes: domains by the public suffix list, IP addresses by `ipaddress`, numbers by `phonenumbers`. Names of people stay: telling them from other
-words takes a model (a hook's work).
+What is found is checked before it goes: domains by the public suffix list, IP addresses by `ipaddress`,
+numbers by `phonenumbers`. Names of people stay: telling them from other words takes a model (a hook's work).
 """
 
 from __future__ import annotations
@@ -34,20 +34,24 @@ PLACEHOLDERS: Mapping[str, Mapping[Kind, str]] = {
 # Where numbers without a country code are called from. In code only international numbers are looked for: other digits are mostly none.
 _REGIONS: Mapping[str, tuple[str, ...]] = {"en": ("US", "GB"), "fi": ("FI",), "hi": ("IN",), "ja": ("JP",), "vi": ("VN",)}
 
-_IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\d)", re.ASCII)
+_IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|[.+]\d)", re.ASCII)
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", re.ASCII)
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; abc::def in C++ lies elsewhere
 _VERSION_BEFORE = re.compile(
-    r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|§|[=<>~!^]="
+    r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|identifier|§|[=<>~!^]="
     r"|versio[a-zä]*|luku|kohta|abschnitt|kapitel|phiên bản|mục|chương|संस्करण|धारा|अध्याय|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
-    r"|[A-Za-z]/$|[\w.\-]:[\w.\-]+:$",  # Chrome/118.0.5993.70 of user agents; group:artifact:1.2.3.4 of Maven
+    # What was updated to; Chrome/118.0.5993.70 of user agents; group:artifact:1.2.3.4 of Maven.
+    r"|\b(?:up(?:date|grade)|bump)[a-z]*\b[^\n]{0,16}$|[A-Za-z]/$|[\w.\-]:[\w.\-]+:$",
     re.IGNORECASE,
 )
 _ADDRESS_BEFORE = re.compile(
-    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|nat|ping|ssh|://|@|palvelin|osoit|adresse|rechner"
+    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|\bnat\b|\bping\b|\bssh|://|@|palvelin|osoit|adresse|rechner"
     r"|सर्वर|आईपी|पता|サーバ|アドレス|ホスト|máy chủ|địa chỉ)[^\n]{0,16}$",
     re.IGNORECASE,
 )
+# Numbers side by side, as the paths of SVG have them, are no addresses unless each is one.
+_NUMBER_BEFORE = re.compile(r"(?<![\w.\-])(-?[\d.]*\.\d+)[\s,]$")
+_NUMBER_AFTER = re.compile(r"[\s,](-?[\d.]{0,40}\.\d{1,20})(?![\w.])")
 _ADDRESS_AFTER = re.compile(r"[^\n]{0,8}\b(?:dns|host|server)|[^\n]{0,8}(?:サーバ|アドレス|DNS)", re.IGNORECASE)
 _CONTEXT = 24
 # Four small numbers are a version or the number of a section more often than an address; one address in 256 is so small by chance.
@@ -57,6 +61,11 @@ _SMALL_OCTET = 64
 _PHONE_LIKE = re.compile(r"[+＋(（]{0,2}\d(?:[\s\-./()（）・‐-―−－]{0,3}\d){6,40}")
 # The matcher takes no number that letters touch; these do: TEL03-..., Gsm040...
 _PHONE_BEFORE = re.compile(r"(?:tel|phone|mobile?|cell|gsm|fax|puh|ph|đt|sđt|call)[.:]?$", re.IGNORECASE)
+_LINE = 40
+_OPERAND_BEFORE = re.compile(r"[\w)\]]\s*$")
+_ARITHMETIC_AFTER = re.compile(r"\s*[*/%]|\.\d|[ej]\b")
+_SAYS_PHONE = re.compile(r"(?i)phone|\btel|fax|mobile|gsm|sms|whatsapp|\bcall|contact")
+_BEFORE_BARE = ('"', "'", "`", ":", ">", "=")
 _SPACED_MOBILE = re.compile(r"0[\d ]+$")
 _PHONE_SEPARATED = re.compile(r"\d[\s\-/()（）‐-―−－]+\d|\d\.\d+\.\d")
 _DATE = re.compile(r"^[(（]?(?:1[5-9]|20)\d\d[\-./年](?:1[5-9]\d\d|20\d\d|[01]?\d(?:[\-./]|$))")
@@ -92,7 +101,7 @@ def redact(text: str, language: str) -> tuple[str, Counter[Kind]]:
 
 
 def find(text: str, language: str) -> list[Finding]:
-    """What would be redacted, in order; where findings overlap, the one that begins first, and of those the longest."""
+    """What would be redacted, in order; of findings that overlap, the longest (the digits of an address are no number)."""
     found = [Finding(*span, "KEY") for span in find_keys(text)]
     found += [Finding(*span, "EMAIL") for span in find_addresses(text, language)]
     found += [*_ip_addresses(text), *_phone_numbers(text, language)]
@@ -100,6 +109,8 @@ def find(text: str, language: str) -> list[Finding]:
     for finding in sorted(found, key=lambda finding: (finding.start, -finding.end)):
         if not kept or finding.start >= kept[-1].end:
             kept.append(finding)
+        elif finding.end - finding.start > kept[-1].end - kept[-1].start:
+            kept[-1] = finding
     return kept
 
 
@@ -112,6 +123,9 @@ def _ip_addresses(text: str) -> Iterator[Finding]:
             continue
         before = text[max(0, match.start() - _CONTEXT) : match.start()]
         if not address.is_global or address.is_multicast or _VERSION_BEFORE.search(before):
+            continue
+        neighbours = [_NUMBER_BEFORE.search(before), _NUMBER_AFTER.match(text, match.end())]
+        if any(number and number[1].count(".") != 3 for number in neighbours):
             continue
         named = _ADDRESS_BEFORE.search(before) or _ADDRESS_AFTER.match(text, match.end())
         if max(address.packed) < _SMALL_OCTET and not named:
@@ -132,6 +146,8 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
     taken: set[tuple[int, int]] = set()
     for candidate in _PHONE_LIKE.finditer(text):
         # The matcher is slow, so it sees only what has enough digits, with the characters before and after, which it judges by.
+        if language == "code" and _is_operand(text, candidate.start(), candidate.end()):
+            continue
         named = _PHONE_BEFORE.search(text, max(0, candidate.start() - 8), candidate.start())
         start = candidate.start() if named else max(0, candidate.start() - 2)
         window = text[start : candidate.end() + 2]
@@ -155,8 +171,23 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
                     yield Finding(*span, "PHONE")
 
 
+def _is_operand(text: str, start: int, end: int) -> bool:
+    """Whether digits in a program are a number that it computes with: no plus before them, a space after it, or an operand beside it."""
+    while text[start] in "(（":
+        start += 1
+    if text[start] not in "+＋" or (not text[start + 1].isdecimal() and text[start + 1] not in "(（"):
+        return True
+    line = text[max(0, start - _LINE) : start].rpartition("\n")[2]
+    if _ARITHMETIC_AFTER.match(text, end):
+        return True
+    bare = text[start + 1 : end].isdecimal()
+    return not _SAYS_PHONE.search(line) and (_OPERAND_BEFORE.search(line) is not None or (bare and not line.endswith(_BEFORE_BARE)))
+
+
 def _is_written_as_a_number(number: str, language: str) -> bool:
     """Whether digits are set out as a telephone number is; bare ones are rather identifiers. India writes mobiles as ten bare digits."""
     if _DATE.match(number):
         return False
+    if number.isdecimal() and number[0] not in "0０":
+        return language == "hi" and len(number) == 10
     return number[0] in "+＋0０" or language == "hi" or _PHONE_SEPARATED.search(number) is not None
