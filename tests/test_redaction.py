@@ -1,9 +1,9 @@
 """Redaction against labels: strings written for this, in six languages and code, of which most must stay as they are.
 
-`tests/pii_labels.jsonl`: `spans` are what has to go, as [start, end, kind]; `kind` is what the string tempts to take it for. `half` is
-"rules" (looked at while the rules were written), "held_out" (not looked at), by the first byte of sha256(id), or "later" (code, written
-after the held-out half had been counted once, and before anything was mended for it). Some letters of keys are written as escapes,
-so that no scanner of repositories takes them for real ones.
+`tests/pii_labels.jsonl`: `spans` are what has to go, as [start, end, kind]; `kind` is what the string tempts to take it
+for. `half` is "rules" (looked at while the rules were written) or "held_out" (not looked at), by the first byte of
+sha256(id), or "later" (code, written after the held-out half had been counted once, and before anything was mended).
+Some letters of keys are written as escapes, so that no scanner of repositories takes them for real ones.
 
 The tables of docs/curation.md: pytest tests/test_redaction.py -k table -s
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import random
 import socket
@@ -30,7 +31,7 @@ from scipy.stats import binomtest
 
 from aurora_jax.data.curation import emails, keys, pii
 
-LABELS = [json.loads(line) for line in Path(__file__).with_name("pii_labels.jsonl").read_text(encoding="utf-8").splitlines()]
+LABELS = [json.loads(line) for line in Path(__file__).with_name("pii_labels.jsonl").read_text("utf-8").split("\n")[:-1]]
 UNSEEN = [label for label in LABELS if label["half"] != "rules"]
 IN_CODE = [label for label in UNSEEN if label["language"] == "code"]
 IN_TEXT = [label for label in UNSEEN if label["language"] != "code"]
@@ -54,7 +55,7 @@ def expected(label: dict) -> str:
 
 
 def counts_of_strings(labels: Iterable[dict]) -> Counter[str]:
-    """The same of strings: one that is changed counts as found only if it becomes, byte for byte, what the labels make of it."""
+    """The same of strings: a changed one is found only if it becomes, byte for byte, what the labels make of it."""
     counts: Counter[str] = Counter(tp=0, fp=0, fn=0)
     for label in labels:
         redacted = pii.redact(label["text"], label["language"])[0]
@@ -81,13 +82,13 @@ def test_table():
     ]
     groups += [(name, lambda label, name=name: label["language"] == name) for name in ("en", "fi", "de", "hi", "ja", "vi")]
     groups += [
-        (f"{kind}, {where}", lambda label, kind=kind, code=code: label["kind"] == kind and (label["language"] == "code") == code)
+        (f"{kind}, {where}", lambda label, kind=kind, within=within: label["kind"] == kind and within(label))
         for kind in pii.KINDS
-        for where, code in (("text", False), ("code", True))
+        for where, within in groups[:2]
     ]
     lines = []
     for half in ("rules", "held_out", "later"):
-        lines.append(f"\n{half}\n\n| | strings | that must stay | spans | precision | recall | strings: precision | recall |")
+        lines.append(f"\n{half}\n\n| | strings | that must stay | spans | precision | recall | of strings | of strings |")
         lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         for name, belongs in groups:
             chosen = [label for label in LABELS if label["half"] == half and belongs(label)]
@@ -102,7 +103,9 @@ def test_table():
 
 
 def test_labels_are_what_they_say():
-    assert len({label["id"] for label in LABELS}) == len({(label["language"], label["text"]) for label in LABELS}) == len(LABELS) >= 600
+    assert len(LABELS) >= 600
+    assert len({label["id"] for label in LABELS}) == len(LABELS)
+    assert len({(label["language"], label["text"]) for label in LABELS}) == len(LABELS)
     assert sum(not label["spans"] for label in LABELS) >= len(LABELS) / 2
     assert {label["language"] for label in LABELS} == {"en", "fi", "de", "hi", "ja", "vi", "code"}
     for label in LABELS:
@@ -134,6 +137,7 @@ def test_what_rules_were_not_written_on(count):
         ("code", "tokenizer_name = 'bert-base-uncased-2023-v12'"),
         # What real packages and documents showed, beside the labels.
         ("en", "⟦info@firma.com⟧Tel. 09"),
+        ("en", "<⟦nick(dot)name(at)firma(dot)fi⟧>"),
         ("code", "by Jos Boumans E<lt>⟦jos.b@cpanel-labs.org⟧E<gt>."),
         ("code", "msg = '⟦pers\\u00f6n@firma.fi⟧'"),
         ("code", "\\u003c⟦info@firma.fi⟧\\u003e"),
@@ -164,13 +168,24 @@ def test_overlapping_kinds_give_one_placeholder():
     assert pii.redact("<+358401234567@firma.fi>", "en") == ("<+<EMAIL>>", {"EMAIL": 1})
 
 
-@given(st.text(alphabet="ab1ä漢か@＠.．-_+/:()<>[] \n%\\$'\"é\u0301", max_size=40), st.sampled_from(list(pii.PLACEHOLDERS)))
+PIECES = st.one_of(
+    st.text(alphabet="ab1ä漢か@＠.．-_+/:()<>[] \n%\\$'\"é\u0301", max_size=8),
+    st.sampled_from(
+        ["a.b@firma.fi", "ä@漢.jp", "+358401234567", "host 8.8.8.8", "token=9fK2mQx7Lw4TzR8bVc3N", "＠firma．ｊｐ", "[at]x.org"]
+    ),
+)
+
+
+@given(st.lists(PIECES, max_size=6).map("".join), st.sampled_from(list(pii.PLACEHOLDERS)))
 def test_what_is_not_found_stays_byte_for_byte(text, language):
     findings = pii.find(text, language)
-    assert all(a.end <= b.start for a, b in zip(findings, findings[1:], strict=False))
-    pieces = [text[a:b] for a, b in zip([0, *(f.end for f in findings)], [*(f.start for f in findings), len(text)], strict=True)]
-    redacted = pii.redact(text, language)[0]
-    assert regex.fullmatch("(?s).*".join(map(regex.escape, pieces)), redacted) or len(pii.find(redacted, language)) == 0
+    assert all(one.end <= following.start for one, following in itertools.pairwise(findings))
+    once, names = text, pii.PLACEHOLDERS[language]
+    for finding in reversed(findings):
+        once = once[: finding.start] + names[finding.kind] + once[finding.end :]
+    # What went may have been what kept something else from being found.
+    assert pii.redact(text, language)[0] == (pii.redact(once, language)[0] if findings else text)
+    assert pii.find(once, language) or pii.redact(text, language)[0] == once
 
 
 @pytest.mark.parametrize("top_level", ["fi", "org", "museum", "भारत", "xn--h2brj9c", "рф", "中国", "みんな", "COM"])
@@ -199,7 +214,10 @@ def test_drawn_values_are_told_from_written_ones(alphabet, length):
     letters = {"ascii": letters, "base64": letters + "+/", "url": letters + "-_", "hex": "0123456789abcdef"}[alphabet]
     draw = random.Random(length)
     found = sum(keys._is_drawn("".join(draw.choices(letters, k=length))) for _ in range(300))
-    assert found >= (0 if alphabet == "hex" and length < 20 else 0.95 * 300)
+    if alphabet == "hex" and length < 20:  # so short ones are names of things more often
+        assert found == 0
+    else:
+        assert found >= 0.95 * 300
 
 
 # Every step of the search for addresses is at one sign for "at", and looks at a bounded stretch of text. Counted, not timed.
@@ -214,7 +232,7 @@ def test_work_grows_with_the_text_and_no_faster(piece, monkeypatch):
         def match(self, text: str, start: int = 0, end: int | None = None) -> regex.Match | None:
             result = self.pattern.match(text, start, len(text) if end is None else end)
             looked_at[self.name] += 1
-            looked_at["characters"] += (end - start) if end is not None else (result.end() - result.start() if result else 1)
+            looked_at["characters"] += end - start if end is not None else len(result[0]) if result else 1
             return result
 
         def __getattr__(self, name: str) -> object:
@@ -249,7 +267,7 @@ def test_work_grows_with_the_text_and_no_faster(piece, monkeypatch):
     ],
 )
 def test_processor_time_grows_with_the_text_and_no_faster(piece):
-    """Sixteen times the text takes some sixteen times as long: were it quadratic, 256 times; with nested repeats, for ever."""
+    """Sixteen times the text takes some sixteen times as long: quadratic would be 256 times, nested repeats for ever."""
 
     def seconds(repeats: int) -> float:
         text = "-----BEGIN PRIVATE KEY-----" + piece * repeats + "@"
@@ -261,4 +279,4 @@ def test_processor_time_grows_with_the_text_and_no_faster(piece):
         return min(times)
 
     seconds(10)  # tables are loaded at first use
-    assert seconds(4096) <= 80 * max(seconds(256), 1e-4)
+    assert seconds(1024) <= 80 * max(seconds(64), 1e-4)

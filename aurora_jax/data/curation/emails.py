@@ -1,8 +1,9 @@
 """E-mail addresses in running text and in code, found by a grammar.
 
-An address is a local part, a sign for "at", and a domain name under a suffix of the public suffix list. RFC 6531 allows letters of any
-script in both, so where the script changes an address ends: Japanese writes no space around it. What may be an address and a piece of a
-program alike (`x@w.data`, `main@queue.rs`) is decided by what stands around it, and in code only.
+An address is a local part, a sign for "at", and a domain name under a suffix of the public suffix list. RFC 6531 allows
+letters of any script in both, so where the script changes an address ends: Japanese writes no space around it. What may
+be an address and a piece of a program alike (`x@w.data`, `main@queue.rs`) is decided by what stands around it, and in
+code only.
 """
 
 from __future__ import annotations
@@ -23,18 +24,26 @@ _HINT = regex.compile(r"[@＠﹫]|%40|&[#c]|[\[({（［] ?(?i:at|ät|एट|ア�
 
 # Every part is bounded and none is tried twice (possessive), so that the work grows with the text and no faster.
 _LABEL = r"[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}\-－\u200c\u200d]{0,62}+"
-_FROM_AT = regex.compile(rf"(?i)(?<=[\p{{L}}\p{{M}}\p{{N}}_+\-＿＋－])(?P<at>{_AT})(?P<domain>{_LABEL}(?:(?:{_DOT}){_LABEL}){{1,8}}+)")
+_FROM_AT = regex.compile(
+    r"(?i)(?<=[\p{L}\p{M}\p{N}_+\-＿＋－])"  # else no local part ends here
+    rf"(?P<at>{_AT})(?P<domain>{_LABEL}(?:(?:{_DOT}){_LABEL}){{1,8}}+)"
+)
+_DOT_BEFORE = regex.compile(f"(?ri){_DOT}")
 _DOTS = regex.compile(f"(?i){_DOT}")
 # One script at a time. Latin comes first, and digits alone go with it.
 _UNSPACED = (r"\p{Han}", r"\p{Hiragana}", r"\p{Katakana}ー", r"\p{Hangul}", r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}")
 _SCRIPTS = (r"\p{Latin}", *_UNSPACED, rf"[\p{{L}}--[\p{{Latin}}{''.join(_UNSPACED)}]]")
 _LONGEST_LOCAL = 64  # RFC 5321, section 4.5.3.1.1
+_D, _M, _LAST = r"\p{Nd}", r"\p{M}", r"_+\-＿＋－"
+_INNER = _LAST + r".．\u200c\u200d"
 _LOCAL = regex.compile(  # read backwards from the sign
-    "(?rV1)"
-    + "|".join(rf"[{s}\p{{Nd}}](?:[{s}\p{{M}}\p{{Nd}}._+\-．＿＋－\u200c\u200d]{{0,62}}[{s}\p{{M}}\p{{Nd}}_+\-＿＋－])?" for s in _SCRIPTS)
+    "(?rV1)" + "|".join(rf"[{s}{_D}](?:[{s}{_D}{_M}{_INNER}]{{0,62}}[{s}{_D}{_M}{_LAST}])?" for s in _SCRIPTS)
 )
 _IRISH = regex.compile(r"(?r)(?<![\p{L}\p{N}])[OoDd]['’]")  # O'Brien; in code it is a prefix of a string
-_RUN = regex.compile(r"(?i)xn--[a-z0-9\-]+|\p{Latin}+|\p{Han}+|\p{Hiragana}+|[\p{Katakana}ー]+|\p{Hangul}+|[\p{L}\p{M}]+")
+_RUN = regex.compile(
+    r"(?i)xn--[a-z0-9\-]+|\p{Latin}+"  # and the other scripts, one at a time
+    r"|\p{Han}+|\p{Hiragana}+|[\p{Katakana}ー]+|\p{Hangul}+|[\p{L}\p{M}]+"
+)
 _CAPITAL = regex.compile(r"\p{Lu}")
 _NEXT_SENTENCE = regex.compile(r"\p{Lu}\p{Ll}|(?!\p{Latin})\p{L}")
 
@@ -57,7 +66,8 @@ _CALLED = frozenset({"info", "int"})  # logger.info(...), tensor.int()
 _VERSION_LABEL = regex.compile(r"v?\d+[a-z]?\d*")
 _OBJECTS = frozenset(["self", "this", "super", "return", "np", "jnp", "torch", "tf"])
 _SAYS_MAIL = regex.compile(
-    r"(?i)mail|author|contact|maintain|owner|sender|recipient|reply|copyright|\(c\)|©|-by:|\b(?:b?cc|to|from):|[<＜]$|連絡|宛"
+    r"(?i)mail|author|contact|maintain|owner|sender|recipient|reply|copyright|\(c\)|©"
+    r"|-by:|\b(?:b?cc|to|from):|[<＜]$|連絡|宛"
 )
 _COMMENT = regex.compile(r"(?:^|\s)(?:#|//|/?\*|--|%+|;+|<!--|\"\"\")\s")
 _ASIDE = regex.compile(r"\w \($")
@@ -77,7 +87,7 @@ def find_addresses(text: str, language: str) -> Iterator[tuple[int, int]]:
         if match is None:
             continue
         local = _LOCAL.match(text, max(0, at - _LONGEST_LOCAL), at)
-        end = _end(text, *match.span("domain"), language)
+        end = _end(text, match.start("domain"), match.end("domain"), language)
         start = _start(text, local.start(), at, match["at"], language) if local and end else None
         if start is None or end is None:
             continue
@@ -91,7 +101,7 @@ def find_addresses(text: str, language: str) -> Iterator[tuple[int, int]]:
 
 
 def _start(text: str, start: int, at: int, sign: str, language: str) -> int | None:
-    """Where an address begins whose local part can reach back to `start`, or None if what stands before makes it none."""
+    """Where an address begins whose local part can reach back to `start`; None if what stands before makes it none."""
     if sign in _AT_SIGNS:
         userinfo = _USERINFO.match(text, max(0, start - 152), start)
         if userinfo and userinfo["scheme"].lower() not in _MAILBOX_SCHEMES:
@@ -105,21 +115,27 @@ def _start(text: str, start: int, at: int, sign: str, language: str) -> int | No
             local = _LOCAL.match(text, max(0, start - 1 - _LONGEST_LOCAL), start - 1)
             return local.start() if local else start - 1
         return escape.end() if escape.end() < at else None
-    if before == "$" or (before.isalnum() and at - start == _LONGEST_LOCAL) or (before in _AT_SIGNS and language == "code"):
+    too_long = before.isalnum() and at - start == _LONGEST_LOCAL
+    if before == "$" or too_long or (before in _AT_SIGNS and language == "code"):
         return None
     if before == ":" and text[start:at].lower() in _PASSWORDS:  # user:password@host
         return None
+    if len(sign) > 3:  # in brackets, as the dots before it may be: nick(dot)name(at)firma(dot)fi
+        for _ in range(4):
+            dot = _DOT_BEFORE.match(text, max(0, start - 12), start)
+            local = _LOCAL.match(text, max(0, dot.start() - _LONGEST_LOCAL), dot.start()) if dot else None
+            start = local.start() if local else start
     irish = _IRISH.match(text, max(0, start - 3), start) if language != "code" else None
     return irish.start() if irish else start
 
 
 def _end(text: str, start: int, end: int, language: str) -> int | None:
-    """Where the domain name in [start, end) ends: behind its last label that is under a public suffix. None if there is none."""
+    """Where the domain name in [start, end) ends: behind its last label that is a public suffix. None if it has none."""
     dots = list(_DOTS.finditer(text, start, end))
     label_end = end
     for dot in reversed(dots):
         run = _RUN.match(text, dot.end())
-        suffix_end = _suffix_end(text, *run.span(), language) if run else None
+        suffix_end = _suffix_end(text, run.start(), run.end(), language) if run else None
         if suffix_end and _public_suffix(_domain(text[start:suffix_end])):
             if suffix_end < label_end or label_end == end:
                 return suffix_end if _may_follow(text, suffix_end, language) else None
@@ -131,8 +147,11 @@ def _end(text: str, start: int, end: int, language: str) -> int | None:
 
 
 def _suffix_end(text: str, start: int, end: int, language: str) -> int | None:
-    """Where the suffix ends in [start, end): before a capital that text has lost a space for (`firma.comTel.`) or Perl's documents write
-    (`E<lt>info@firma.comE<gt>`). In a program, lower case before capitals is a name: `key.mT`, `object.toString`."""
+    """Where the suffix in [start, end) ends, or None if it is none.
+
+    Before a capital, if a text has lost a space (`firma.comTel.`) or is Perl's (`E<lt>info@firma.comE<gt>`).
+    In a program, lower case before capitals is a name: `key.mT`, `object.toString`.
+    """
     capital = _CAPITAL.search(text, start, end) if text[start].islower() else None
     if capital is None:
         return end
@@ -140,7 +159,7 @@ def _suffix_end(text: str, start: int, end: int, language: str) -> int | None:
 
 
 def _may_follow(text: str, end: int, language: str) -> bool:
-    """Whether an address can end here: not within a word or a name of a program, but before an ending (`info@firma.fi-osoite`)."""
+    """Whether an address can end here: not within a word or name, but before an ending (`info@firma.fi-osoite`)."""
     after, next_after = text[end : end + 1], text[end + 1 : end + 2]
     if after.isdecimal() or (after and unicodedata.combining(after)) or after in _AT_SIGNS:
         return False
@@ -173,7 +192,7 @@ def _is_version_of_a_file(domain: str) -> bool:
 
 
 def _is_program(text: str, start: int, end: int, name: str, domain: str) -> bool:
-    """Whether what has the form of an address is a matrix product, a slot, a unit or a file: by its suffix and what stands around it."""
+    """Whether what has an address's form is a product, slot, unit or file: by its suffix and what stands around it."""
     *labels, last = domain.split(".")
     suffix = _public_suffix(domain) or last
     if suffix == domain or labels[0] in _OBJECTS:

@@ -1,4 +1,4 @@
-"""Keys: private key blocks, tokens that their issuers mark, and values that something calls a secret and that look drawn, not written."""
+"""Keys: private key blocks, tokens that issuers mark, and values that are called a secret and look drawn, not written."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import regex
 
 _PRIVATE_KEY = re.compile(
-    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?:(?P<body>(?:(?!-----).){0,32768}?)-----END (?P=kind)-----"
+    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----"
+    r"(?:(?P<body>(?:(?!-----).){0,32768}?)-----END (?P=kind)-----"
     r"|(?:(?:\s|[\"',]|\+(?=\s)|\\+[rn])*+[A-Za-z0-9+/=]{16,}+)++)",  # cut off
     re.DOTALL,
 )
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/=]{40}")  # without it the marks are spoken of
-# AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI and Anthropic, Hugging Face, npm, PyPI, SendGrid, Shopify, DigitalOcean, Databricks,
-# Docker, Vault, Groq, Linear, Grafana, Telegram, JSON web tokens, age; as their documentation gives the forms.
+# AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI and Anthropic, Hugging Face, npm, PyPI, SendGrid, Shopify,
+# DigitalOcean, Databricks, Docker, Vault, Groq, Linear, Grafana, Telegram, JSON web tokens, age.
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9_])(?:"
     r"A(?:KIA|SIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_\-]{35}|AGE-SECRET-KEY-1[A-Z0-9]{58}"
@@ -32,10 +33,14 @@ _TOKEN = re.compile(
     r"|\d{8,10}:AA[A-Za-z0-9_\-]{33}"
     r")(?![A-Za-z0-9])"
 )
-_WEBHOOK = re.compile(r"(?:hooks\.slack\.com/services/|discord(?:app)?\.com/api/webhooks/)(?P<value>[A-Za-z0-9/_\-]{30,})")
+_WEBHOOK = re.compile(
+    r"(?:hooks\.slack\.com/services/|discord(?:app)?\.com/api/webhooks/)"  # the path is the password
+    r"(?P<value>[A-Za-z0-9/_\-]{30,})"
+)
 
-# What a secret is called. A name ends with it (`db_password`, `apiToken`), or with a word that leaves it one; `tokenizer_name`,
-# `token_type` and `password_field` are names of something else. Each way of saying it holds one of the stems, which are looked for first.
+# What a secret is called. A name ends with it (`db_password`, `apiToken`), or with a word that leaves it one;
+# `tokenizer_name`, `token_type` and `password_field` are names of something else. Each way of saying it holds one of
+# the stems, which are looked for first.
 _STEMS = (
     *("secret", "passw", "passphrase", "pwd", "token", "credential", "key", "bearer", "basic"),
     *("salasana", "tunnussana", "avain", "kennwort", "schlüssel", "geheimnis", "पासवर्ड", "कूटशब्द", "कुंजी", "टोकन"),
@@ -94,7 +99,7 @@ def find_keys(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _stems(text: str) -> Iterator[int]:
-    """Where a stem of what secrets are called begins. `str.find` is some ten times as fast as a pattern that ignores case."""
+    """Where a stem of what secrets are called begins. `str.find` is far faster than a pattern that ignores case."""
     lowered = text.lower()
     if len(lowered) != len(text):  # a few capitals (U+0130) are two characters in lower case
         lowered = "".join(character if len(character.lower()) > 1 else character.lower() for character in text)

@@ -38,15 +38,16 @@ _IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|[.+]\d)", re.A
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", re.ASCII)
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; abc::def in C++ lies elsewhere
 _VERSION_BEFORE = re.compile(
-    r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|identifier|§|[=<>~!^]="
-    r"|versio[a-zä]*|luku|kohta|abschnitt|kapitel|phiên bản|mục|chương|संस्करण|धारा|अध्याय|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
+    r"(?:version|\bver|\bv|\breleases?|\brev(?:ision)?|\bbuild|\bfirmware|\bsections?|\bchapters?|\boid|identifier|§"
+    r"|[=<>~!^]=|versio[a-zä]*|luku|kohta|abschnitt|kapitel|phiên bản|mục|chương|संस्करण|धारा|अध्याय"
+    r"|バージョン|ヴァージョン|版|第)[\s:=\"'(>]{0,3}$"
     # What was updated to; Chrome/118.0.5993.70 of user agents; group:artifact:1.2.3.4 of Maven.
     r"|\b(?:up(?:date|grade)|bump)[a-z]*\b[^\n]{0,16}$|[A-Za-z]/$|[\w.\-]:[\w.\-]+:$",
     re.IGNORECASE,
 )
 _ADDRESS_BEFORE = re.compile(
-    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|\bnat\b|\bping\b|\bssh|://|@|palvelin|osoit|adresse|rechner"
-    r"|सर्वर|आईपी|पता|サーバ|アドレス|ホスト|máy chủ|địa chỉ)[^\n]{0,16}$",
+    r"(?:\bip|ipv4|addr|host|server|dns|gateway|peer|inet|netmask|subnet|proxy|\bnat\b|\bping\b|\bssh|://|@"
+    r"|palvelin|osoit|adresse|rechner|सर्वर|आईपी|पता|サーバ|アドレス|ホスト|máy chủ|địa chỉ)[^\n]{0,16}$",
     re.IGNORECASE,
 )
 # Numbers side by side, as the paths of SVG have them, are no addresses unless each is one.
@@ -151,19 +152,20 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
         named = _PHONE_BEFORE.search(text, max(0, candidate.start() - 8), candidate.start())
         start = candidate.start() if named else max(0, candidate.start() - 2)
         window = text[start : candidate.end() + 2]
-        readings: list[tuple[str | None, int]] = [(None, phonenumbers.Leniency.VALID)]  # with its country code, however it is grouped
+        # With its country code a number may be grouped in any way; without, in the region's. Mobile numbers have no area
+        # code, and are grouped as one likes, with spaces.
+        readings: list[tuple[str | None, int]] = [(None, phonenumbers.Leniency.VALID)]
         for region in _REGIONS.get(language, ()):
             readings.append((region, phonenumbers.Leniency.STRICT_GROUPING))
             if _SPACED_MOBILE.match(candidate.group()):
                 readings.append((region, phonenumbers.Leniency.VALID))
-        for region, leniency in readings:
-            for match in phonenumbers.PhoneNumberMatcher(window, region, leniency):
+        for reading, leniency in readings:
+            for match in phonenumbers.PhoneNumberMatcher(window, reading, leniency):
                 number = match.raw_string.lstrip("[［")
-                if not {")", "）"} & set(number):  # a bracket that opens before the number and closes after it is not part of it
+                if not {")", "）"} & set(number):  # a bracket that closes after the number is not part of it
                     number = number.lstrip("(（")
-                # Mobile numbers have no area code, and are grouped as one likes, with spaces.
-                free = region and leniency == phonenumbers.Leniency.VALID
-                if free and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE:
+                mobiles_only = reading is not None and leniency == phonenumbers.Leniency.VALID
+                if mobiles_only and phonenumbers.number_type(match.number) != phonenumbers.PhoneNumberType.MOBILE:
                     continue
                 span = (start + match.end - len(number), start + match.end)
                 if span not in taken and _is_written_as_a_number(number, language):
@@ -172,7 +174,7 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
 
 
 def _is_operand(text: str, start: int, end: int) -> bool:
-    """Whether digits in a program are a number that it computes with: no plus before them, a space after it, or an operand beside it."""
+    """Whether digits in a program are a number to compute with: no plus before them, a space after it, an operand beside."""
     while text[start] in "(（":
         start += 1
     if text[start] not in "+＋" or (not text[start + 1].isdecimal() and text[start + 1] not in "(（"):
@@ -181,7 +183,8 @@ def _is_operand(text: str, start: int, end: int) -> bool:
     if _ARITHMETIC_AFTER.match(text, end):
         return True
     bare = text[start + 1 : end].isdecimal()
-    return not _SAYS_PHONE.search(line) and (_OPERAND_BEFORE.search(line) is not None or (bare and not line.endswith(_BEFORE_BARE)))
+    operand = _OPERAND_BEFORE.search(line) is not None or (bare and not line.endswith(_BEFORE_BARE))
+    return operand and not _SAYS_PHONE.search(line)
 
 
 def _is_written_as_a_number(number: str, language: str) -> bool:
