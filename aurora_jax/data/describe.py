@@ -159,7 +159,7 @@ def _known(spec: TaskSpec) -> dict:
         "license": spec.source.license,
         "origin": spec.origin or UNKNOWN,
         "expected": expected,
-        "found": tuple(file for pattern in expected for file in find(pattern)),
+        "found": tuple(find_all(expected)),
         "note": spec.note,
     }
 
