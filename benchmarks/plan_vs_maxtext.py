@@ -164,11 +164,12 @@ def planned(config: TrainConfig, topology: str, slices: int, kept: Path, console
         "compute": str(config.compute),
         "optimizer": str(config.optimizer),
     }
-    for record in json_lines.continue_log(kept):
+    for record in json_lines.read_log(kept) if kept.exists() else ():
         if record["key"] == key:
             return record["plan"]
     with console.status(f"compiling for {slices} x {topology}: some five minutes"):
         plan = make_plan(config, MODEL, topology, slices).as_dict()
+    json_lines.mend_log(kept)
     with kept.open("ab") as file:
         file.write(json_lines.line_of({"key": key, "plan": plan}))
     return plan

@@ -371,7 +371,7 @@ def test_near_duplicates_against_brute_force(similarity):
 
 @needs_evaluation
 def test_near_duplicates_of_japanese_are_found_by_characters():
-    items = [row[0] for row in read_items("mgsm_ja.tsv", (EVALUATION / "mgsm_ja.tsv").read_text())]
+    items = [row[0] for row in read_items("mgsm_ja.tsv", (EVALUATION / "mgsm_ja.tsv").read_bytes())]
     texts = ["".join(items[start : start + 5]) for start in range(0, 250, 5)]
     copies = [text.replace("です", "でした", 1) for text in texts]
     met = candidates(texts + copies, 0.8)
@@ -404,7 +404,7 @@ def index_of(folder: Path) -> EvaluationIndex:
     """All evaluation files of a folder."""
     index = EvaluationIndex()
     for path in sorted(folder.iterdir()):
-        index.add(path.name, read_items(path.name, path.read_text()))
+        index.add(path.name, read_items(path.name, path.read_bytes()))
     return index
 
 
@@ -419,7 +419,7 @@ def test_every_planted_item_is_found_and_clean_text_has_none():
     draw = random.Random(3)
     missed = []
     for path in sorted(EVALUATION.iterdir()):
-        items = read_items(path.name, path.read_text())
+        items = read_items(path.name, path.read_bytes())
         assert index.items[path.name][0] == len(items)
         for number in draw.sample(range(len(items)), 60):
             for field in items[number]:
@@ -459,12 +459,12 @@ def test_a_run_of_thirteen_words_is_found_and_of_twelve_is_not():
     ],
 )
 def test_evaluation_files_of_each_kind(name, content, items):
-    assert read_items(name, content) == items
+    assert read_items(name, content.encode()) == items
 
 
 def test_evaluation_file_that_is_none_is_named():
     with pytest.raises(InputError, match=r"bad\.jsonl"):
-        read_items("bad.jsonl", "{")
+        read_items("bad.jsonl", b"{")
 
 
 # Documents and hooks

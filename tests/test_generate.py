@@ -368,7 +368,7 @@ def test_refused_before_anything_is_loaded(nano, capsys, monkeypatch, case):
 
 BAD_LINES = {
     "not JSON": ("{", "line 2: not JSON"),
-    "a list": ("[]", "line 2: a JSON object"),
+    "a list": ("[]", "line 2: not a JSON object"),
     "no prompt": ('{"text": "a"}', "line 2: one of prompt .* expected, found 'text'"),
     "two prompts": ('{"prompt": "a", "instruction": "b"}', "line 2: one of prompt"),
     "a number": ('{"prompt": 3}', "line 2: its 'prompt' is no string"),

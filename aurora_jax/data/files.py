@@ -39,8 +39,8 @@ class File:
 def find(pattern: str) -> list[File]:
     """The files that a path or a glob pattern names, by address; `**` goes through folders. Empty if there are none.
 
-    As with Python's `glob`, names that begin with a dot are found only by patterns that do. A path with `*`, `?` or `[` in it that is there,
-    or that a pattern begins with, is that path and no pattern: `set[1]/*.txt` reads the folder `set[1]` where there is one.
+    As with Python's `glob`, names that begin with a dot are found only by patterns that do. A path that is there is that path, whatever
+    characters it has, and so is the beginning of a pattern: `set[1]/*.txt` reads the folder `set[1]` where there is one.
 
     Raises:
         InputError: the file system cannot be reached, or its scheme is none that we know.
@@ -65,20 +65,25 @@ def find(pattern: str) -> list[File]:
 
 
 def find_all(patterns: Sequence[str]) -> list[File]:
-    """The files of several patterns, in the order of the patterns.
+    """The files of several patterns, in the order of the patterns. Raises InputError as `find_each` does."""
+    return [file for files in find_each(patterns) for file in files]
+
+
+def find_each(patterns: Sequence[str]) -> list[list[File]]:
+    """The files of each of several patterns.
 
     Raises:
         InputError: as `find`, or a file would be read twice: two patterns find it, or one finds it under two names (links).
     """
-    files = [(pattern, file) for pattern in patterns for file in find(pattern)]
+    found = [find(pattern) for pattern in patterns]
     seen: dict[Hashable, tuple[str, File]] = {}
-    for pattern, file in files:
+    for pattern, file in [(pattern, file) for pattern, files in zip(patterns, found, strict=True) for file in files]:
         pattern_before, before = seen.setdefault(_identity(file), (pattern, file))
         if before is not file:
             names = before.url if before.url == file.url else f"{before.url} and {file.url}, one file,"
             by = f"{pattern_before} and {pattern}" if pattern_before != pattern or before.url == file.url else pattern
             raise InputError(f"{names} would be read twice, found by {by}: leave one out")
-    return [file for _, file in files]
+    return found
 
 
 def _identity(file: File) -> Hashable:

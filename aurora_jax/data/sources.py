@@ -345,7 +345,7 @@ def _only(batch: pyarrow.RecordBatch, wanted: Collection[str]) -> pyarrow.Record
     """The columns of a batch that are asked for, and of nested ones the fields that are."""
     kept = {field.name: only for field in batch.schema if (only := _wanted_type(field.name, field.type, wanted)) is not None}
     if not kept:  # its rows, without columns
-        return pyarrow.RecordBatch.from_struct_array(pyarrow.StructArray.from_arrays([], fields=[], mask=pyarrow.array([False] * len(batch))))
+        return pyarrow.RecordBatch.from_struct_array(pyarrow.array([{}] * len(batch), pyarrow.struct([])))
     return batch.select(list(kept)).cast(pyarrow.schema(list(kept.items())))
 
 

@@ -11,9 +11,9 @@ A store is a folder: a local path, or a URL of a TensorStore key-value store (`f
     report.json what the build read, kept and left out; see `build.py`
     store.json  `StoreInfo`; written last, so that its presence means: complete
 
-The arrays are zarr3, sharded, compressed, with checksums. Every chunk is stored, those of zeros too, so that one which is not there is lost:
-opening asks for the names of all shards, and a read of what is missing or damaged is an error. (Formats before 3 left out what is all zeros
-or false; there the other arrays tell whether a shard may be missing.) Reading takes memory for what is asked and a small chunk cache,
+The arrays are zarr3, sharded, compressed, with checksums. Every chunk is stored, those of zeros too, so that one that is not there is lost:
+opening asks for the names of all shards, and a read of what is missing or damaged is an error. (Formats before 3 left out what is all
+zeros or false; there the other arrays tell whether a shard may be missing.) Reading takes memory for what is asked and a small chunk cache,
 whatever the size of the store.
 """
 
@@ -123,7 +123,7 @@ class TokenStore:
         missing = [
             f"{name}/c/{shard}"
             for name, array in self._arrays.items()
-            for shard in range(-(-array.shape[0] // array.chunk_layout.write_chunk.shape[0]))
+            for shard in range(-(-array.shape[0] // _shard_size(array)))
             if f"{name}/c/{shard}".encode() not in there and not self._may_be_missing(name, shard)
         ]
         if missing:
@@ -137,7 +137,7 @@ class TokenStore:
         """Whether a shard of an earlier format may be all zeros or false, and hence not stored: what `offsets` say of it."""
         if self.info.format >= FORMAT or name == "offsets":
             return False
-        size = self._arrays[name].chunk_layout.write_chunk.shape[0]
+        size = _shard_size(self._arrays[name])
         start, stop = shard * size, min((shard + 1) * size, len(self))
         offsets = self._arrays["offsets"].read().result().astype(np.int64)
         ends = offsets[1:] - 1
@@ -229,6 +229,10 @@ class _ChunkCache:
 
 
 _CHUNKS = _ChunkCache(CACHE_BYTES)
+
+
+def _shard_size(array: ts.TensorStore) -> int:
+    return int(array.chunk_layout.write_chunk.shape[0])  # type: ignore[index, arg-type]
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def search(
     searched = replace(config, output=Path(), mesh=MeshConfig(config.mesh.data))
     fingerprint = hashlib.sha256(repr((Candidate(1, 1, 1, 1, "full", 1).apply(searched), model)).encode()).hexdigest()[:16]
     key = {"topology": topology, "slices": slices, "config": fingerprint}
-    lines = json_lines.continue_log(log)
+    lines = json_lines.read_log(log) if log.exists() else []
+    json_lines.mend_log(log)
     known = {Candidate(**line["candidate"]): line["plan"] for line in lines if line["key"] == key}
     todo = [each for each in possible if each not in known][: max(budget - len(known), 0)]
     console.print(f"{len(possible)} candidates can fit, {len(known)} are known from {log}, {len(todo)} to compile")

@@ -11,7 +11,6 @@ import codecs
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +84,24 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a file that its writer may have died over: a last line that it did not finish does not count.
+    """The objects of a file that its writer may have died over: a last line that is only the beginning of an object does not count.
 
     Raises:
-        InputError: the file cannot be read, or a finished line is bad.
+        InputError: the file cannot be read, or another line is bad.
     """
-    content = _content(path)
-    finished = _finished(content)
-    records = [record for _, record in objects(finished, path)]
-    with suppress(BadLine):  # all of an object but the end of its line is an object
-        records.append(object_of(content[len(finished) :]))
-    return records
+    finished, last = _parted(path)
+    return [*(record for _, record in objects(finished, path)), *([object_of(last)] if _is_object(last) else [])]
 
 
-def continue_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """As `read_log`, for who goes on writing: what was not finished is cut off the file; no file is an empty one."""
-    if not os.path.exists(path):
-        return []
-    content = _content(path)
-    finished = _finished(content)
-    records = [record for _, record in objects(finished, path)]
-    if len(finished) < len(content):
-        os.truncate(path, len(finished))
-    return records
+def mend_log(path: str | os.PathLike[str]) -> None:
+    """Prepares such a file, if it is there, for who goes on writing: the last line is ended, or cut off where `read_log` leaves it out."""
+    if os.path.exists(path):
+        finished, last = _parted(path)
+        if _is_object(last):
+            with open(path, "ab") as file:
+                file.write(b"\n")
+        elif last:
+            os.truncate(path, len(finished))
 
 
 def line_of(value: Any) -> bytes:
@@ -129,8 +123,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _finished(content: bytes) -> bytes:
-    return content[: content.rfind(b"\n") + 1]
+def _parted(path: str | os.PathLike[str]) -> tuple[bytes, bytes]:
+    """The lines of a file that have an end, and the last if it has none."""
+    content = _content(path)
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        object_of(line)
+    except BadLine:
+        return False
+    return True
 
 
 def _content(path: str | os.PathLike[str]) -> bytes:
