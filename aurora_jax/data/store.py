@@ -121,26 +121,26 @@ class TokenStore:
                 return
             raise
         missing = [
-            f"{name}/c/{shard}"
+            (name, shard)
             for name, array in self._arrays.items()
             for shard in range(-(-array.shape[0] // _shard_size(array)))
-            if f"{name}/c/{shard}".encode() not in there and not self._may_be_missing(name, shard)
+            if f"{name}/c/{shard}".encode() not in there
         ]
+        if self.info.format < FORMAT:
+            offsets = [(name, shard) for name, shard in missing if name == "offsets"]
+            missing = offsets or [(name, shard) for name, shard in missing if not self._may_be_zeros(name, shard)]
         if missing:
             more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise InputError(
-                f"{self.directory}: a damaged token store: the file {missing[0]}{more} is missing; bring it back, or delete the folder and "
-                "build it again"
+                f"{self.directory}: a damaged token store: the file {missing[0][0]}/c/{missing[0][1]}{more} is missing; bring it back, or "
+                "delete the folder and build it again"
             )
 
-    def _may_be_missing(self, name: str, shard: int) -> bool:
-        """Whether a shard of an earlier format may be all zeros or false, and hence not stored: what `offsets` say of it."""
-        if self.info.format >= FORMAT or name == "offsets":
-            return False
+    def _may_be_zeros(self, name: str, shard: int) -> bool:
+        """Whether a shard of tokens, ends or the mask may be all zeros or false, by the documents that `offsets` say are in it."""
         size = _shard_size(self._arrays[name])
         start, stop = shard * size, min((shard + 1) * size, len(self))
-        offsets = self._arrays["offsets"].read().result().astype(np.int64)
-        ends = offsets[1:] - 1
+        ends = self._arrays["offsets"].read().result().astype(np.int64)[1:] - 1
         last = int(np.count_nonzero((ends >= start) & (ends < stop)))
         if name == "tokens":  # texts have no token 0; end-of-text tokens alone are documents without a text
             return self.info.eos_id == 0 and last == stop - start
