@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
@@ -157,6 +158,33 @@ def test_damage_is_named(tmp_path, parameters, metadata):
     checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata)
     (tmp_path / "c" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"c/params.*damaged"):
+        checkpoint.restore_parameters(tmp_path / "c")
+
+
+def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, parameters, metadata):
+    """Zeros are what TensorStore's default would read in its place. In Orbax's database and, as conversions write them, in files."""
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    checkpoint.save_checkpoint(tmp_path / "c", zeros, metadata)
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path / "c"), zeros)
+    database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/c/params/"}).result()
+    chunk = "layers.mlp.up.bias/1.0"
+    assert database.read(chunk).result().state == "value"
+    database.write(chunk, None).result()
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    checkpoint.write_checkpoint(tmp_path / "d", handler, ocp.args.PyTreeSave(zeros, checkpoint.save_args(zeros)), metadata, {})
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path / "d"), zeros)
+    (tmp_path / "d" / "params" / chunk).unlink()
+    for path in (tmp_path / "c", tmp_path / "d"):
+        for read in (checkpoint.restore_parameters, checkpoint.open_parameters):
+            with pytest.raises(InputError, match=rf"{path}/params: .*damaged or incomplete: the chunk {chunk} is missing"):
+                read(path)
+
+
+def test_a_chunk_that_is_cut_short_is_named(tmp_path, parameters, metadata):
+    checkpoint.write_checkpoint(tmp_path / "c", ocp.PyTreeCheckpointHandler(use_ocdbt=False), ocp.args.PyTreeSave(parameters), metadata, {})
+    (file,) = (tmp_path / "c" / "params" / "final_norm.scale").glob("[0-9]*")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{tmp_path}/c: the checkpoint is damaged or incomplete: .*{file}"):
         checkpoint.restore_parameters(tmp_path / "c")
 
 

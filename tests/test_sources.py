@@ -566,9 +566,17 @@ def test_missing_file(tmp_path: Path) -> None:
             opened(f"{tmp_path}/none.jsonl")
 
 
-def test_empty_file_has_no_parts(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").touch()
-    assert read(source_of(tmp_path / "a.jsonl")) == []
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.tfrecord"])
+def test_file_of_no_bytes_holds_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert read(source_of(tmp_path / name)) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.arrow", "a.array_record"])
+def test_file_of_no_bytes_is_cut_short(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        read(source_of(tmp_path / name))
 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.jsonl", "hdfs://a/b", "gcs://a/b"])

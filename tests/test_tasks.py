@@ -261,7 +261,8 @@ def test_preprocessors_of_seqio_are_applied(corpus: Path, tmp_path: Path, vocabu
     steps = [_lower, seqio.CacheDatasetPlaceholder(), seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
     with registered("lower", json_lines(corpus / "train" / "*.jsonl"), steps, vocabulary) as task:
         store = build(task, tmp_path)
-        assert store_documents(store) == seqio_documents(task, "train")
+        # SeqIO's own steps make a lone EOS of a document without a text.
+        assert store_documents(store) == [ids for ids in seqio_documents(task, "train") if ids != [0]]
         assert "the quick brown fox.<|endoftext|>" in [vocabulary.decode_all(ids) for ids in store_documents(store)]
 
 
