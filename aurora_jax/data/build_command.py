@@ -138,8 +138,8 @@ def build_stores(
     older = [name for name, store in stores.items() if store.info.format < FORMAT]
     if console and older:
         console.print(
-            f"[yellow]of an earlier format, in which documents without a text stay:[/yellow] {', '.join(older)}; they are opened as they are, and "
-            "built anew once their folders are deleted"
+            f"[yellow]of an earlier format, in which documents without a text stay:[/yellow] {', '.join(older)}; "
+            "they are opened as they are, and built anew once their folders are deleted"
         )
     return stores
 
