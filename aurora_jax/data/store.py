@@ -117,7 +117,7 @@ class TokenStore:
         try:
             there = set(kvstore.list().result())
         except ValueError as error:
-            if str(error).startswith(("PERMISSION_DENIED", "UNAUTHENTICATED")):
+            if str(error).startswith(_NO_RIGHT):
                 return
             raise
         missing = [
@@ -243,11 +243,14 @@ def _damage_named(directory: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
+        if str(error).startswith(_NO_RIGHT):
+            raise InputError(f"{directory}: this token store may not be read: {error}") from error
         if not str(error).startswith(_DAMAGE):
             raise
         raise InputError(f"{directory}: a damaged token store: {error}; delete the folder and build it again") from error
 
 
+_NO_RIGHT = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 _DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 """What TensorStore calls files that are missing, cut short or of other bits: those of a store never change."""
 
