@@ -1,6 +1,7 @@
 """The checkpoint format: what is saved comes back, plain Orbax reads it, and what does not fit is refused by name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -164,9 +165,11 @@ def test_damage_is_named(tmp_path, parameters, metadata):
 def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, parameters, metadata):
     """Zeros are what TensorStore's default would read in its place. In Orbax's database and, as conversions write them, in files."""
     zeros = jax.tree.map(jnp.zeros_like, parameters)
+    tmp_path = tmp_path / "a [b] ä"
     checkpoint.save_checkpoint(tmp_path / "c", zeros, metadata)
     assert_equal_trees(checkpoint.restore_parameters(tmp_path / "c"), zeros)
-    database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/c/params/"}).result()
+    assert_equal_trees(nest({name: store.read().result() for name, store in checkpoint.open_parameters(tmp_path / "c").items()}), zeros)
+    database = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/c/params/"}}).result()
     chunk = "layers.mlp.up.bias/1.0"
     assert database.read(chunk).result().state == "value"
     database.write(chunk, None).result()
@@ -176,10 +179,11 @@ def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, paramet
     (tmp_path / "d" / "params" / chunk).unlink()
     for path in (tmp_path / "c", tmp_path / "d"):
         for read in (checkpoint.restore_parameters, checkpoint.open_parameters):
-            with pytest.raises(InputError, match=rf"{path}/params: .*damaged or incomplete: the chunk {chunk} is missing"):
+            with pytest.raises(InputError, match=rf"{re.escape(str(path))}/params: .*damaged or incomplete: the chunk {chunk} is missing"):
                 read(path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's reads that nobody waits for any more
 def test_a_chunk_that_is_cut_short_is_named(tmp_path, parameters, metadata):
     checkpoint.write_checkpoint(tmp_path / "c", ocp.PyTreeCheckpointHandler(use_ocdbt=False), ocp.args.PyTreeSave(parameters), metadata, {})
     (file,) = (tmp_path / "c" / "params" / "final_norm.scale").glob("[0-9]*")

@@ -264,8 +264,13 @@ def open_parameters(path: Location, cache_bytes: int = 0) -> dict[str, ts.Tensor
 
 def _location(item: epath.Path, folder: str = "") -> Any:
     """TensorStore's name for a folder of an item: its files, or its part of Orbax's database."""
-    base = f"{item}/" if "://" in str(item) else f"file://{item}/"
-    return {"driver": "ocdbt", "base": base, "path": folder} if (item / "manifest.ocdbt").exists() else f"{base}{folder}"
+
+    def files(path: str) -> Any:  # a path as it is: in an address TensorStore would read %41 as A
+        return path if "://" in path else {"driver": "file", "path": path}
+
+    if (item / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": files(f"{item}/"), "path": folder}
+    return files(f"{item}/{folder}")
 
 
 def _require_chunks(item: epath.Path, described: Mapping[str, Any]) -> None:
