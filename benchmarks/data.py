@@ -51,8 +51,10 @@ class Benchmark:
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    for line in path.open():
-        yield json.loads(line)["text"]
+    from aurora_jax.storage import json_lines
+
+    for record in json_lines.read(path):
+        yield record["text"]
 
 
 def build_ours(folder: str, tokenizer: str, work: str) -> float:
@@ -213,6 +215,7 @@ MEASUREMENTS = {
 def main(benchmark: Benchmark) -> None:
     """Measures, prints and writes."""
     from aurora_jax.errors import InputError
+    from aurora_jax.storage import json_lines
 
     if not (benchmark.corpus / "train" / "en.jsonl").is_file():
         raise InputError(f"{benchmark.corpus}: no sample corpus; make it with `aurora data sample {benchmark.corpus}`, or give --corpus")
@@ -223,9 +226,9 @@ def main(benchmark: Benchmark) -> None:
         copies.mkdir()
         for copy in range(COPIES):
             for language in LANGUAGES:
-                with (copies / f"{language}-{copy}.jsonl").open("w") as file:
+                with (copies / f"{language}-{copy}.jsonl").open("wb") as file:
                     for text in texts_of(benchmark.corpus / "train" / f"{language}.jsonl"):
-                        file.write(json.dumps({"text": f"{copy} {text}"}, ensure_ascii=False) + "\n")
+                        file.write(json_lines.line_of({"text": f"{copy} {text}"}))
         megabytes = sum(path.stat().st_size for path in copies.iterdir()) / 1e6
 
         def measure(name: str, corpus: Path | str, *more: str) -> float:

@@ -32,6 +32,7 @@ from aurora_jax.model.flops import flops_per_token  # noqa: E402
 from aurora_jax.plan.estimate import make_plan  # noqa: E402
 from aurora_jax.plan.program import read_program  # noqa: E402
 from aurora_jax.plan.topology import ENVIRONMENT  # noqa: E402
+from aurora_jax.storage import json_lines  # noqa: E402
 from aurora_jax.train.config import MeshConfig, TrainConfig  # noqa: E402
 from configs import starcoderplus_v5e_256, starcoderplus_v5p_128, starcoderplus_v6e_256  # noqa: E402
 
@@ -163,14 +164,14 @@ def planned(config: TrainConfig, topology: str, slices: int, kept: Path, console
         "compute": str(config.compute),
         "optimizer": str(config.optimizer),
     }
-    for line in kept.read_text().splitlines() if kept.exists() else ():
-        record = json.loads(line)
+    for record in json_lines.read_log(kept) if kept.exists() else ():
         if record["key"] == key:
             return record["plan"]
     with console.status(f"compiling for {slices} x {topology}: some five minutes"):
         plan = make_plan(config, MODEL, topology, slices).as_dict()
-    with kept.open("a") as file:
-        file.write(json.dumps({"key": key, "plan": plan}) + "\n")
+    json_lines.mend_log(kept)
+    with kept.open("ab") as file:
+        file.write(json_lines.line_of({"key": key, "plan": plan}))
     return plan
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.report import before_after, check_expectations, write_report
+from aurora_jax.storage import json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("quickstart")
@@ -64,7 +65,7 @@ def main() -> int:
     console.print(f"\n[bold][{len(STEPS) + 1}/{len(STEPS) + 2}] A continuation in every language, by transformers[/bold]")
     samples = continuations(ROOT / WORK / "corpus" / "heldout", ROOT / NANO, ROOT / RESULT)
     samples_file = ROOT / WORK / "samples.json"
-    samples_file.write_text(json.dumps(samples, ensure_ascii=False, indent=1))
+    samples_file.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
     for sample in samples:
         console.print(f"[cyan]{sample['language']:>4}[/cyan] {sample['prompt']}[green]{sample['after']}[/green]", markup=True)
 
@@ -119,7 +120,7 @@ def continuations(heldout: Path, before: Path, after: Path) -> list[dict[str, st
 
 def _prompt(path: Path, language: str) -> str:
     """The beginning of the last held-out document, cut at a word where there are spaces."""
-    text = json.loads(path.read_text().splitlines()[-1])["text"]
+    text = json_lines.read(path)[-1]["text"]
     if language == "code":
         return text[text.index("def ") :].split("\n")[0] + "\n"
     beginning = text.replace("\n", " ")[: PROMPT_CHARACTERS.get(language, 80)]

@@ -48,6 +48,7 @@ def write_store(
             documents=len(documents),
             tokens=len(tokens),
             masked=learn is not None,
+            format=store_format.FORMAT,
             **description,  # type: ignore[arg-type]
         ),
     )

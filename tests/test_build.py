@@ -1,6 +1,7 @@
 """The build: whatever interrupts it and however many work on it, the same bytes."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +20,17 @@ import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from conftest import SENTENCES
+from rich.console import Console
 
 from aurora_jax.cli import main
 from aurora_jax.data import build, sources, store
 from aurora_jax.data.build import jobs_for, pipeline
-from aurora_jax.data.build_command import build_stores
-from aurora_jax.data.documents import Document, DocumentStep, Rejected
-from aurora_jax.data.recipe import Recipe
+from aurora_jax.data.build_command import build_stores, summary
+from aurora_jax.data.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Piece, Rejected
+from aurora_jax.data.recipe import Dropped, Preparation, Recipe
 from aurora_jax.data.sources import Source
 from aurora_jax.data.store import TokenStore, read_info
-from aurora_jax.data.tokenizer import HuggingFaceTokenizer
+from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from aurora_jax.errors import InputError
 
 HERE = Path(__file__).parent
@@ -202,3 +205,79 @@ def test_the_command(mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, ca
     assert contents(tmp_path) == before
     assert main([*arguments[:2], "nano_cup", *arguments[3:]]) == 2
     assert "nano_cup" in capsys.readouterr().err
+
+
+WHITE = ["", " \n\t\r", "\u3000\x85"]
+"""Texts of nothing, and of white space as Unicode has it."""
+
+
+def test_texts_without_a_text_are_dropped_and_counted(tmp_path: Path) -> None:
+    """In every format, also where a step would put a header before them; the numbers are in the report and in the table."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    kept = ["a", " b ", "<|endoftext|>"]
+    records = [{"text": text, "path": "p.py"} for text in [*WHITE, *kept]]
+    for format in ("jsonl", "json", "parquet", "arrow", "lines", "text"):
+        (tmp_path / format).mkdir()
+    (tmp_path / "jsonl" / "a").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "json" / "a").write_text(json.dumps(records))
+    table = pa.Table.from_pylist(records)
+    parquet.write_table(table, tmp_path / "parquet" / "a")
+    with ipc.new_stream(str(tmp_path / "arrow" / "a"), table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "lines" / "a").write_text("\n \t\r\n\u3000\x85\n" + "\n".join(kept) + "\n", newline="")
+    for number, text in enumerate([*WHITE, *kept]):
+        (tmp_path / "text" / str(number)).write_text(text, newline="")
+    tokenizer = ByteTokenizer()
+    recipes = [
+        Recipe(folder.name, "train", Source({"train": (f"{folder}/*",)}, folder.name, fields={"path": "path"}), (), tokenizer, True)  # type: ignore[arg-type]
+        for folder in sorted(tmp_path.iterdir())
+    ]
+    recipes.append(Recipe("code", "train", recipes[2].reader, (CodeFormat(rate=1), FillInTheMiddle(rate=0)), StarcoderLike(), True))
+    stores = build_stores(recipes, tmp_path / "stores")
+    for name, made in stores.items():
+        report = json.loads((tmp_path / "stores" / name / "report.json").read_text())
+        assert (made.info.documents, report["dropped"], report["bad"]) == (3, {"empty\tund": 3}, {}), name
+        if name != "code/train":
+            assert [tokenizer.decode(ids) for ids in documents(made)] == kept
+    printed = io.StringIO()
+    Console(width=160, file=printed).print(summary(stores))
+    assert re.search(
+        r"jsonl\W+train\W+und\W+3\W+\d+\W+[\d.]+\W+3\W+0\W", printed.getvalue()
+    )  # documents, tokens, bytes/token, dropped, bad
+
+
+class StarcoderLike(ByteTokenizer):
+    """Bytes that know StarCoder's special tokens."""
+
+    def special_id(self, name: str) -> int:
+        return self.eos_id
+
+
+def test_a_text_that_the_tokenizer_makes_nothing_of_is_dropped() -> None:
+    class Deaf(ByteTokenizer):
+        def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+            return [np.zeros(0, np.int32) for _ in texts]
+
+    assert list(Preparation((), Deaf(), append_eos=True).outcomes([Document((Piece("\u200b"),))])) == [Dropped("empty", "und")]
+
+
+def test_stores_of_the_format_before_are_opened_and_told_apart(tmp_path: Path) -> None:
+    """By the fingerprint that this recipe had in the code of 2026-11-24. One that is built now has another."""
+    (tmp_path / "a.txt").write_text("a\n\nb\n")
+    recipe = Recipe("t", "train", Source({"train": (f"{tmp_path}/a.txt",)}, "lines"), (), ByteTokenizer(), True)
+    (made,) = build_stores([recipe], tmp_path / "stores").values()
+    place = tmp_path / "stores" / "t" / "train" / "store.json"
+    info = json.loads(place.read_text())
+    before = "a85ba2413e609f81653a6a90ca9563bf6ac6b1d860f7d4afe73db810fdd893de"
+    assert info["fingerprint"] == made.info.fingerprint == recipe.fingerprint != before
+    del info["format"]
+    place.write_text(json.dumps(info | {"fingerprint": before}))
+    printed = io.StringIO()
+    (opened,) = build_stores([recipe], tmp_path / "stores", console=Console(file=printed, width=300)).values()
+    assert opened.info.fingerprint == before
+    assert "of an earlier format, in which documents without a text stay: t/train" in printed.getvalue()
+    place.write_text(json.dumps(info | {"fingerprint": "f" * 64}))
+    with pytest.raises(InputError, match=f"{'f' * 16}, expected is {recipe.fingerprint[:16]}"):
+        build_stores([recipe], tmp_path / "stores")

@@ -1,6 +1,7 @@
 """The checkpoint format: what is saved comes back, plain Orbax reads it, and what does not fit is refused by name."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
@@ -158,6 +160,41 @@ def test_damage_is_named(tmp_path, parameters, metadata):
     (tmp_path / "c" / "params" / "manifest.ocdbt").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"c/params.*damaged"):
         checkpoint.restore_parameters(tmp_path / "c")
+
+
+def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, parameters, metadata):
+    """Zeros are what TensorStore's default would read in its place. In Orbax's database and, as conversions write them, in files."""
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    tmp_path = tmp_path / "a %41 ä"
+    checkpoint.save_checkpoint(tmp_path / "c", zeros, metadata)
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path / "c"), zeros)
+    assert_equal_trees(nest({name: store.read().result() for name, store in checkpoint.open_parameters(tmp_path / "c").items()}), zeros)
+    database = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/c/params/"}}).result()
+    chunk = "layers.mlp.up.bias/1.0"
+    assert database.read(chunk).result().state == "value"
+    database.write(chunk, None).result()
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    checkpoint.write_checkpoint(tmp_path / "d", handler, ocp.args.PyTreeSave(zeros, checkpoint.save_args(zeros)), metadata, {})
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path / "d"), zeros)
+    (tmp_path / "d" / "params" / chunk).unlink()
+    for path in (tmp_path / "c", tmp_path / "d"):
+        for read in (checkpoint.restore_parameters, checkpoint.open_parameters):
+            with pytest.raises(InputError, match=rf"{re.escape(str(path))}/params: .*damaged or incomplete: the chunk {chunk} is missing"):
+                read(path)
+
+
+def test_what_orbax_says_of_an_array_that_is_cut_short_has_a_name(tmp_path):
+    """One array alone: Orbax leaves the reads of others running, and their errors to the interpreter."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(tmp_path / "c", args=ocp.args.PyTreeSave({"a": jnp.ones(100)}))
+    (file,) = (tmp_path / "c" / "a").glob("[0-9]*")
+    file.write_bytes(file.read_bytes()[:-1])
+    with (
+        pytest.raises(InputError, match=rf"{tmp_path}: the checkpoint is damaged or incomplete: .*{file}"),
+        checkpoint.damage_named(tmp_path),
+        ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.restore(tmp_path / "c", args=ocp.args.StandardRestore({"a": jax.ShapeDtypeStruct((100,), jnp.float32)}))
 
 
 @pytest.mark.parametrize(

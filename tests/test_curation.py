@@ -371,7 +371,7 @@ def test_near_duplicates_against_brute_force(similarity):
 
 @needs_evaluation
 def test_near_duplicates_of_japanese_are_found_by_characters():
-    items = [row[0] for row in read_items("mgsm_ja.tsv", (EVALUATION / "mgsm_ja.tsv").read_text())]
+    items = [row[0] for row in read_items("mgsm_ja.tsv", (EVALUATION / "mgsm_ja.tsv").read_bytes())]
     texts = ["".join(items[start : start + 5]) for start in range(0, 250, 5)]
     copies = [text.replace("です", "でした", 1) for text in texts]
     met = candidates(texts + copies, 0.8)
@@ -404,7 +404,7 @@ def index_of(folder: Path) -> EvaluationIndex:
     """All evaluation files of a folder."""
     index = EvaluationIndex()
     for path in sorted(folder.iterdir()):
-        index.add(path.name, read_items(path.name, path.read_text()))
+        index.add(path.name, read_items(path.name, path.read_bytes()))
     return index
 
 
@@ -419,7 +419,7 @@ def test_every_planted_item_is_found_and_clean_text_has_none():
     draw = random.Random(3)
     missed = []
     for path in sorted(EVALUATION.iterdir()):
-        items = read_items(path.name, path.read_text())
+        items = read_items(path.name, path.read_bytes())
         assert index.items[path.name][0] == len(items)
         for number in draw.sample(range(len(items)), 60):
             for field in items[number]:
@@ -456,15 +456,34 @@ def test_a_run_of_thirteen_words_is_found_and_of_twelve_is_not():
         ("a.tsv", 'a "quoted\tb\nc\td\n', [['a "quoted', "b"], ["c", "d"]]),
         ("a.csv", 'q,a\n"one, two",3\n', [["q", "a"], ["one, two", "3"]]),
         ("a.txt", "one\n\ntwo\n", [["one"], ["two"]]),
+        ("a.jsonl", '\ufeff{"q": "on\u2028e"}\r\n\n{"q": "t\x85w\\u000bo"}', [["on\u2028e"], ["t\x85w\x0bo"]]),
+        ("a.json", '\ufeff[{"q": "on\u2028e"}]', [["on\u2028e"]]),
+        ("a.json", '{"q": "on\u2028e"}\n{"q": "two"}\n', [["on\u2028e"], ["two"]]),
+        ("a.json", '"one"', [["one"]]),
+        ("a.txt", "\ufeffon\u2028e\r\n \nt\x1cwo", [["on\u2028e\r"], ["t\x1cwo"]]),
+        ("a.csv", "\ufeffq,a\n", [["q", "a"]]),
     ],
 )
 def test_evaluation_files_of_each_kind(name, content, items):
-    assert read_items(name, content) == items
+    assert read_items(name, content.encode()) == items
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("bad.jsonl", b"{}\n{", r"bad\.jsonl, line 2: not JSON"),
+        ("bad.json", b'{\n"a": 1,\n"a": 2}', r"bad\.json, line 1: not JSON.*nor is the whole file.*a name twice"),
+        ("bad.txt", b"a\n\xff", r"bad\.txt: .*cannot be read.*byte 0xff"),
+    ],
+)
+def test_what_is_wrong_in_an_evaluation_file_is_named(name, content, said):
+    with pytest.raises(InputError, match=said):
+        read_items(name, content)
 
 
 def test_evaluation_file_that_is_none_is_named():
     with pytest.raises(InputError, match=r"bad\.jsonl"):
-        read_items("bad.jsonl", "{")
+        read_items("bad.jsonl", b"{")
 
 
 # Documents and hooks
@@ -673,6 +692,26 @@ def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_
     assert main(["data", "curate", *(argument.format(out=tmp_path / "out", raw=raw) for argument in arguments)]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_one_name_are_told_apart(raw, tmp_path, monkeypatch, capsys):
+    """Documents with a separator in them, from files of equal names: each comes out once, under a key of its own. Given twice: refused."""
+    from aurora_jax.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    texts = {place: f"{PROSE[number][:900]}\u2028\x85" for number, place in enumerate(("data/a/data", "data/b/data", "[c]"))}
+    for place, text in texts.items():
+        Path(place).mkdir(parents=True)
+        Path(place, "f.jsonl").write_text(json.dumps({"text": text, "language": "en"}, ensure_ascii=False) + "\n\n", newline="")
+    Path("evaluation.jsonl").write_text(json.dumps({"q": "a sentence that nobody would write\u2028" * 3}, ensure_ascii=False) + "\n")
+    arguments = ["data", "curate", "out", "x=data/*/data/*.jsonl", "y=[c]/f.jsonl", "--workers", "1", "--evaluation", "evaluation.jsonl"]
+    assert main(arguments) == 0
+    assert [json.loads(line)["text"] for line in Path("out/train/en.jsonl").read_bytes().split(b"\n")[:-1]] == list(texts.values())
+    where = [json.loads(line)["where"] for line in Path("out/quarantine/x.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [place.rpartition(":")[0] for place in where] == ["x/a/data/f.jsonl", "x/b/data/f.jsonl"]
+    for inputs in (["x=data/*/data/*.jsonl", "y=./data/b/data/f.jsonl"], ["x=data/a/../a/data/f.jsonl", f"y={tmp_path}/data/a/data/*"]):
+        assert main(["data", "curate", "twice", *inputs]) == 2
+        assert "would be read twice" in " ".join(capsys.readouterr().err.split())
 
 
 def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):

@@ -368,24 +368,66 @@ def test_refused_before_anything_is_loaded(nano, capsys, monkeypatch, case):
 
 BAD_LINES = {
     "not JSON": ("{", "line 2: not JSON"),
-    "a list": ("[]", "line 2: a JSON object"),
+    "a list": ("[]", "line 2: not a JSON object"),
     "no prompt": ('{"text": "a"}', "line 2: one of prompt .* expected, found 'text'"),
     "two prompts": ('{"prompt": "a", "instruction": "b"}', "line 2: one of prompt"),
     "a number": ('{"prompt": 3}', "line 2: its 'prompt' is no string"),
     "empty": ('{"prompt": ""}', "line 2: The prompt is empty"),
     "too long": (json.dumps({"prompt": "a b" * 300}), "line 2: The prompt has .* positions"),
+    "half a character": ('{"prompt": "a\\ud83d"}', r"line 2: its 'prompt' holds half of a surrogate pair \('a\\ud83d'\)"),
+    "not UTF-8": ("\udcff", "line 2: not UTF-8"),
+    "a name twice": ('{"prompt": "a", "prompt": "b"}', "line 2: a name twice in an object: 'prompt'"),
+    "its own completion": ('{"prompt": "a", "completion": "b"}', "line 2: the record has a field 'completion' of its own.*--result-prefix"),
+    "its own tokens": ('{"prompt": "a", "new_tokens": 1}', "line 2: the record has a field 'new_tokens' of its own"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_bad_records_are_named_before_anything_is_loaded(nano, tmp_path, capsys, monkeypatch, case):
     line, message = BAD_LINES[case]
-    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n", errors="surrogateescape")
     monkeypatch.setattr(Generator, "from_checkpoint", None)
     assert main(["generate", str(nano), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_records_come_back_as_they_came(nano, tmp_path):
+    """Whatever stands in their strings, and where lines were cut off; results have the names that the user chose. An interruption
+    changes no byte."""
+    records = [
+        {"prompt": "a\u2028b\x85c\x0bd", "completion": "mine", "half": "\ud83d", "n": float("nan")},
+        {"finish_reason": None, "prompt": "b", "new_tokens": [], "\udc00": "\x1c\u2029"},
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") for record in records]
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    command = ["generate", str(nano), "--max-new-tokens", "3", "--input", str(source), "--output", str(output), "--result-prefix", "new_"]
+    assert main(command) == 0
+    written = output.read_bytes().decode().split("\n")
+    assert written.pop() == ""
+    for line, record in zip(written, records, strict=True):
+        found = json.loads(line)
+        assert set(found) - set(record) == {"new_completion", "new_finish_reason", "new_new_tokens"}
+        assert json.dumps({name: found[name] for name in record}) == json.dumps(record)
+    expected = output.read_bytes()
+    for length in (expected.index(b"\n") + 9, len(expected) - 1):  # within a line, and before its end
+        output.write_bytes(expected[:length])
+        assert main([*command, "--resume"]) == 0
+        assert output.read_bytes() == expected
+
+
+def test_a_file_that_is_not_the_commands_is_not_touched(nano, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Generator, "from_checkpoint", None)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    for content, message in (('{"prompt": "a"}\n', "has no field 'completion'"), ('{"prompt": "a"}\n{"pro', "has no field 'completion'")):
+        (tmp_path / "out.jsonl").write_text(content)
+        assert (
+            main(["generate", str(nano), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--resume"]) == 2
+        )
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert (tmp_path / "out.jsonl").read_text() == content
 
 
 def test_what_is_no_checkpoint(tmp_path, capsys):

@@ -254,6 +254,40 @@ def test_globs_in_a_bucket_are_those_in_a_folder(tmp_path: Path, endpoint: str) 
         assert [file.size for file in there] == [file.size for file in here]
 
 
+def test_missing_shard_in_a_bucket_is_named(local: Path, endpoint: str) -> None:
+    """At open, by one list of the objects; one that goes later, by the read that wants it."""
+    place = f"{BUCKET}/missing"
+    upload(local, place)
+    directory = f"{place}/chat/train"
+    for name in ("tokens/c/0", "learn/c/1", "ends/c/0", "offsets/c/0"):
+        content = kvstore_at(directory).read(name).result().value
+        store = TokenStore.open(directory)
+        kvstore_at(directory).write(name, None).result()
+        with pytest.raises(InputError, match=f"{directory}: a damaged token store: the file {name} is missing"):
+            TokenStore.open(directory)
+        with pytest.raises(InputError, match=f"{directory}: a damaged token store: .*{name}"):
+            _read_all(store)
+        kvstore_at(directory).write(name, content).result()
+    TokenStore.open(directory)
+
+
+def _read_all(store: TokenStore) -> None:
+    everything = np.array([0]), len(store)
+    store.windows(*everything)
+    store.window_ends(*everything)
+    store.window_learn(*everything)
+    store.document(0)
+
+
+def test_literal_names_in_a_bucket(tmp_path: Path, endpoint: str) -> None:
+    for name in ("a[1].txt", "a1.txt", "[g]/a b{c}.txt"):
+        kvstore_at(f"{BUCKET}/literal").write(name, b"x").result()
+    for pattern, names in {"a[1].txt": ["a[1].txt"], "[g]/*": ["[g]/a b{c}.txt"], "[g]/a b{c}.txt": ["[g]/a b{c}.txt"]}.items():
+        assert [file.url for file in find(f"{BUCKET}/literal/{pattern}")] == [f"{BUCKET}/literal/{name}" for name in names]
+    with pytest.raises(InputError, match=r"literal/a1\.txt would be read twice, found by .* and .*"):
+        Source({"train": (f"{BUCKET}/literal/a?.txt", f"{BUCKET}/literal/*.txt")}, "lines").files("train")
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "aurora_jax", "data", "build", *arguments],

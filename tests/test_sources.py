@@ -249,9 +249,25 @@ def test_parts_have_every_json_line_once(
         assert texts(read(source_of(path))) == written
 
 
-def test_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
-    assert texts(read(source_of(tmp_path / "a.jsonl"))) == ["a"]
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("format", ["jsonl", "json", "lines", "text"])
+def test_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, compressed: bool) -> None:
+    """As Python's own codec takes it: at the beginning of a file, and there alone."""
+    monkeypatch.setattr(sources, "PART_BYTES", 4)
+    written = {"jsonl": '{"text": "a"}\n{"text": "\ufeffb"}\n', "json": '[{"text": "a"}, {"text": "\ufeffb"}]'}.get(format, "a\n\ufeffb\n")
+    content = written.encode("utf-8-sig")
+    path = tmp_path / ("a.gz" if compressed else "a")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    expected = [content.decode("utf-8-sig")] if format == "text" else ["a", "\ufeffb"]
+    assert texts(read(source_of(path, format=format))) == expected
+
+
+def test_separators_in_strings_part_no_lines(tmp_path: Path) -> None:
+    written = [f"a{separator}b" for separator in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in written), newline="")
+    (tmp_path / "a.txt").write_text("\n".join(written), newline="")
+    for name in ("a.jsonl", "a.txt"):
+        assert texts(read(source_of(tmp_path / name))) == written
 
 
 # ---------------------------------------------------------------- Bad records
@@ -263,6 +279,7 @@ BAD = {
     "half a line": (b'{"text": "a', "not JSON"),
     "blank": (b"", "not JSON"),
     "deep": (b"[" * 200_000, "not JSON"),
+    "a name twice": (b'{"text": "a", "text": "b"}', "a name twice in an object"),
     "a list": (b'["text"]', "not a JSON object"),
     "a string": (b'"text"', "not a JSON object"),
     "missing field": (b'{"txt": "a"}', "no field 'text'"),
@@ -316,6 +333,37 @@ def test_bad_row_is_named_and_stops_nothing(tmp_path: Path, name: str) -> None:
     assert bad == Bad(f"{tmp_path / name}, row 1", "not UTF-8", repr(b"\xff"))
     assert texts([a, b, empty]) == ["a", "b", ""]
     assert b.where == f"{tmp_path / name}, row 2"
+
+
+FAR_OFF, FINE = pa.array([2**60, 1], pa.timestamp("ms")), pa.array([1, 1001], pa.timestamp("ns"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_that_nobody_asks_for_are_not_read(tmp_path: Path, name: str) -> None:
+    """Times that Python cannot hold, beside the text and inside a column of which another field is wanted. A row of such a column that
+    is wanted is bad, and the others are not."""
+    nested = pa.StructArray.from_arrays(
+        [FAR_OFF, pa.array([3, 4]), pa.StructArray.from_arrays([FINE, pa.array(["x", "y"])], ["t", "s"])], ["t", "n", "in"]
+    )
+    columns = {"text": pa.array(["a", "b"]), "far": FAR_OFF, "fine": FINE, "meta": nested, "a.b": pa.array([5, 6])}
+    table = pa.table(columns)
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    assert texts(read(source_of(tmp_path / name))) == ["a", "b"]
+    fields = {"n": "meta.n", "s": "meta.in.s", "ab": "a.b", "none": "none", "deeper": "text.none"}
+    documents = read(source_of(tmp_path / name, fields=fields))
+    assert texts(documents) == ["a", "b"]
+    assert [document.fields for document in documents] == [  # type: ignore[union-attr]
+        {"language": "und", "n": 3, "s": "x", "ab": 5},
+        {"language": "und", "n": 4, "s": "y", "ab": 6},
+    ]
+    bad, good = read(source_of(tmp_path / name, fields={"far": "far"}))
+    assert (bad.reason, bad.where) == ("a value that Python has no type for", f"{tmp_path / name}, row 0")  # type: ignore[union-attr]
+    assert texts([good]) == ["b"]
+    assert [bad.reason for bad in bad_of(read(source_of(tmp_path / name, text="nowhere")))] == ["no field 'nowhere'"] * 2
 
 
 @pytest.mark.parametrize("name", ["a.tfrecord", "a.array_record"])
@@ -473,6 +521,44 @@ def test_patterns_in_order(tree: Path) -> None:
     assert [file.url.removeprefix(f"{tree}/") for file in source.files("train")] == ["d/a.txt", "d/b1.txt", "d/xb.txt", "a.txt"]
 
 
+@pytest.mark.parametrize("how", ["absolute", "relative", "URL"])
+def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Whatever characters it has, and whatever else it would match; as the beginning of a pattern too."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a[1].txt", "a1.txt", "b{x}.txt", "c d.txt", "e*.txt", "ex.txt", "f?.txt", "fx.txt", "[g]/a.txt", "g/a.txt", "[!h]*/[i]/j.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    prefix = {"absolute": f"{tmp_path}/", "relative": "", "URL": f"file://{tmp_path}/"}[how]
+
+    def found(pattern: str) -> list[str]:
+        return [file.url.removeprefix("file://").removeprefix(f"{tmp_path}/") for file in find(prefix + pattern)]
+
+    for name in names:
+        assert found(name) == [name]
+    assert found("[g]/*.txt") == ["[g]/a.txt"]
+    assert found("[!h]*/[i]/*") == ["[!h]*/[i]/j.txt"]
+    assert found("[gx]/*.txt") == ["g/a.txt"]
+    assert found("*.txt") == sorted(name for name in names if "/" not in name)
+
+
+def test_no_file_is_read_twice(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two patterns, by two spellings of a path, by a link: it is refused, and both ways to it are named."""
+    monkeypatch.chdir(tree)
+    twice = {
+        ("d/*.txt", "d/a*"): "d/a.txt would be read twice, found by d/[*].txt and d/a[*]",
+        ("a.txt", "./a.txt"): "a.txt would be read twice, found by a.txt and ./a.txt",
+        ("a.txt", "a.txt"): "a.txt would be read twice, found by a.txt and a.txt",
+        ("a.txt", f"file://{tree}/d/../a.txt"): "one file, would be read twice",
+        ("d/a.txt", "link/a.txt"): "d/a.txt and .*link/a.txt, one file, would be read twice, found by d/a.txt and link/a.txt",
+        ("*.txt",): "a.txt and .*/link.txt, one file, would be read twice, found by [*].txt",
+    }
+    for patterns, message in twice.items():
+        with pytest.raises(InputError, match=message):
+            Source({"train": patterns}, "lines").files("train")
+    assert len(Source({"train": ("[ab].txt", "d/*.txt")}, "lines").files("train")) == 5
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert find(f"{tmp_path}/none.jsonl") == []
     for opened in (open_file, open_stream):
@@ -480,9 +566,17 @@ def test_missing_file(tmp_path: Path) -> None:
             opened(f"{tmp_path}/none.jsonl")
 
 
-def test_empty_file_has_no_parts(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").touch()
-    assert read(source_of(tmp_path / "a.jsonl")) == []
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.tfrecord"])
+def test_file_of_no_bytes_holds_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert read(source_of(tmp_path / name)) == []
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.parquet", "a.arrow", "a.array_record"])
+def test_file_of_no_bytes_is_cut_short(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        read(source_of(tmp_path / name))
 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.jsonl", "hdfs://a/b", "gcs://a/b"])

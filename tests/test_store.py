@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
@@ -99,7 +100,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"(?i)crc|checksum|digest"):
+    with pytest.raises(InputError, match=r"(?i)crc|checksum|digest"):
         TokenStore.open(directory).read(0, 1000)
     (directory / "ends" / "zarr.json").unlink()
     with pytest.raises(InputError, match="damaged token store"):
@@ -113,3 +114,108 @@ def test_import_is_light() -> None:
     """The loader runs on every host of a pod; TensorFlow must not come with it."""
     code = "import sys, aurora_jax.data.loader, aurora_jax.data.store; sys.exit('tensorflow' in sys.modules or 'seqio' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
+
+
+# ---------------------------------------------------------------- What is missing or damaged
+
+
+def shards(directory: Path) -> list[Path]:
+    return [path for path in sorted(directory.glob("*/c/*")) if path.is_file()]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SHARD_ELEMENTS", 32)
+    monkeypatch.setattr(store_module, "CHUNK_ELEMENTS", 8)
+
+
+ZEROS = [[0] * 70, [5, 6] + [0] * 40, *([0] for _ in range(40))]
+"""Documents of which some chunks and shards are all zeros, ends and mask all false."""
+LEARN = [False] * 69 + [True] + [False] * 41 + [True] + [True] * 40
+
+
+def test_every_chunk_is_stored(tmp_path: Path, small: None) -> None:
+    """Those of zeros too: what is read is what was written, and there is a file for each shard of each array."""
+    store = write_store(tmp_path / "s", ZEROS, learn=LEARN)
+    assert store.read(0, len(store)).tolist() == [i for ids in ZEROS for i in ids]
+    assert store.window_learn(np.array([0]), len(store))[0].tolist() == LEARN
+    names = {f"{name}/c/{shard}" for name in ("tokens", "ends", "learn") for shard in range(5)} | {"offsets/c/0", "offsets/c/1"}
+    assert {str(path.relative_to(tmp_path / "s")) for path in shards(tmp_path / "s")} == names
+
+
+def test_a_missing_shard_is_named_at_open(tmp_path: Path, small: None) -> None:
+    """Every one of every array. TensorStore's own default would read zeros: end-of-text tokens, in StarCoder's vocabulary."""
+    write_store(tmp_path / "s", ZEROS, learn=LEARN)
+    for path in shards(tmp_path / "s"):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(InputError, match=rf"{tmp_path}/s: .*the file {path.relative_to(tmp_path / 's')} is missing"):
+            TokenStore.open(tmp_path / "s")
+        path.write_bytes(content)
+    for path in shards(tmp_path / "s")[:3]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"ends/c/0 and 2 more is missing"):
+        TokenStore.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("damage", ["gone", "emptied", "cut short", "a bit"])
+def test_damage_that_reading_finds_names_the_file(tmp_path: Path, small: None, damage: str) -> None:
+    write_store(tmp_path / "s", ZEROS, learn=LEARN)
+    for path in shards(tmp_path / "s"):
+        store = TokenStore.open(tmp_path / "s")
+        content = path.read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes({"emptied": b"", "cut short": content[:-3], "a bit": bytes([content[0] ^ 1]) + content[1:]}[damage])
+        with pytest.raises(InputError, match=rf"{tmp_path}/s: a damaged token store.*{path}"):
+            _read_all(store)
+        path.write_bytes(content)
+    _read_all(TokenStore.open(tmp_path / "s"))
+
+
+def _read_all(store: TokenStore) -> None:
+    everything = np.array([0]), len(store)
+    store.windows(*everything)
+    store.window_ends(*everything)
+    store.window_learn(*everything)
+    for index in range(store.info.documents):
+        store.document(index)
+
+
+def test_stores_without_chunks_of_zeros_still_open(tmp_path: Path, small: None) -> None:
+    """As the first formats wrote them: TensorStore's default leaves out what is all zeros. A shard that cannot be all zeros is missed."""
+    directory = tmp_path / "s"
+    documents = [[7] * 69 + [0], [5, 6] + [7] * 39 + [0], *([0] for _ in range(48))]
+    learn = [False] * 69 + [True] + [False] * 41 + [True] + [True] * 48
+    write_store(directory, documents, learn=learn)
+    info = json.loads((directory / "store.json").read_text())
+    info.pop("format", None)
+    (directory / "store.json").write_text(json.dumps(info))
+    plain = {"tokens": [i for ids in documents for i in ids], "learn": learn}
+    plain["ends"] = [place == len(ids) - 1 for ids in documents for place in range(len(ids))]
+    for path in shards(directory):
+        path.unlink()
+    offsets = np.cumsum([0, *map(len, documents)])
+    for name, values in (*plain.items(), ("offsets", offsets)):
+        spec = {"driver": "zarr3", "kvstore": f"file://{directory}/{name}/"}
+        array = ts.open(spec, open=True, write=True).result()
+        array[:].write(np.asarray(values, array.dtype.numpy_dtype)).result()
+    left = {str(path.relative_to(directory)) for path in shards(directory)}
+    assert {f"{name}/c/{shard}" for name in ("tokens", "ends", "learn") for shard in range(5)} - left == {
+        "tokens/c/4",  # documents of one end-of-text token
+        "ends/c/0",
+        "ends/c/1",
+        "learn/c/0",
+        "learn/c/1",
+    }
+    store = TokenStore.open(directory)
+    assert store.read(0, len(store)).tolist() == plain["tokens"]
+    assert store.window_ends(np.array([0]), len(store))[0].tolist() == plain["ends"]
+    assert store.window_learn(np.array([0]), len(store))[0].tolist() == learn
+    for path in shards(directory):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(InputError, match=rf"the file {path.relative_to(directory)} is missing"):
+            TokenStore.open(directory)
+        path.write_bytes(content)

@@ -33,6 +33,8 @@ DOCUMENTS = {
     "vi": ["Tất cả mọi người sinh ra", "đều được tự do"],
     "code": ["def f(x):\n\treturn x\n", "  \n\n  if (a  &&  b) {}\n"],
 }
+TEXTS = {language: [text for text in texts if text] for language, texts in DOCUMENTS.items()}
+"""What is left of them: documents without a text are dropped."""
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_store_equals_seqio(corpus: Path, tmp_path: Path, vocabulary: Vocabulary
     stores = open_stores(MIXTURES["nano_cap"], split, tmp_path / "stores")
     assert stores.keys() == MIXTURES["nano_cap"].keys()
     for task, store in stores.items():
-        texts = DOCUMENTS[task.removeprefix("sample_")]
+        texts = TEXTS[task.removeprefix("sample_")]
         assert store_documents(store) == seqio_documents(task, split)
         for text, ids in zip(texts, store_documents(store), strict=True):
             assert ids.count(0) == 1
@@ -115,7 +117,7 @@ def test_mixture_is_seqios(corpus: Path) -> None:
 def test_clean_differs_from_train(corpus: Path, tmp_path: Path) -> None:
     (corpus / "clean" / "en.jsonl").write_text('{"text": "clean", "language": "en"}\n')
     assert build("sample_clean_en", tmp_path).info.documents == 1
-    assert build("sample_en", tmp_path).info.documents == len(DOCUMENTS["en"])
+    assert build("sample_en", tmp_path).info.documents == len(TEXTS["en"])
 
 
 @contextmanager
@@ -198,7 +200,7 @@ def test_bad_lines_are_put_aside(corpus: Path, tmp_path: Path, line: str, reason
     assert read_info(tmp_path / "sample_en" / "train") is None
     store = build("sample_en", tmp_path, max_bad_fraction=1 / count)
     assert [store.document(index)[:-1].tolist() for index in range(store.info.documents)] == [
-        recipe_of("sample_en", "train").tokenizer.encode(text) for text in DOCUMENTS["en"]
+        recipe_of("sample_en", "train").tokenizer.encode(text) for text in TEXTS["en"]
     ]
     (rejected,) = (tmp_path / "sample_en" / "train" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["where"] == f"{path}, byte {place:,}"
@@ -259,7 +261,8 @@ def test_preprocessors_of_seqio_are_applied(corpus: Path, tmp_path: Path, vocabu
     steps = [_lower, seqio.CacheDatasetPlaceholder(), seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
     with registered("lower", json_lines(corpus / "train" / "*.jsonl"), steps, vocabulary) as task:
         store = build(task, tmp_path)
-        assert store_documents(store) == seqio_documents(task, "train")
+        # SeqIO's own steps make a lone EOS of a document without a text.
+        assert store_documents(store) == [ids for ids in seqio_documents(task, "train") if ids != [0]]
         assert "the quick brown fox.<|endoftext|>" in [vocabulary.decode_all(ids) for ids in store_documents(store)]
 
 

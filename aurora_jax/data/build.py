@@ -29,6 +29,7 @@ from aurora_jax.data.recipe import Dropped, Recipe, Tokenized
 from aurora_jax.data.sources import Bad, Part
 from aurora_jax.data.store import StoreInfo, create_arrays, finish, kvstore_at, read_info, token_type, write_range
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 CHUNK_TOKENS = 1 << 22
 
@@ -150,9 +151,8 @@ def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
     if chunk:
         _write_chunk(folder, manifest, chunk, recipe.tokenizer.vocab_size)
     if bad:
-        lines = [json.dumps({"where": one.where, "reason": one.reason, "begins": one.excerpt}, ensure_ascii=False) for one in bad]
-        # A lone surrogate becomes JSON's own spelling of it.
-        folder.write(b"rejected.jsonl", ("\n".join(lines) + "\n").encode(errors="backslashreplace")).result()
+        lines = [json_lines.line_of({"where": one.where, "reason": one.reason, "begins": one.excerpt}) for one in bad]
+        folder.write(b"rejected.jsonl", b"".join(lines)).result()
     manifest.digest, manifest.dropped, manifest.bad = digest.hexdigest(), dict(sorted(dropped.items())), dict(sorted(reasons.items()))
     manifest.kept = dict(sorted(manifest.kept.items()))
     return manifest
@@ -294,6 +294,7 @@ class Complete(beam.DoFn):
             tokens=report["tokens"],
             text_bytes=report["text_bytes"],
             masked=report["masked"],
+            format=store_format.FORMAT,
         )
         finish(job.directory, info)
         delete_parts(job.directory)
@@ -394,7 +395,7 @@ def jobs_for(
         directory = store_directory(root, recipe.task, recipe.split)
         files = tuple(recipe.reader.files(recipe.split))
         if read_info(directory) is not None:
-            store_format.TokenStore.open(directory, recipe.fingerprint)
+            store_format.TokenStore.open(directory, *recipe.fingerprints)
             check_sources(recipe, directory, files)
             delete_parts(directory)
             complete.append(directory)

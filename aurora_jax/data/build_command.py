@@ -19,7 +19,7 @@ from aurora_jax.data.beam_runner import Runner
 from aurora_jax.data.build import StoreJob, begin, jobs_for, pipeline
 from aurora_jax.data.mixture import left_out
 from aurora_jax.data.recipe import Recipe
-from aurora_jax.data.store import TokenStore, kvstore_at
+from aurora_jax.data.store import FORMAT, TokenStore, kvstore_at
 from aurora_jax.errors import InputError
 
 
@@ -134,7 +134,14 @@ def build_stores(
         if refused:
             raise InputError("\n".join(refused))
     directories = [*complete, *(job.directory for job in jobs)]
-    return {"/".join(directory.split("/")[-2:]): TokenStore.open(directory) for directory in sorted(directories)}
+    stores = {"/".join(directory.split("/")[-2:]): TokenStore.open(directory) for directory in sorted(directories)}
+    older = [name for name, store in stores.items() if store.info.format < FORMAT]
+    if console and older:
+        console.print(
+            f"[yellow]of an earlier format, in which documents without a text stay:[/yellow] {', '.join(older)}; "
+            "they are opened as they are, and built anew once their folders are deleted"
+        )
+    return stores
 
 
 def _refusal(job: StoreJob) -> str:

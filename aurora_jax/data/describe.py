@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aurora_jax.data.catalogue import MIXTURES, absolute, task_specs
-from aurora_jax.data.files import File, find, patterns_text
+from aurora_jax.data.files import File, find_all, patterns_text
 from aurora_jax.data.sources import TaskSpec
 from aurora_jax.data.store import StoreInfo, read_info
 from aurora_jax.errors import InputError
@@ -159,7 +159,7 @@ def _known(spec: TaskSpec) -> dict:
         "license": spec.source.license,
         "origin": spec.origin or UNKNOWN,
         "expected": expected,
-        "found": tuple(file for pattern in expected for file in find(pattern)),
+        "found": tuple(find_all(expected)),
         "note": spec.note,
     }
 

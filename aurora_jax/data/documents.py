@@ -76,6 +76,8 @@ class CodeFormat(DocumentStep):
     seed: int = 0
 
     def __call__(self, document: Document) -> Document:
+        if not document.text.strip():  # a header would make a document of an empty file
+            return document
         chance = _random(self.seed, "code format", document)
         pieces: list[Piece] = []
         for token, name in (("<reponame>", self.repository), ("<filename>", self.path), ("<gh_stars>", self.stars)):

@@ -5,7 +5,7 @@ Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPO
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -37,9 +37,10 @@ class File:
 
 
 def find(pattern: str) -> list[File]:
-    """The files that a glob pattern names, by address; `**` goes through folders. Empty if there are none.
+    """The files that a path or a glob pattern names, by address; `**` goes through folders. Empty if there are none.
 
-    As with Python's `glob`, names that begin with a dot are found only by patterns that do.
+    As with Python's `glob`, names that begin with a dot are found only by patterns that do. A path that is there is that path, whatever
+    characters it has, and so is the beginning of a pattern: `set[1]/*.txt` reads the folder `set[1]` where there is one.
 
     Raises:
         InputError: the file system cannot be reached, or its scheme is none that we know.
@@ -47,19 +48,69 @@ def find(pattern: str) -> list[File]:
     filesystem, path = _locate(pattern)
     scheme = pattern[: pattern.index("://") + 3] if "://" in pattern else ""
     try:
-        if not any(character in path for character in WILDCARDS):
+        literal = _literal(filesystem, path)
+        if literal == path:
             found = [filesystem.get_file_info(path)]
         else:
-            literal = path[: min(path.index(c) for c in WILDCARDS if c in path)]
-            folder, deeper = literal.rsplit("/", 1)[0] or "/", "/" in path[len(literal) :] or "**" in path
-            selector = fs.FileSelector(folder, allow_not_found=True, recursive=deeper)
-            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path.split("/"), path.split("/"))]
+            deeper = "/" in path[len(literal) + 1 :] or "**" in path[len(literal) :]
+            selector = fs.FileSelector(literal or "/", allow_not_found=True, recursive=deeper)
+            wanted = path[len(literal) :].split("/")
+            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path[len(literal) :].split("/"), wanted)]
     except NotADirectoryError:  # a file stands where the pattern has a folder
         return []
     except OSError as error:
         raise InputError(f"{pattern}: cannot be listed: {error}") from error
     files = [File(scheme + info.path, info.size, info.mtime_ns or 0) for info in found if info.type == fs.FileType.File]
     return sorted(files, key=lambda file: file.url)
+
+
+def find_all(patterns: Sequence[str]) -> list[File]:
+    """The files of several patterns, in the order of the patterns. Raises InputError as `find_each` does."""
+    return [file for files in find_each(patterns) for file in files]
+
+
+def find_each(patterns: Sequence[str]) -> list[list[File]]:
+    """The files of each of several patterns.
+
+    Raises:
+        InputError: as `find`, or a file would be read twice: two patterns find it, or one finds it under two names (links).
+    """
+    found = [find(pattern) for pattern in patterns]
+    seen: dict[Hashable, tuple[str, File]] = {}
+    for pattern, file in [(pattern, file) for pattern, files in zip(patterns, found, strict=True) for file in files]:
+        pattern_before, before = seen.setdefault(_identity(file), (pattern, file))
+        if before is not file:
+            names = before.url if before.url == file.url else f"{before.url} and {file.url}, one file,"
+            by = f"{pattern_before} and {pattern}" if pattern_before != pattern or before.url == file.url else pattern
+            raise InputError(f"{names} would be read twice, found by {by}: leave one out")
+    return found
+
+
+def _identity(file: File) -> Hashable:
+    """The same for two names of one file. Empty files are one another's equals, and harmless."""
+    if file.size and ("://" not in file.url or file.url.startswith("file://")):
+        status = os.stat(file.url.removeprefix("file://"))
+        return status.st_dev, status.st_ino
+    return file.url
+
+
+def below(pattern: str, file: File) -> str:
+    """The name of a file that `find(pattern)` found, below the folder that the pattern's fixed beginning names."""
+    filesystem, path = _locate(pattern)
+    literal = _literal(filesystem, path)
+    folder = literal.rpartition("/")[0] if literal == path else literal
+    return _locate(file.url)[1].removeprefix(f"{folder}/")
+
+
+def _literal(filesystem: fs.FileSystem, path: str) -> str:
+    """The beginning of a pattern that is a path: the folders before the first part with a wildcard that is no name of something there."""
+    parts = path.split("/")
+    for number, part in enumerate(parts):
+        if any(character in part for character in WILDCARDS):
+            upto = "/".join(parts[: number + 1])
+            if part in ("*", "**") or filesystem.get_file_info(upto).type == fs.FileType.NotFound:
+                return "/".join(parts[:number])
+    return path
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -33,7 +33,7 @@ def open_stores(tasks: Iterable[str], split: str, root: str | Path, *, skip_miss
         if read_info(directory) is None:
             missing.append(recipe)
             continue
-        stores[task] = TokenStore.open(directory, recipe.fingerprint)
+        stores[task] = TokenStore.open(directory, *recipe.fingerprints)
         try:
             files = recipe.reader.files(split)
         except InputError:  # a pod needs no right to read the sources

@@ -15,8 +15,14 @@ from aurora_jax.data.sources import EXCERPT, Bad, Part
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 
-FORMAT = 2  # part of every fingerprint: raise it when tokens or arrays change meaning
+FORMAT = 3
+"""Part of every fingerprint: raised when tokens or arrays change meaning. 3: texts without anything but white space are dropped, and files
+lose a byte-order mark."""
+READABLE_FORMATS = (3, 2)
+"""Stores of these are opened."""
 BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
+EMPTY = "empty"
+"""Why documents are dropped that hold nothing but white space: they would teach to end a text that has not begun."""
 
 
 class Reader(Protocol):
@@ -80,6 +86,8 @@ class Preparation:
                 return Bad(document.where, f"{type(step).__name__}: no field {error}", document.text[:EXCERPT])
             except Exception as error:  # one record must not end a build of a terabyte
                 return Bad(document.where, f"{type(step).__name__}: {type(error).__name__}: {error}"[:EXCERPT], document.text[:EXCERPT])
+        if not prepared.text.strip():
+            return Dropped(EMPTY, document.fields.get("language", "und"))
         return prepared
 
     def _tokenized(self, batch: Sequence[Document | Bad | Dropped]) -> Iterator[Outcome]:
@@ -104,11 +112,11 @@ class Preparation:
             ids.append(np.array([self.tokenizer.special_id(piece.text)], np.int32) if piece.special else next(encoded))
             learn.append(piece.learn)
         language = document.fields.get("language", "und")
+        if not sum(map(len, ids)):  # a tokenizer may leave out characters
+            return Dropped(EMPTY, language)
         if self.append_eos:
             ids.append(np.array([self.tokenizer.eos_id], np.int32))
             learn.append(True)
-        if not sum(map(len, ids)):
-            return Dropped("empty", language)
         mask = None if all(learn) else np.repeat(learn, [len(part) for part in ids])
         return Tokenized(np.concatenate(ids), mask, len(document.text.encode()), language)
 
@@ -142,9 +150,13 @@ class Recipe:
         Raises:
             InputError: the source text of a preprocessor cannot be read.
         """
-        parts: list[Any] = [FORMAT, self.split, self.tokenizer.sha256, self.append_eos, self.reader.described()]
-        parts.extend(map(describe, self.steps))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return self.fingerprints[0]
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """`fingerprint`, and what it was in earlier formats whose stores can still be read."""
+        what = [self.split, self.tokenizer.sha256, self.append_eos, self.reader.described(), *map(describe, self.steps)]
+        return tuple(hashlib.sha256(repr([format, *what]).encode()).hexdigest() for format in READABLE_FORMATS)
 
     def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:
         """What becomes of each record of a part, in order; `digest` is fed with the records as they are read."""

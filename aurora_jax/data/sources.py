@@ -5,11 +5,11 @@ comes out as `Bad`, with the reason, and stops nothing.
 """
 
 import io
-import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from codecs import BOM_UTF8
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 
 from aurora_jax.data.documents import Document, DocumentStep, Piece
-from aurora_jax.data.files import Compression, File, find, open_file, open_stream
+from aurora_jax.data.files import Compression, File, find_all, open_file, open_stream
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 Format = Literal["jsonl", "json", "parquet", "arrow", "array_record", "tfrecord", "lines", "text"]
 Kind = Literal["web", "code", "encyclopedia", "instruction", "safety", "domain"]
@@ -97,20 +98,22 @@ class Source:
             raise InputError(f"format {self.format!r} is none of {', '.join(READERS)}")
 
     def files(self, split: str) -> list[File]:
-        """The files of a split that are there, in the order of their patterns. Raises InputError if a file system cannot be reached."""
-        return [file for pattern in self.splits[split] for file in find(pattern)]
+        """The files of a split that are there, in the order of their patterns.
+
+        Raises:
+            InputError: a file system cannot be reached, or two patterns, or two names, lead to one file, which would be read twice.
+        """
+        return find_all(self.splits[split])
 
     def parts(self, file: File) -> list[Part]:
         """A file, divided. The same for the same file on every machine."""
-        if file.size == 0:
-            return []
         return READERS[self.format].parts(file)
 
     def records(self, part: Part) -> Iterator[Record]:
-        """The records of a part, whole and in order. Raises InputError if the file as a whole cannot be read."""
+        """The records of a part, in order; of tables only the columns that are asked for. Raises InputError if the file cannot be read."""
         reader = READERS[self.format]
         unit = reader.unit(part.url)
-        for place, content in reader.records(part):
+        for place, content in reader.records(part, self._wanted):
             where = f"{part.url}, {unit} {place:,}" if unit else part.url
             yield Record(place, where, Bad(where, *content) if isinstance(content, Unreadable) else content)
 
@@ -118,6 +121,11 @@ class Source:
         """The documents of a part, in order. Raises InputError if the file as a whole cannot be read."""
         for _, where, content in self.records(part):
             yield content if isinstance(content, Bad) else self._document(where, content)
+
+    @property
+    def _wanted(self) -> frozenset[str]:
+        """The fields of records that documents are made of, as paths."""
+        return frozenset((*([self.text] if self.text else []), *self.fields.values()))
 
     def described(self) -> tuple[Any, ...]:
         """What the fingerprint holds of it: all but where the files are and how they are licensed."""
@@ -196,7 +204,8 @@ class _Reader(ABC):
 
     @classmethod
     @abstractmethod
-    def records(cls, part: Part) -> Records: ...
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
+        """The records of a part; of tables only the columns that `wanted` names, where dots go inward."""
 
 
 def _divided(file: File, count: int) -> list[Part]:
@@ -220,9 +229,11 @@ class _Lines(_Reader):
         return [Part(file.url, start, stop, stop - start) for start, stop in pairwise(cuts)]
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
+        first = True
         for place, line in _lines(part):
-            yield place, cls.parse(line)
+            yield place, cls.parse(line.removeprefix(BOM_UTF8) if first and part.start == 0 else line)
+            first = False
 
     @staticmethod
     def parse(line: bytes) -> Mapping[str, Any] | Unreadable:
@@ -255,29 +266,23 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
 
 def _parse_json(line: bytes) -> Mapping[str, Any] | Unreadable:
     try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        return Unreadable("not UTF-8", repr(line[:EXCERPT]))
-    except (ValueError, RecursionError):
-        return Unreadable("not JSON", repr(line[:EXCERPT]))
-    return _object(record)
-
-
-def _object(record: Any) -> Mapping[str, Any] | Unreadable:
-    return record if isinstance(record, dict) else Unreadable("not a JSON object", repr(record)[:EXCERPT])
+        return json_lines.object_of(line)
+    except json_lines.BadLine as error:
+        return Unreadable(error.reason, repr(line[:EXCERPT]))
 
 
 class _Json(_Reader):
     """An array of objects: read whole, so for files that fit into memory."""
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         with _whole(part.url):
             with open_stream(part.url, _compression(part.url)) as stream:
-                records = json.loads(stream.read())
+                records = json_lines.value_of(stream.read())
             if not isinstance(records, list):
                 raise ValueError("not an array of objects")
-        yield from enumerate(map(_object, records))
+        for number, record in enumerate(records):
+            yield number, record if isinstance(record, dict) else Unreadable(json_lines.NOT_AN_OBJECT, repr(record)[:EXCERPT])
 
 
 class _Text(_Reader):
@@ -286,9 +291,9 @@ class _Text(_Reader):
         return ""
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         with _whole(part.url), open_stream(part.url, _compression(part.url)) as stream:
-            yield 0, {"text": stream.read(), "path": part.url}
+            yield 0, {"text": stream.read().removeprefix(BOM_UTF8), "path": part.url}
 
 
 class _Parquet(_Reader):
@@ -306,14 +311,14 @@ class _Parquet(_Reader):
             return _divided(file, parquet.ParquetFile(opened).metadata.num_row_groups)
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         from pyarrow import parquet
 
         with _whole(part.url), open_file(part.url) as opened:
             file = parquet.ParquetFile(opened)
             groups = range(part.start, file.metadata.num_row_groups if part.stop < 0 else part.stop)
             row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-            for batch in file.iter_batches(row_groups=list(groups)):
+            for batch in file.iter_batches(row_groups=list(groups), columns=sorted(wanted)):
                 yield from enumerate(_rows(batch), start=row)
                 row += len(batch)
 
@@ -324,24 +329,42 @@ class _Arrow(_Reader):
         return "row"
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         from pyarrow import ipc
 
         row = 0
         with _whole(part.url), open_stream(part.url) as stream:
             for batch in ipc.open_stream(stream):
-                yield from enumerate(_rows(batch), start=row)
+                yield from enumerate(_rows(_only(batch, wanted)), start=row)
                 row += len(batch)
+
+
+def _only(batch: pyarrow.RecordBatch, wanted: Collection[str]) -> pyarrow.RecordBatch:
+    """The columns of a batch that are asked for, and of nested ones the fields that are."""
+    kept = {field.name: only for field in batch.schema if (only := _wanted_type(field.name, field.type, wanted)) is not None}
+    if not kept:  # its rows, without columns
+        return pyarrow.RecordBatch.from_struct_array(pyarrow.array([{}] * len(batch), pyarrow.struct([])))
+    return batch.select(list(kept)).cast(pyarrow.schema(list(kept.items())))
+
+
+def _wanted_type(path: str, type: pyarrow.DataType, wanted: Collection[str]) -> pyarrow.DataType | None:
+    """A column's type, less the nested fields that are not asked for; None for none of it."""
+    if path in wanted or not pyarrow.types.is_struct(type):
+        return type if path in wanted else None
+    inner = [(field.name, _wanted_type(f"{path}.{field.name}", field.type, wanted)) for field in type]
+    kept = [(name, only) for name, only in inner if only is not None]
+    return pyarrow.struct(kept) if kept else None
 
 
 def _rows(batch: pyarrow.RecordBatch) -> list[Mapping[str, Any] | Unreadable]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if len(batch) == 1:
+    except (ValueError, OverflowError) as error:  # UnicodeDecodeError too
+        if len(batch) > 1:  # one row of it; the others are good
+            return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
+        if isinstance(error, UnicodeDecodeError):
             return [Unreadable("not UTF-8", repr(error.object[:EXCERPT]))]
-        # One row of it; the others are good.
-        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
+        return [Unreadable("a value that Python has no type for", str(error)[:EXCERPT])]
 
 
 class _ArrayRecord(_Reader):
@@ -355,7 +378,7 @@ class _ArrayRecord(_Reader):
             return _divided(file, reader.num_records())
 
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         with cls._opened(part.url) as reader:
             stop = reader.num_records() if part.stop < 0 else part.stop
             for first in range(part.start, stop, cls.AT_ONCE):
@@ -377,7 +400,7 @@ class _ArrayRecord(_Reader):
 
 class _TFRecord(_Reader):
     @classmethod
-    def records(cls, part: Part) -> Records:
+    def records(cls, part: Part, wanted: Collection[str]) -> Records:
         import tensorflow as tf
 
         # TensorFlow takes a file that is cut short in a record's head, and most that gzip cut short, for one that ends there.

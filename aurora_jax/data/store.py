@@ -11,15 +11,18 @@ A store is a folder: a local path, or a URL of a TensorStore key-value store (`f
     report.json what the build read, kept and left out; see `build.py`
     store.json  `StoreInfo`; written last, so that its presence means: complete
 
-The arrays are zarr3, sharded, compressed, with checksums. Reading takes memory for what is asked and a small chunk cache, whatever the size
-of the store.
+The arrays are zarr3, sharded, compressed, with checksums. Every chunk is stored, those of zeros too, so that one that is not there is lost:
+opening asks for the names of all shards, and a read of what is missing or damaged is an error. (Formats before 3 left out what is all
+zeros or false; there the other arrays tell whether a shard may be missing.) Reading takes memory for what is asked and a small chunk cache,
+whatever the size of the store.
 """
 
 import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +37,8 @@ ARRAYS = ("tokens", "ends", "offsets")
 TYPES = {"ends": np.dtype(bool), "learn": np.dtype(bool), "offsets": np.dtype(np.uint64)}
 SHARD_ELEMENTS = 1 << 22  # one object in the bucket
 CHUNK_ELEMENTS = 1 << 14  # what a read decodes at least
+FORMAT = 3
+"""Of the arrays. 3: chunks of zeros are stored."""
 CACHE_BYTES = 32 << 20  # of TensorStore's own cache (shards' indices), and of the chunks that windows are cut from
 
 _COUNTER = itertools.count()
@@ -56,6 +61,7 @@ class StoreInfo:
         tokens: number of tokens, every EOS included.
         text_bytes: UTF-8 bytes of the documents' text, the denominator of bits per byte.
         masked: whether some tokens are not to be predicted (array `learn`).
+        format: of the arrays; 2 where a store does not say.
     """
 
     task: str
@@ -70,6 +76,7 @@ class StoreInfo:
     tokens: int
     text_bytes: int
     masked: bool = False
+    format: int = 2
 
 
 class TokenStore:
@@ -83,27 +90,61 @@ class TokenStore:
         self._arrays_id = next(_COUNTER)
 
     @classmethod
-    def open(cls, directory: str | Path, expected_fingerprint: str | None = None) -> "TokenStore":
-        """Opens the store in `directory`.
+    def open(cls, directory: str | Path, *expected_fingerprints: str) -> "TokenStore":
+        """Opens the store in `directory`, whose fingerprint is to be one of those given, if any are; the first is the one of today.
 
         Raises:
-            InputError: there is no complete store, its description is malformed, or its fingerprint is not the expected one.
+            InputError: there is no complete store, its description is malformed, a shard is missing, or its fingerprint is another.
         """
         info = read_info(directory)
         if info is None:
             raise InputError(f"{directory}: no complete token store (store.json is missing); build it with `aurora data build`")
-        if expected_fingerprint is not None and info.fingerprint != expected_fingerprint:
-            raise InputError(_mismatch(directory, info.fingerprint, expected_fingerprint))
+        if expected_fingerprints and info.fingerprint not in expected_fingerprints:
+            raise InputError(_mismatch(directory, info.fingerprint, expected_fingerprints[0]))
         kvstore = kvstore_at(directory)
-        try:
+        strict = {"fill_missing_data_reads": info.format < FORMAT}
+        with _damage_named(directory):
             pending = {
-                name: ts.open(_spec(kvstore, name), open=True, context=_context())
+                name: ts.open(_spec(kvstore, name) | strict, open=True, read=True, context=_context())
                 for name in (*ARRAYS, *(["learn"] if info.masked else []))
             }
-            arrays = {name: future.result() for name, future in pending.items()}
+            store = cls(str(directory), info, {name: future.result() for name, future in pending.items()})
+            store._check_shards(kvstore)
+        return store
+
+    def _check_shards(self, kvstore: ts.KvStore) -> None:
+        """Raises InputError if the folder's list lacks a shard, naming it. Who may read but not list finds out when reading."""
+        try:
+            there = set(kvstore.list().result())
         except ValueError as error:
-            raise InputError(f"{directory}: a damaged token store: {error}; delete the folder and build it again") from error
-        return cls(str(directory), info, arrays)
+            if str(error).startswith(_NO_RIGHT):
+                return
+            raise
+        missing = [
+            (name, shard)
+            for name, array in self._arrays.items()
+            for shard in range(-(-array.shape[0] // _shard_size(array)))
+            if f"{name}/c/{shard}".encode() not in there
+        ]
+        if self.info.format < FORMAT:
+            offsets = [(name, shard) for name, shard in missing if name == "offsets"]
+            missing = offsets or [(name, shard) for name, shard in missing if not self._may_be_zeros(name, shard)]
+        if missing:
+            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+            raise InputError(
+                f"{self.directory}: a damaged token store: the file {missing[0][0]}/c/{missing[0][1]}{more} is missing; bring it back, or "
+                "delete the folder and build it again"
+            )
+
+    def _may_be_zeros(self, name: str, shard: int) -> bool:
+        """Whether a shard of tokens, ends or the mask may be all zeros or false, by the documents that `offsets` say are in it."""
+        size = _shard_size(self._arrays[name])
+        start, stop = shard * size, min((shard + 1) * size, len(self))
+        ends = self._arrays["offsets"].read().result().astype(np.int64)[1:] - 1
+        last = int(np.count_nonzero((ends >= start) & (ends < stop)))
+        if name == "tokens":  # texts have no token 0; end-of-text tokens alone are documents without a text
+            return self.info.eos_id == 0 and last == stop - start
+        return last == 0  # every document has its last token, and is to learn it
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -136,7 +177,8 @@ class TokenStore:
         array = self._arrays[name]
         if not 0 <= start <= stop <= array.shape[0]:
             raise IndexError(f"{self.directory}: [{start}, {stop}) is outside {name} [0, {array.shape[0]})")
-        return array[start:stop].read().result()
+        with _damage_named(self.directory):
+            return array[start:stop].read().result()
 
     def _read_windows(self, name: str, starts: np.ndarray, length: int) -> np.ndarray:
         array = self._arrays[name]
@@ -150,7 +192,8 @@ class TokenStore:
         # All of them in flight at once.
         reads = {number: array[number * CHUNK_ELEMENTS : min((number + 1) * CHUNK_ELEMENTS, size)].read() for number in missing}
         for number, read in reads.items():
-            chunks[number] = read.result()
+            with _damage_named(self.directory):
+                chunks[number] = read.result()
             _CHUNKS.put((self._arrays_id, name, number), chunks[number])
         for row, (start, stop) in zip(windows, spans, strict=True):
             place = start
@@ -188,6 +231,30 @@ class _ChunkCache:
 _CHUNKS = _ChunkCache(CACHE_BYTES)
 
 
+def _shard_size(array: ts.TensorStore) -> int:
+    return int(array.chunk_layout.write_chunk.shape[0])  # type: ignore[index, arg-type]
+
+
+@contextmanager
+def _damage_named(directory: str | Path) -> Iterator[None]:
+    """Says of a store that its files are damaged or missing; errors of the network stay what they are."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        if str(error).startswith(_NO_RIGHT):
+            raise InputError(f"{directory}: this token store may not be read: {error}") from error
+        if not str(error).startswith(_DAMAGE):
+            raise
+        raise InputError(f"{directory}: a damaged token store: {error}; delete the folder and build it again") from error
+
+
+_NO_RIGHT = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+"""What TensorStore calls files that are missing, cut short or of other bits: those of a store never change."""
+
+
 def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents: int, masked: bool) -> None:
     """Makes the empty arrays of a store; the same ones again, as a second try finds them, are left as they are."""
     kvstore = kvstore_at(directory)
@@ -202,7 +269,8 @@ def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents
 
 def write_range(directory: str | Path, name: str, start: int, values: np.ndarray) -> None:
     """Writes values [n] into an array from `start`, which is a shard's beginning: shards may be written in any order, by many workers."""
-    array = ts.open(_spec(kvstore_at(directory), name), open=True, context=_context()).result()
+    spec = _spec(kvstore_at(directory), name) | {"store_data_equal_to_fill_value": True}
+    array = ts.open(spec, open=True, write=True, context=_context()).result()
     array[start : start + len(values)].write(values).result()
 
 

@@ -154,7 +154,8 @@ class DatasetReader:
 def _dataset(documents: Callable[[], Iterable[Document]]) -> tf.data.Dataset:
     def examples() -> Iterator[dict[str, bytes]]:
         for document in documents():
-            fields = json.dumps({**document.fields, "": document.where}, default=str, ensure_ascii=False)
+            # ASCII: fields may hold halves of surrogate pairs, which UTF-8 cannot.
+            fields = json.dumps({**document.fields, "": document.where}, default=str)
             language = document.fields.get("language", "und")
             yield {"targets": document.text.encode(), "language": language.encode(), "fields": fields.encode()}
 

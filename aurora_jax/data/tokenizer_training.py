@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -151,13 +152,14 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def _documents(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; build the corpus with `python -m aurora_jax data sample`.")
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line)["text"] for line in lines]
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; build the corpus with `python -m aurora_jax data sample`.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: a line is not a JSON object with a `text` ({error}); rebuild the corpus with --force.") from None
+        return [record["text"] for record in json_lines.read(path)]
+    except KeyError:
+        raise InputError(f"{path}: a line has no `text`; rebuild the corpus with --force.") from None
+    except InputError as error:
+        raise InputError(f"{error}; rebuild the corpus with --force.") from None
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:

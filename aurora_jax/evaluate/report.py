@@ -226,7 +226,7 @@ def _facts(steps: Sequence[Mapping]) -> str:
 
 def _samples(path: Path) -> list[str]:
     try:
-        samples = json.loads(path.read_text())
+        samples = json.loads(path.read_text(encoding="utf-8-sig"))
         return [_sample(**sample) for sample in samples]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f'{path}: not a list of {{"language", "prompt", "before", "after"}}: {error}') from error

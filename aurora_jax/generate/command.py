@@ -1,6 +1,5 @@
 """`aurora generate`: text from a checkpoint, to the terminal as it comes or for a file of prompts."""
 
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +22,10 @@ from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.streaming import TextStream
 from aurora_jax.model.checkpoint import CheckpointMetadata, read_metadata, read_tokenizer
 from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.storage import json_lines
+
+RESULT = ("completion", "finish_reason", "new_tokens")
+"""What a record gets."""
 
 STREAMED_STEPS, BATCHED_STEPS = 1, 32
 """Steps on the device between two looks at the text."""
@@ -60,6 +63,8 @@ class GenerateCommand:
     """JSONL: each record has prompt, or prefix and suffix, or instruction, and what else you like."""
     output: Path | None = None
     """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens."""
+    result_prefix: str = ""
+    """Stands before the names of these three fields, for records that have fields of such names: with b_ they are b_completion ..."""
     resume: bool = False
     """Go on behind the records that the output holds already, with the same settings as before."""
     max_new_tokens: int | None = None
@@ -141,19 +146,13 @@ class GenerateCommand:
         assert self.input is not None
         if self.output is None or any(given is not None for given in (self.prompt, self.instruct, self.prefix, self.suffix)):
             raise InputError("--input FILE needs --output FILE, and no other prompt beside it.")
-        done = _done(self.output, self.resume)
+        done = _done(self.output, self.resume, self._result_names)
         records, prompts = [], []
-        for number, line in enumerate(_lines(self.input), 1):
-            if not line.strip():
-                continue
+        for number, record in _objects(self.input):
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise InputError("a JSON object is expected.")
+                self._check_fields(record)
                 prompt = prompts_of.of_record(tokenizer, record)
                 check_prompts(config, [prompt], self._new_tokens(config, len(prompt)))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{self.input}, line {number}: not JSON: {error}.") from error
             except InputError as error:
                 raise InputError(f"{self.input}, line {number}: {error}") from error
             records.append(record)
@@ -161,11 +160,28 @@ class GenerateCommand:
         if not records:
             raise InputError(f"{self.input} holds no records.")
         for number, (before, record) in enumerate(zip(done, records, strict=False), 1):
-            if {**before, **record} != before:
+            # As lines: NaN is no number's equal, its own neither.
+            if json_lines.line_of({**before, **record}) != json_lines.line_of(before):
                 raise InputError(f"{self.output}, line {number}, is not of the record in {self.input}: it was made of another file.")
         if len(done) > len(records):
             raise InputError(f"{self.output} has {len(done)} records, {self.input} only {len(records)}: it was made of another file.")
         return _Records(records, prompts, len(done))
+
+    @property
+    def _result_names(self) -> list[str]:
+        return [self.result_prefix + name for name in RESULT]
+
+    def _check_fields(self, record: dict[str, Any]) -> None:
+        """Raises InputError for what could not be generated from, or would be lost."""
+        for name in self._result_names:
+            if name in record:
+                raise InputError(
+                    f"the record has a field {name!r} of its own, which the result's would replace: rename it, or give the result's "
+                    "fields other names with --result-prefix, such as --result-prefix new_."
+                )
+        for name in prompts_of.NAMES:
+            if isinstance(record.get(name), str) and json_lines.has_half_a_character(record[name]):
+                raise InputError(f"its {name!r} holds half of a surrogate pair ({ascii(record[name])[:80]}), which is no text.")
 
     def _generator(self, metadata: CheckpointMetadata) -> Generator:
         attention = self.attention or ("flash" if jax.default_backend() == "tpu" else "xla")
@@ -194,10 +210,11 @@ class GenerateCommand:
 
     def _file(self, generator: Generator, tokenizer: Tokenizer, work: "_Records", sampling: Sampling, eos_ids: Sequence[int]) -> None:
         assert self.output is not None
+        json_lines.mend_log(self.output)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with (
             Progress(*columns, console=Console(stderr=True)) as progress,
-            self.output.open("a", encoding="utf-8") as output,
+            self.output.open("ab") as output,
         ):
             new_tokens = self._new_tokens(generator.config, max(map(len, work.prompts)))
             task = progress.add_task(f"{self.input} -> {self.output}", total=len(work.records), completed=work.done)
@@ -222,14 +239,11 @@ class GenerateCommand:
                         every=BATCHED_STEPS,
                     )
                     for number, completion, stream in zip(numbers, completions, streams, strict=True):
-                        results[number] = {
-                            "completion": stream.text,
-                            "finish_reason": completion.finish_reason,
-                            "new_tokens": len(completion.tokens),
-                        }
+                        result = (stream.text, completion.finish_reason, len(completion.tokens))
+                        results[number] = dict(zip(self._result_names, result, strict=True))
                     progress.advance(task, len(numbers))
                 for number in sorted(group):
-                    output.write(json.dumps({**work.records[number], **results[number]}, ensure_ascii=False) + "\n")
+                    output.write(json_lines.line_of({**work.records[number], **results[number]}))
                 output.flush()
                 os.fsync(output.fileno())
 
@@ -253,15 +267,16 @@ def _seeds(seed: int, numbers: Sequence[int]) -> list[int]:
     return [int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) for number in numbers]
 
 
-def _lines(file: Path) -> list[str]:
+def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        return file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error}.") from error
+    return json_lines.objects(content, file)
 
 
-def _done(output: Path, resume: bool) -> list[dict[str, Any]]:
-    """The records of an output that is gone on with; a line that was cut off when a process died is removed.
+def _done(output: Path, resume: bool, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of an output that is gone on with; a line that was cut off when a process died does not count.
 
     Raises:
         InputError: the output exists and was not to be resumed, or it cannot be written.
@@ -272,12 +287,9 @@ def _done(output: Path, resume: bool) -> list[dict[str, Any]]:
         raise InputError(f"{output}: there is no folder {output.parent}.")
     if not output.exists():
         return []
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        done = [json.loads(line) for line in whole.decode().splitlines()]
-    except ValueError as error:
-        raise InputError(f"{output} is not what this command writes: {error}.") from error
-    if len(whole) < len(content):
-        os.truncate(output, len(whole))
+    done = json_lines.read_log(output)
+    for number, record in enumerate(done, 1):
+        lacks = next((name for name in names if name not in record), None)
+        if lacks is not None:
+            raise InputError(f"{output}, line {number}, is not what this command writes: it has no field {lacks!r}.")
     return done

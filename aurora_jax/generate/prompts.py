@@ -13,6 +13,9 @@ FILL_IN_THE_MIDDLE = (
 )
 """Special tokens of StarCoder, and of SantaCoder."""
 
+NAMES = ("prompt", "prefix", "suffix", "instruction")
+"""Fields of records that prompts are made of."""
+
 FIELDS = "prompt | prefix + suffix | instruction"
 
 
@@ -51,7 +54,7 @@ def instruction(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def of_record(tokenizer: Tokenizer, record: Mapping[str, Any]) -> list[int]:
     """The prompt of a JSON object with `prompt`, or `prefix` and `suffix`, or `instruction`. Raises InputError unless it has just one."""
-    fields = {name: record.get(name) for name in ("prompt", "prefix", "suffix", "instruction") if name in record}
+    fields = {name: record.get(name) for name in NAMES if name in record}
     wrong = next((name for name, value in fields.items() if not isinstance(value, str)), None)
     if wrong is not None:
         raise InputError(f"its {wrong!r} is no string.")

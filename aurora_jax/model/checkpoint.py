@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
@@ -200,6 +201,7 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
     described = _described_parameters(directory)
     stored = {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in described.items()}
     check_parameters(config, nest(stored))
+    _require_chunks(directory / PARAMETERS, described)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding_of = flatten(shardings) if shardings is not None else dict.fromkeys(stored, one_device)
     targets = {
@@ -250,15 +252,37 @@ def open_parameters(path: Location, cache_bytes: int = 0) -> dict[str, ts.Tensor
     item = resolve(path) / PARAMETERS
     stored = stored_parameters(path)
     check_parameters(read_metadata(path).config, nest(stored))
-    base = f"{item}/" if "://" in str(item) else f"file://{item}/"
-    database = (item / "manifest.ocdbt").exists()
+    _require_chunks(item, _described_parameters(item.parent))
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     stores = {}
     with damage_named(item):
         for name in stored:
-            location = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if database else f"{base}{name}/"
-            stores[name] = ts.open({"driver": "zarr", "kvstore": location, "fill_missing_data_reads": False}, read=True, context=context)
+            spec = {"driver": "zarr", "kvstore": _location(item, f"{name}/"), "fill_missing_data_reads": False}
+            stores[name] = ts.open(spec, read=True, context=context)
         return {name: store.result() for name, store in stores.items()}
+
+
+def _location(item: epath.Path, folder: str = "") -> Any:
+    """TensorStore's name for a folder of an item: its files, or its part of Orbax's database."""
+
+    def files(path: str) -> Any:  # a path as it is: in an address TensorStore would read %41 as A
+        return path if "://" in path else {"driver": "file", "path": path}
+
+    if (item / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": files(f"{item}/"), "path": folder}
+    return files(f"{item}/{folder}")
+
+
+def _require_chunks(item: epath.Path, described: Mapping[str, Any]) -> None:
+    """Raises InputError, naming it, if a chunk of an array is missing: all are written, also those of zeros."""
+    with damage_named(item):
+        there = set(ts.KvStore.open(_location(item)).result().list().result())
+    for name, leaf in described.items():
+        grid = [range(-(-size // chunk)) for size, chunk in zip(leaf.shape, leaf.storage.chunk_shape, strict=True)]
+        for place in product(*grid):
+            key = f"{name}/{'.'.join(map(str, place)) or '0'}"
+            if key.encode() not in there:
+                raise InputError(f"{item}: the checkpoint is damaged or incomplete: the chunk {key} is missing")
 
 
 def save_args(parameters: dict) -> dict:
@@ -350,8 +374,11 @@ def damage_named(item: epath.Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{item}: the checkpoint is damaged or incomplete: {error}") from error
+    except Exception as error:
+        # Orbax has no class of its own for what TensorStore said of an array.
+        if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
+            raise
+        raise InputError(f"{item}: the checkpoint is damaged or incomplete: {error.__cause__ or error}") from error
 
 
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
 from aurora_jax.model.sharding import parameter_count
 from aurora_jax.plan.estimate import Plan, make_plan
+from aurora_jax.storage import json_lines
 from aurora_jax.train.config import MeshConfig, TrainConfig
 
 REMATERIALISATIONS = ("nothing", "products", "projections", "attention", "full")
@@ -142,12 +143,13 @@ def search(
     searched = replace(config, output=Path(), mesh=MeshConfig(config.mesh.data))
     fingerprint = hashlib.sha256(repr((Candidate(1, 1, 1, 1, "full", 1).apply(searched), model)).encode()).hexdigest()[:16]
     key = {"topology": topology, "slices": slices, "config": fingerprint}
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = json_lines.read_log(log) if log.exists() else []
+    json_lines.mend_log(log)
     known = {Candidate(**line["candidate"]): line["plan"] for line in lines if line["key"] == key}
     todo = [each for each in possible if each not in known][: max(budget - len(known), 0)]
     console.print(f"{len(possible)} candidates can fit, {len(known)} are known from {log}, {len(todo)} to compile")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress, log.open("a") as file:
+    with Progress(*columns, console=console) as progress, log.open("ab") as file:
         for each in progress.track(todo, description="compiling"):
             fastest = min((plan["step_seconds"] for plan in known.values() if plan), default=math.inf)
             if least_seconds(each, config, model, chip, chips) > fastest:
@@ -158,7 +160,7 @@ def search(
                 console.print(f"{each.flags}: {error}")
                 plan = None
             known[each] = plan
-            file.write(json.dumps({"key": key, "candidate": each.__dict__, "plan": plan}) + "\n")
+            file.write(json_lines.line_of({"key": key, "candidate": each.__dict__, "plan": plan}))
             file.flush()
     return sorted(((each, plan) for each, plan in known.items() if plan), key=lambda found: found[1]["step_seconds"])
 

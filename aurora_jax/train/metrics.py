@@ -1,6 +1,5 @@
 """What a run tells people: a progress bar, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.summary import Writer
 
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage import json_lines
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
@@ -38,7 +38,7 @@ class MetricsLog:
         self._path = output / "metrics.jsonl"
         kept = _drop_from(self._path, first_step) if self._first else []
         self.evaluated = {row["step"] for row in kept if row.get("complete")}
-        self._file = self._path.open("a") if self._first else None
+        self._file = self._path.open("ab") if self._first else None
         self._tensorboard = Writer(str(output / "tensorboard")) if self._first else None
         self._wandb = WandbRun(config, config.wandb_project) if self._first and config.wandb_project else None
         self._lines = config.log_format == "lines" or not self.console.is_terminal or not self._first
@@ -106,7 +106,7 @@ class MetricsLog:
 
     def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
         if self._file and self._tensorboard:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(json_lines.line_of(row))
             self._file.flush()
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, row["step"])
@@ -119,5 +119,5 @@ def _drop_from(path: Path, first_step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    path.write_bytes(b"".join(map(json_lines.line_of, kept)))
     return kept

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from aurora_jax.data.curation import pipeline, report
 from aurora_jax.data.curation.documents import JSON_LINES, InputPart
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import load_thresholds
-from aurora_jax.data.files import File, find
+from aurora_jax.data.files import File, below, find_each
 from aurora_jax.data.store import kvstore_at
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 _INPUT = re.compile(r"(?P<name>[\w.-]+)=(?P<pattern>.+)")
 _POLL_SECONDS = 0.5
@@ -125,7 +125,7 @@ def _settings(command: CurateCommand) -> pipeline.Settings:
     for what, language in (*(("word list", name) for name in word_lists), *(("filter", hook.language) for hook in hooks if hook.language)):
         if language not in thresholds:
             raise InputError(f"there is a {what} for {language!r}, but no thresholds; there are {', '.join(thresholds)}.")
-    evaluation = sorted(file.url for pattern in command.evaluation for file in _matches(pattern))
+    evaluation = sorted(file.url for files in _matches(command.evaluation) for file in files)
     names = [path.rpartition("/")[2] for path in evaluation]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -136,28 +136,29 @@ def _settings(command: CurateCommand) -> pipeline.Settings:
 def _files(inputs: tuple[str, ...]) -> list[InputPart]:
     if not inputs:
         raise InputError("no inputs; give one or more as NAME=FILES, such as 'sample=corpus/train/*.jsonl'.")
-    files: list[InputPart] = []
-    names: set[str] = set()
+    patterns: dict[str, str] = {}
     for input in inputs:
         match = _INPUT.fullmatch(input)
         if match is None:
             raise InputError(f"{input}: an input is written NAME=FILES, such as 'sample=corpus/train/*.jsonl'.")
         name, pattern = match["name"], match["pattern"]
-        if name in names:
+        if name in patterns:
             raise InputError(f"{name}: two inputs have this name; every input needs its own.")
-        names.add(name)
-        fixed = re.split(r"[*?\[{]", pattern)[0].rpartition("/")[0]
-        for file in _matches(pattern):
-            below = file.url.rpartition(fixed + "/")[2] if fixed else file.url.rpartition(os.getcwd() + "/")[2]
-            files += [InputPart(name, below, part) for part in JSON_LINES.parts(file)]
-    return files
+        patterns[name] = pattern
+    return [
+        InputPart(name, below(pattern, file), part)
+        for (name, pattern), files in zip(patterns.items(), _matches(tuple(patterns.values())), strict=True)
+        for file in files
+        for part in JSON_LINES.parts(file)
+    ]
 
 
-def _matches(pattern: str) -> list[File]:
-    """The files of a pattern, by address. Raises InputError if there are none."""
-    found = find(pattern)
-    if not found:
-        raise InputError(f"{pattern}: there is no such file.")
+def _matches(patterns: Sequence[str]) -> list[list[File]]:
+    """The files of each pattern, by address. Raises InputError if one has none, or a file is found twice."""
+    found = find_each(patterns)
+    for pattern, files in zip(patterns, found, strict=True):
+        if not files:
+            raise InputError(f"{pattern}: there is no such file.")
     return found
 
 
@@ -216,7 +217,7 @@ def _progress(done: Path, parts: int) -> Iterator[None]:
 
 def _lines(output: str, file: str) -> list[Any]:
     content = kvstore_at(output).read(file.encode()).result()
-    return [json.loads(line) for line in content.value.splitlines()] if content.state == "value" else []
+    return [value for _, value in json_lines.values(content.value, file)] if content.state == "value" else []
 
 
 def _take(output: str, file: str) -> list[Any]:

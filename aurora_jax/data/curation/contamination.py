@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 
 from aurora_jax.data.curation.units import hash_ngrams, hash_units, is_unspaced, normalize, split_units
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 
 @dataclass(frozen=True)
@@ -118,38 +118,48 @@ def _joined(units: list[str]) -> str:
     return ("" if sum(map(is_unspaced, units)) > len(units) / 2 else " ").join(units)
 
 
-def read_items(path: str, content: str) -> list[list[str]]:
+def read_items(path: str, content: bytes) -> list[list[str]]:
     """The items of an evaluation file, each the list of its texts: JSON lines, a JSON list, tab- or comma-separated, or a line each.
+
+    Text is UTF-8; a byte-order mark at the beginning is no part of it, and lines end at line feeds alone.
 
     Raises:
       InputError: the content is not of the kind that the file's name says.
     """
     name = path.lower()
+    if name.endswith((".jsonl", ".ndjson")):
+        return _read_lines(path, content)
+    if name.endswith(".json"):
+        return _read_json(path, content)
     try:
-        if name.endswith((".jsonl", ".ndjson")):
-            return [list(_texts(json.loads(line))) for line in content.splitlines() if line.strip()]
-        if name.endswith(".json"):
-            return _read_json(content)
+        text = content.decode("utf-8-sig")
         if name.endswith((".tsv", ".csv")):
             # Tab-separated benchmarks do not quote: a quotation mark is a quotation mark.
             dialect: Mapping[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
             csv.field_size_limit(1 << 24)
-            return [row for row in csv.reader(io.StringIO(content, newline=""), **dialect) if row]
+            return [row for row in csv.reader(io.StringIO(text, newline=""), **dialect) if row]
     except (ValueError, csv.Error) as error:
         raise InputError(f"{path}: the evaluation file cannot be read ({error}).") from None
-    return [[line] for line in content.splitlines() if line.strip()]
+    return [[line] for line in text.split("\n") if line.strip()]
 
 
-def _read_json(content: str) -> list[list[str]]:
+def _read_lines(path: str, content: bytes) -> list[list[str]]:
+    return [list(_texts(value)) for _, value in json_lines.values(content, path)]
+
+
+def _read_json(path: str, content: bytes) -> list[list[str]]:
     """A list of items, or one on each line: both are found under the name .json. An object of lists gives the items of all its lists."""
     try:
-        value = json.loads(content)
-    except ValueError:
-        return [list(_texts(json.loads(line))) for line in content.splitlines() if line.strip()]
+        value = json_lines.value_of(content)
+    except json_lines.BadLine as whole:
+        try:
+            return _read_lines(path, content)
+        except InputError as error:
+            raise InputError(f"{error}; nor is the whole file a JSON list ({whole})") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = [item for inner in lists for item in inner] if lists else [value]
-    return [list(_texts(item)) for item in value]
+        value = [item for inner in lists for item in inner] if lists else value
+    return [list(_texts(item)) for item in (value if isinstance(value, list) else [value])]
 
 
 def _texts(value: Any) -> Iterator[str]:

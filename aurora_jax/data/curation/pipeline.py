@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from aurora_jax.data.curation.units import hash_units, normalize, split_units
 from aurora_jax.data.files import open_stream
 from aurora_jax.data.sources import Bad
 from aurora_jax.data.store import kvstore_at
+from aurora_jax.storage import json_lines
 
 CONTAMINATION = "contamination"
 EXACT_DUPLICATES = "exact_duplicates"
@@ -241,8 +241,7 @@ def load_index(paths: tuple[str, ...]) -> EvaluationIndex:
     index = EvaluationIndex()
     for path in paths:
         with open_stream(path) as stream:
-            content = stream.read().decode("utf-8")
-        index.add(path.rpartition("/")[2], read_items(path, content))
+            index.add(path.rpartition("/")[2], read_items(path, stream.read()))
     return index
 
 
@@ -379,4 +378,4 @@ def _write(output: str, file: str, rows: Iterable[tuple[tuple[str, ...], str]]) 
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json_lines.line_of(value).decode().removesuffix("\n")

@@ -27,6 +27,7 @@ from aurora_jax.data.sample.packages import Package
 from aurora_jax.data.sample.reading import CATALOGUES, read_aligned, read_documents
 from aurora_jax.data.sample.sources import LANGUAGES, PARTS, Collection
 from aurora_jax.errors import InputError
+from aurora_jax.storage import json_lines
 
 BUILDER = "aurora-jax sample corpus"
 VERSION = 1
@@ -216,7 +217,7 @@ def _write(directory: Path, registry: str, splits: Mapping[str, Mapping[str, lis
                 total.update(size)
                 languages.add(part)
             totals[split][part] = dict(total)
-            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+            content = b"".join(map(json_lines.line_of, records))
             (directory / split / f"{part}.jsonl").write_bytes(content)
             sha256[f"{split}/{part}.jsonl"] = hashlib.sha256(content).hexdigest()
     entries = [

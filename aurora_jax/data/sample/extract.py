@@ -133,7 +133,7 @@ _FLUENT_BRAND = re.compile(r"\{ *-[\w-]*(?:brand|product|vendor)[\w-]*(?:\([^)]*
 def fluent_messages(text: str) -> list[str]:
     """The values of a Fluent file (.ftl). Messages that choose between variants (`{ $n -> ...`) are left out."""
     messages: list[str] = []
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):
         if match := _FLUENT_MESSAGE.match(line):
             messages.append(match[1])
         elif line.startswith(" ") and messages:
@@ -145,7 +145,7 @@ def fluent_messages(text: str) -> list[str]:
 
 def property_messages(text: str) -> list[str]:
     """The values of a Java-style .properties file."""
-    values = (line.partition("=")[2].strip() for line in text.splitlines() if "=" in line and not line.startswith(("#", "!")))
+    values = (line.partition("=")[2].strip() for line in re.split(r"\r\n?|\n", text) if "=" in line and not line.startswith(("#", "!")))
     return [re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), value) for value in values if value]
 
 
