@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from aurora_jax.data.documents import Document, DocumentStep, Rejected
+from aurora_jax.data.documents import Document, DocumentStep, Piece, Rejected
 from aurora_jax.data.files import File
 from aurora_jax.data.sources import EXCERPT, Bad, Part
 from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 
 FORMAT = 2  # part of every fingerprint: raise it when tokens or arrays change meaning
+PIECES = "pieces 2"  # part of it where a step cuts texts that the tokenizer cannot encode in pieces apart, which 1 did
 BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
 
 
@@ -84,9 +85,8 @@ class Preparation:
 
     def _tokenized(self, batch: Sequence[Document | Bad | Dropped]) -> Iterator[Outcome]:
         documents = [document for document in batch if isinstance(document, Document)]
-        texts = [piece.text for document in documents for piece in document.pieces if not piece.special]
         try:
-            encoded = iter(self.tokenizer.encode_batch(texts))
+            encoded = iter(self._encoded(documents))
         except Exception as error:  # of whatever kind the library has
             if len(batch) > 1:
                 for one in batch:
@@ -96,6 +96,22 @@ class Preparation:
             return
         for document in batch:
             yield self._joined(document, encoded) if isinstance(document, Document) else document
+
+    def _encoded(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """The ids of every piece of text, as the pieces stand."""
+        texts = [[piece for piece in document.pieces if not piece.special] for document in documents]
+        apart = [self.tokenizer.cuts_freely or len(pieces) == 1 for pieces in texts]
+        batch = [piece.text for pieces, each in zip(texts, apart, strict=True) if each for piece in pieces]
+        encoded = iter(self.tokenizer.encode_batch(batch))
+        ids: list[np.ndarray] = []
+        for pieces, each in zip(texts, apart, strict=True):
+            ids += [next(encoded) for _ in pieces] if each else self._encoded_in_order(pieces)
+        return ids
+
+    def _encoded_in_order(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        order = sorted(range(len(pieces)), key=lambda number: pieces[number].order)
+        encoded = self.tokenizer.encode_pieces([pieces[number].text for number in order])
+        return [ids for _, ids in sorted(zip(order, encoded, strict=True), key=lambda pair: pair[0])]
 
     def _joined(self, document: Document, encoded: Iterator[np.ndarray]) -> Outcome:
         ids: list[np.ndarray] = []
@@ -144,6 +160,8 @@ class Recipe:
         """
         parts: list[Any] = [FORMAT, self.split, self.tokenizer.sha256, self.append_eos, self.reader.described()]
         parts.extend(map(describe, self.steps))
+        if not self.tokenizer.cuts_freely and any(getattr(step, "cuts", True) for step in self.steps):
+            parts.append(PIECES)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:
