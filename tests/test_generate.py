@@ -227,7 +227,8 @@ def test_a_cached_token_takes_the_bytes_of_its_heads(config):
     compute = ComputeConfig()
     settings = {"slots": 1_000, "new_tokens": 1, "sampling": Sampling(), "eos_ids": ()}
     parameters = unstacked_shapes(config, "bfloat16")
-    rows = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((1, 64), "int32"), ((1,), "int32"), ((1,), "uint32"), ((1,), "bool"))]
+    dtypes = ("int32", "uint32", "int32", "bool")
+    rows = [jax.ShapeDtypeStruct((1, 64), "int32"), *(jax.ShapeDtypeStruct((1,), dtype) for dtype in dtypes)]
     structure = structure_of(config, compute)
     state = jax.eval_shape(lambda *arguments: decoding.prefill(structure, *arguments, **settings), parameters, *rows)
     stored = sum(cache.size * cache.dtype.itemsize for cache in (*state.keys, *state.values))
@@ -262,7 +263,7 @@ def test_a_stream_shows_whole_characters_up_to_the_first_stop_string(text, stop,
 def test_prompts_are_what_models_were_trained_on():
     special = NANO_TOKENIZER.special_id
     infilling = prompts.infilling(NANO_TOKENIZER, "def f(", "return 1")
-    assert infilling == [
+    assert infilling.tokens == [
         special("<fim_prefix>"),
         *NANO_TOKENIZER.encode("def f("),
         special("<fim_suffix>"),
@@ -270,9 +271,9 @@ def test_prompts_are_what_models_were_trained_on():
         special("<fim_middle>"),
     ]
     trained = Instruction()(Document((), {"instruction": "Say hei.", "response": "Hei!"})).pieces
-    assert NANO_TOKENIZER.decode(prompts.instruction(NANO_TOKENIZER, " Say hei.\n")) == trained[0].text
+    assert NANO_TOKENIZER.decode(prompts.instruction(NANO_TOKENIZER, " Say hei.\n").tokens) == trained[0].text
     # Names of special tokens in a user's text are text.
-    assert special("<fim_middle>") not in prompts.continuation(NANO_TOKENIZER, "a <fim_middle> b")
+    assert special("<fim_middle>") not in prompts.continuation(NANO_TOKENIZER, "a <fim_middle> b").tokens
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +301,7 @@ def test_stop_strings_and_standard_input(nano, capsys, monkeypatch):
     stop = whole.split()[2]
     assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40", "--stop", stop, "never"]) == 0
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("def main():"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef main():")))
     assert main(["generate", str(nano), "-", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out == whole
 

@@ -17,8 +17,8 @@ from aurora_jax.errors import InputError
 class Piece(NamedTuple):
     """A stretch of a document: text, or the name of one special token; `learn` says whether it is to be predicted.
 
-    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order` is a piece's place
-    in that text where pieces stand in another order (pieces of equal `order` as they stand).
+    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order` says where a
+    piece belongs in that text, if pieces stand in another order; those of equal `order` belong as they stand.
     """
 
     text: str
@@ -114,9 +114,11 @@ class FillInTheMiddle(DocumentStep):
         SPM  <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle      with probability `spm_rate`
 
     The reference cuts the text after detokenizing it, special tokens included by their names. Here a cut inside such a name moves to its
-    beginning, so that special tokens stay whole. The pieces' tokens, put back in order, decode to what the document's decode to, for every kind
-    of tokenizer (`Tokenizer.encode_pieces`): only byte-level ones may encode them apart, as the reference does. Its random numbers follow the place in the stream; ours follow the document's content
+    beginning, so that special tokens stay whole. Its random numbers follow the place in the stream; ours follow the document's content
     (`seed`), so that neither order nor number of workers matters.
+
+    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a space at each cut, they are
+    encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order, they decode to what the document decodes to.
     """
 
     rate: float = 0.5
@@ -248,6 +250,7 @@ class MostSymbols(DocumentStep):
     """
 
     cuts = False
+
     share: float = 0.4
     """Largest share of characters that are neither letters nor marks. The figure is ours: Aurora-M's is not known."""
 

@@ -1,7 +1,7 @@
 """How a `tokenizer.json` spells text: the bytes of each token, and the same tokenizer for text that goes on behind other text.
 
-The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are taken for bytes (`hyvää`), every
-space of the first token is dropped, and whole characters are lost beside a byte that is none. Tokens are spelled one by one here.
+The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are taken for bytes (`hyvää`),
+every space of the first token is dropped, whole characters are lost beside a byte that is none. Here tokens are spelled one by one.
 """
 
 import json
@@ -91,6 +91,7 @@ class Spelling:
 
     def _spelled(self, i: int) -> bytes:
         name = self._tokenizer.id_to_token(i)
+        assert name is not None
         # Gemma lists pieces of its model as added tokens: what the model itself makes is no text of its own.
         if i in self._added and (self._byte_level or name not in self._model_names):
             return name.encode()

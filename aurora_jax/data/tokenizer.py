@@ -6,7 +6,6 @@ tokens are put in by their ids (`special_id`), or parsed by `encode_with_special
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -60,7 +59,7 @@ class Tokenizer(ABC):
     def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
         """The text that `ids` add to that of `context`: decode(context + ids) without decode(context), which ends in a whole character."""
         before, whole = self.decode(context), self.decode([*context, *ids])
-        return whole[len(os.path.commonprefix([before, whole])) :]
+        return whole[_common(before, whole) :]
 
     @abstractmethod
     def special_id(self, name: str) -> int:
@@ -81,9 +80,10 @@ class Tokenizer(ABC):
     def encode_pieces(self, pieces: Sequence[str], begins: bool = True) -> list[np.ndarray]:
         """Encodes a text that was cut into pieces, without EOS; special tokens in them are plain text.
 
-        The pieces' ids, in this order, decode to what the ids of the whole text decode to: that is the text itself, or, for tokenizers
-        that normalise (NFKC, runs of spaces), the text as they normalise it. Cuts are counted in what the text before them is normalised
-        to; one inside of a token that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space before a text ("▁The") put it before the first piece alone.
+        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself, or what tokenizers that
+        normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text before them is normalised to; one inside of a token
+        that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space before a text ("▁The") put it
+        before the first piece alone.
 
         Args:
             pieces: the text, in its order; pieces may be empty.
@@ -151,6 +151,11 @@ class Tokenizer(ABC):
         return InputError(
             f"{self.path}: the tokenizer has no special token {name!r}; use StarCoder's tokenizer, or leave out what needs it"
         )
+
+
+def _common(a: str, b: str) -> int:
+    """Characters at the beginning in which two texts agree."""
+    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def _is_whole(text: bytes, end: int) -> bool:
@@ -244,7 +249,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Characters at the beginning of a text that decoding drops: of the lead, as many as the text has."""
         if not ids or self._spelling.is_added(ids[0]):
             return 0
-        return len(os.path.commonprefix([text, self._spelling.lead]))
+        return _common(text, self._spelling.lead)
 
     @cached_property
     def _behind(self) -> tokenizers.Tokenizer:
@@ -341,8 +346,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
         ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
         spelled = [
-            piece.replace("\u2581", " ").encode() if i == self.unk_id else self.token_bytes(i)
-            for i, piece in zip(ids, pieces, strict=True)
+            piece.replace("\u2581", " ").encode() if i == self.unk_id else self.token_bytes(i) for i, piece in zip(ids, pieces, strict=True)
         ]
         raw = b"".join(spelled).decode(errors="replace")
         return ids, raw, len(self._behind.decode(ids)) - len(self._processor.decode(ids)), spelled
@@ -376,7 +380,7 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + self.FIRST for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every byte; special ids decode to nothing, and bytes that are not UTF-8 to U+FFFD. Raises InputError for an id it lacks."""
+        """Decodes every byte; special ids decode to nothing. Raises InputError for an id it lacks."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
