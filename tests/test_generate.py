@@ -22,7 +22,7 @@ from aurora_jax.data.documents import Document, Instruction
 from aurora_jax.data.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding, prompts
-from aurora_jax.generate.generator import Generator, make_inference_mesh, unstacked_shapes
+from aurora_jax.generate.generator import Completion, Generator, make_inference_mesh, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling, candidates, choose
 from aurora_jax.generate.streaming import TextStream
 from aurora_jax.model import checkpoint
@@ -166,6 +166,11 @@ def test_a_row_never_changes_another(pair):
     other = generator(rows, 40, seeds=[11, 8, 9, 10], **settings)
     assert other[1:] == together[1:]
     assert other[0] != together[0]
+    # Nor does a row's own limit change what it writes until then, or what others write.
+    limits = [40, 3, 17, 1]
+    for completion, whole, limit in zip(generator(rows, limits, seeds=[7, 8, 9, 10], **settings), together, limits, strict=True):
+        assert completion.tokens == whole.tokens[:limit]
+        assert completion.finish_reason == ("length" if len(whole.tokens) >= limit else whole.finish_reason)
 
 
 def test_rows_that_pad_the_vocabulary_are_never_drawn(pair, tmp_path):
@@ -299,7 +304,8 @@ def test_stop_strings_and_standard_input(nano, capsys, monkeypatch):
     assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40"]) == 0
     whole = capsys.readouterr().out
     stop = whole.split()[2]
-    assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40", "--stop", stop, "never"]) == 0
+    typed = "".join(rf"\u{ord(character):04x}" for character in stop)
+    assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40", "--stop", typed, "never"]) == 0
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef main():")))
     assert main(["generate", str(nano), "-", "--max-new-tokens", "40"]) == 0
@@ -340,6 +346,65 @@ def test_files_of_prompts(nano, tmp_path, capsys):
     assert output.read_bytes() == expected
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A model of 384 tokens, of which the tokenizer "bytes" has 259, and 256 positions; no token is much likelier than another."""
+    config = ModelConfig(384, 256, 16, 1, 2, 16)
+    path = tmp_path_factory.mktemp("tiny") / "ours"
+    checkpoint.save_checkpoint(path, initial_parameters(config, 0), checkpoint.CheckpointMetadata(config, "float32"))
+    return path
+
+
+def generated(source: Path, *arguments: str) -> list[dict]:
+    output = source.with_suffix(f".{len(list(source.parent.iterdir()))}.out")
+    assert main(["generate", *arguments, "--input", str(source), "--output", str(output)]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_a_record_depends_on_its_own_line(tiny, tmp_path):
+    """On its own budget, and on the program of its own length: the same text alone and beside a prompt that leaves no room."""
+    records = [{"prompt": "def main():"}, {"prompt": "x" * 250}, {"prompt": "Helsinki on"}]
+    (tmp_path / "alone").write_text(json.dumps(records[0]))
+    (tmp_path / "beside").write_text("\n".join(map(json.dumps, records)))
+    for settings in (["--temperature", "1", "--seed", str(2**80)], ["--repetition-penalty", "1.5"]):
+        common = [str(tiny), "--tokenizer", "bytes", "--batch-size", "2", *settings]
+        (alone,), beside = (generated(tmp_path / name, *common) for name in ("alone", "beside"))
+        assert beside[0] == alone
+        for record in beside:
+            assert record["finish_reason"] == "eos" or record["new_tokens"] == 256 - len(record["prompt"])
+        assert min(beside[0]["new_tokens"], beside[2]["new_tokens"]) > 256 - 250
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(tiny, capsys):
+    """A model whose rows were padded, or that is run with another's tokenizer."""
+    assert main(["generate", str(tiny), "def", "--tokenizer", "bytes", "--temperature", "5", "--max-new-tokens", "200", "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out) > 20
+
+
+def test_new_tokens_counts_what_is_in_the_completion(nano, tmp_path, monkeypatch):
+    """Of 32 tokens that came at once, those behind the stop string do not count."""
+    text = "one two three, four five six"
+    tokens = NANO_TOKENIZER.encode(text)
+
+    def generator(prompts, limits, *, listener, **settings):
+        return [Completion(tokens, "stop" if listener(row, tokens) else "length") for row in range(len(prompts))]
+
+    monkeypatch.setattr(Generator, "from_checkpoint", lambda *arguments: generator)
+    (tmp_path / "in").write_text(json.dumps({"prompt": "a"}))
+    for stop, completion in ((", f", "one two three"), ("w", "one t"), ("o", ""), ("x ", text)):
+        (record,) = generated(tmp_path / "in", str(nano), "--stop", stop)
+        counts = [count for count in range(len(tokens) + 1) if NANO_TOKENIZER.decode(tokens[:count]).startswith(completion)]
+        assert (record["completion"], record["new_tokens"]) == (completion, min(counts))
+
+
+def test_standard_input_that_is_no_text(nano, capsys, monkeypatch):
+    monkeypatch.setattr(Generator, "from_checkpoint", None)
+    for stdin, message in ((io.TextIOWrapper(io.BytesIO(b"a\xff")), "cannot be read as UTF-8"), (None, "is closed")):
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["generate", str(nano), "-"]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 REFUSED = {
     "no prompt": ([], "Give one prompt"),
     "two prompts": (["a", "--instruct", "b"], "Give one prompt"),
@@ -349,6 +414,17 @@ REFUSED = {
     "too long": (["a", "--max-new-tokens", "256"], "1 tokens; with 256 new ones that is 257.*only 256 positions"),
     "no tokens": (["a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "temperature": (["a", "--temperature", "-1"], "temperature is -1"),
+    "temperature that is none": (["a", "--temperature", "nan"], "temperature is nan"),
+    "endless temperature": (["a", "--temperature", "inf"], "temperature is inf"),
+    "temperature that overflows": (["a", "--temperature", "1e-40"], "temperature is 1e-40"),
+    "top-p that is none": (["a", "--top-p", "nan"], "top_p is nan"),
+    "top-p above 1": (["a", "--top-p", "1.1"], "top_p is 1.1"),
+    "penalty that is none": (["a", "--repetition-penalty", "nan"], "repetition_penalty is nan"),
+    "seed": (["a", "--seed", "-1"], "--seed is -1: it must be 0 or more"),
+    "no UTF-8": (["a\udcff"], "the text must be UTF-8"),
+    "no UTF-8 in a stop string": (["a", "--stop", "\udcff"], "the text must be UTF-8"),
+    "escape": (["a", "--stop", r"\q"], r"\\q is no escape"),
+    "half an escape": (["a", "--stop", "x", r"\x4"], r"\\x is no escape"),
     "top-p": (["a", "--top-p", "0"], "top_p is 0"),
     "top-k": (["a", "--top-k", "-5"], "top_k is -5"),
     "penalty": (["a", "--repetition-penalty", "0"], "repetition_penalty is 0"),
@@ -374,6 +450,7 @@ BAD_LINES = {
     "two prompts": ('{"prompt": "a", "instruction": "b"}', "line 2: one of prompt"),
     "a number": ('{"prompt": 3}', "line 2: its 'prompt' is no string"),
     "empty": ('{"prompt": ""}', "line 2: The prompt is empty"),
+    "half a character": ('{"prompt": "\\ud83d"}', "line 2: .*the text must be UTF-8"),
     "too long": (json.dumps({"prompt": "a b" * 300}), "line 2: The prompt has .* positions"),
 }
 

@@ -83,7 +83,7 @@ class GenerateCommand:
     seed: int = 0
     """Of the draws, 0 or more. A record's depend on the seed and its line alone, not on the batch size or the devices."""
     batch_size: int = 16
-    """Records at a time, with --input."""
+    """Records at a time, with --input: those whose prompts fill as many steps of 64 tokens."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, or a SentencePiece model; that of the checkpoint without it."""
     dtype: Literal["float32", "bfloat16"] | None = None
