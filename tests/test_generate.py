@@ -348,7 +348,7 @@ def test_files_of_prompts(nano, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A model of 384 tokens, of which the tokenizer "bytes" has 259, and 256 positions; no token is much likelier than another."""
+    """A model of 384 tokens, of which the tokenizer "bytes" has 259; no token is much likelier than another."""
     config = ModelConfig(384, 256, 16, 1, 2, 16)
     path = tmp_path_factory.mktemp("tiny") / "ours"
     checkpoint.save_checkpoint(path, initial_parameters(config, 0), checkpoint.CheckpointMetadata(config, "float32"))
@@ -361,18 +361,20 @@ def generated(source: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def test_a_record_depends_on_its_own_line(tiny, tmp_path):
-    """On its own budget, and on the program of its own length: the same text alone and beside a prompt that leaves no room."""
+def test_a_record_depends_on_its_own_line(tiny, tmp_path, monkeypatch):
+    """On its own budget, and the program of its own length: the same text alone and beside a prompt that leaves no room."""
     records = [{"prompt": "def main():"}, {"prompt": "x" * 250}, {"prompt": "Helsinki on"}]
     (tmp_path / "alone").write_text(json.dumps(records[0]))
     (tmp_path / "beside").write_text("\n".join(map(json.dumps, records)))
+    generator = Generator.from_checkpoint(tiny, FP32)  # once, with the programs that the runs share
+    monkeypatch.setattr(Generator, "from_checkpoint", lambda *arguments: generator)
     for settings in (["--temperature", "1", "--seed", str(2**80)], ["--repetition-penalty", "1.5"]):
         common = [str(tiny), "--tokenizer", "bytes", "--batch-size", "2", *settings]
         (alone,), beside = (generated(tmp_path / name, *common) for name in ("alone", "beside"))
         assert beside[0] == alone
         for record in beside:
             assert record["finish_reason"] == "eos" or record["new_tokens"] == 256 - len(record["prompt"])
-        assert min(beside[0]["new_tokens"], beside[2]["new_tokens"]) > 256 - 250
+        assert beside[0]["new_tokens"] > 256 - 250
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(tiny, capsys):

@@ -1,6 +1,6 @@
-"""Every kind of tokenizer that the docs name: pieces of a text put together are the text, and tokens that come one by one its end.
+"""Every kind of tokenizer that the docs name: pieces of a text put together are the text, and new tokens are its end.
 
-What is expected is computed apart: with the library's own decoders where they are right, and by bytes where they are not.
+What is expected is computed apart: from the texts themselves, by bytes, and with the library's decoders where they are right.
 """
 
 import io
@@ -134,7 +134,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
 
 
 def some_documents(count: int) -> list[str]:
-    """Stretches of six languages and code, and what is hard: spaces at the ends, letters of two marks, unknown letters, names of tokens."""
+    """Stretches of five languages and code, and what is hard: spaces at the ends, unknown letters, names of tokens."""
     chance = random.Random(0)
     hard = [" ", "  ", "\n\n", "\t", "e\u0301", "ｆｕｌｌ", "🙂🙂", "語", "<mine>", "hyvää", "‹日本›", "<unk>", "<0x41>", "<|endoftext|>"]
     whole = list(SENTENCES.values())
@@ -152,7 +152,7 @@ DOCUMENTS = some_documents(200)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_cut_decodes_to_the_document(kinds: dict[str, Tokenizer], kind: str) -> None:
-    """Fill-in-the-middle through the path of `aurora data build`: the tokens of prefix, middle and suffix, put back in order."""
+    """The tokens of prefix, middle and suffix, made as `aurora data build` makes them and put back in order."""
     tokenizer = kinds[kind]
     prefix_id, suffix_id, middle_id = map(tokenizer.special_id, FIM)
     for spm in (0.0, 1.0):
@@ -196,7 +196,7 @@ def test_byte_level_pieces_are_encoded_apart(kinds: dict[str, Tokenizer]) -> Non
 
 
 def test_every_step_encodes_pieces_of_one_text(kinds: dict[str, Tokenizer]) -> None:
-    """Code formats and templates too: without its special tokens a document decodes to its text, with no space put into it."""
+    """Code formats and templates too: without its special tokens a document decodes to its text, no space put into it."""
     fields = {"repository": "a/b", "path": "c.py", "stars": 3, "instruction": "Sano hei.", "response": "Hei vain!"}
     for kind, tokenizer in kinds.items():
         if kind not in ("Llama", "Gemma", "Metaspace always", "Metaspace first", "Metaspace never"):
@@ -340,7 +340,7 @@ def test_added_tokens_come_back_from_a_text(kinds: dict[str, Tokenizer]) -> None
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 255), max_size=12))
 def test_bytes_that_are_no_characters(kinds: dict[str, Tokenizer], data: list[int]) -> None:
-    """Each kind with tokens of a byte decodes any of them as UTF-8 with U+FFFD, whole characters beside them unharmed."""
+    """Tokens of a byte are decoded as UTF-8 with U+FFFD, whole characters beside them unharmed."""
     for kind in ("Llama", "Gemma", "Metaspace never"):
         library = Library.from_file(str(kinds[kind].path))
         ids = [library.token_to_id(f"<0x{byte:02X}>") for byte in data]

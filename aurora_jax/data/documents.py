@@ -17,8 +17,8 @@ from aurora_jax.errors import InputError
 class Piece(NamedTuple):
     """A stretch of a document: text, or the name of one special token; `learn` says whether it is to be predicted.
 
-    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order` says where a
-    piece belongs in that text, if pieces stand in another order; those of equal `order` belong as they stand.
+    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order`
+    says where a piece belongs in that text, if pieces stand in another order; those of equal `order` belong as they stand.
     """
 
     text: str
@@ -117,8 +117,9 @@ class FillInTheMiddle(DocumentStep):
     beginning, so that special tokens stay whole. Its random numbers follow the place in the stream; ours follow the document's content
     (`seed`), so that neither order nor number of workers matters.
 
-    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a space at each cut, they are
-    encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order, they decode to what the document decodes to.
+    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a space at each
+    cut, they are encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order, they decode to what the
+    document decodes to.
     """
 
     rate: float = 0.5

@@ -1,7 +1,8 @@
-"""How a `tokenizer.json` spells text: the bytes of each token, and the same tokenizer for text that goes on behind other text.
+"""How a `tokenizer.json` spells text: the bytes of each token, and the tokenizer for what goes on behind other text.
 
-The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are taken for bytes (`hyvää`),
-every space of the first token is dropped, whole characters are lost beside a byte that is none. Here tokens are spelled one by one.
+The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are taken for bytes
+(`hyvää`), every space of the first token is dropped, whole characters are lost beside a byte that is none. Here tokens are
+spelled one by one.
 """
 
 import json
@@ -33,11 +34,11 @@ class Spelling:
     """The bytes of a tokenizer's tokens.
 
     Args:
-        byte_fallback: whether the model spells unknown characters in tokens of a byte ("<0xE2>"), which not every decoder knows.
+        byte_fallback: whether the model spells unknown characters in tokens of a byte ("<0xE2>"): not every decoder says so.
 
     Attributes:
         known: whether tokens can be spelled one by one; without it only the library can decode.
-        lead: the characters that a text's own first token begins with and that decoding drops (the space of "▁The"); mostly "" or " ".
+        lead: what a text's first token begins with and decoding drops (the space of "▁The"); mostly "" or " ".
         cuts_freely: whether pieces of a text, each encoded for itself, decode to the text when they are put together.
     """
 
@@ -84,7 +85,7 @@ class Spelling:
         )
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes of a token that the tokenizer has, where spelling is known; an added token's are those of its text."""
+        """The bytes of a token that there is, where spelling is known; an added token's are those of its text."""
         if i not in self._bytes:
             self._bytes[i] = self._spelled(i)
         return self._bytes[i]
@@ -109,9 +110,10 @@ class Spelling:
 
 
 def behind_other_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer without what it does at the ends of a text: no space is put before it, none of its own is dropped."""
+    """The tokenizer without what it does at the ends of a text: no space is put before it, none of its own dropped."""
     definition = json.loads(tokenizer.to_str())
-    definition["normalizer"] = _sequence("normalizers", [step for step in _steps(tokenizer.normalizer) if step["type"] not in _EDGES])
+    steps = [step for step in _steps(tokenizer.normalizer) if step["type"] not in _EDGES]
+    definition["normalizer"] = _sequence("normalizers", steps)
     steps = _steps(tokenizer.pre_tokenizer)
     if any(step["type"] == "Metaspace" for step in steps):
         steps = [step for step in steps if step["type"] not in ("WhitespaceSplit", "Whitespace")]

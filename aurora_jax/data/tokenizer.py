@@ -50,14 +50,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def has(self, i: int) -> bool:
-        """Whether there is a token of this id: `vocab_size` may count gaps, and a model may have more rows than that."""
+        """Whether there is a token of this id: `vocab_size` may count gaps, and a model may have more rows."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every id, also those after an EOS; bytes that are no whole character to U+FFFD. Raises InputError for an id it lacks."""
+        """Decodes every id, also those after an EOS; bytes that are no whole character to U+FFFD.
+
+        Raises:
+            InputError: there is no token of such an id.
+        """
 
     def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
-        """The text that `ids` add to that of `context`: decode(context + ids) without decode(context), which ends in a whole character."""
+        """The text that `ids` add to that of `context`: decode(context + ids) without decode(context).
+
+        The context ends in a whole character, as every encoded text does. Raises InputError as `decode` does.
+        """
         before, whole = self.decode(context), self.decode([*context, *ids])
         return whole[_common(before, whole) :]
 
@@ -71,7 +78,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, i: int) -> bytes:
-        """The bytes that a token stands for behind others; in byte-level vocabularies they need not be whole characters."""
+        """The bytes that a token stands for behind others, which need not be whole characters. Raises InputError as `decode` does."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes one text, without EOS."""
@@ -80,10 +87,10 @@ class Tokenizer(ABC):
     def encode_pieces(self, pieces: Sequence[str], begins: bool = True) -> list[np.ndarray]:
         """Encodes a text that was cut into pieces, without EOS; special tokens in them are plain text.
 
-        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself, or what tokenizers that
-        normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text before them is normalised to; one inside of a token
-        that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space before a text ("▁The") put it
-        before the first piece alone.
+        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself, or what tokenizers
+        that normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text before them is normalised to; one
+        inside of a token that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space
+        before a text ("▁The") put it before the first piece alone.
 
         Args:
             pieces: the text, in its order; pieces may be empty.
@@ -112,15 +119,15 @@ class Tokenizer(ABC):
         encoded = self._encode_behind(parts)
         if self.decode(np.concatenate(encoded)) == self.decode(ids):
             return encoded
-        # A cut fell into what cannot be spelled in two: an unknown token, or a user's own. Such cuts lie between the whole text's tokens.
+        # A cut fell into what cannot be spelled in two, such as an unknown token: the whole text's tokens are divided.
         ends = np.cumsum([0, *map(len, spelled)])
         whole = [number for number, end in enumerate(ends) if _is_whole(raw.encode(), end)]
-        cuts = [0, *(max(number for number in whole if ends[number] <= len(raw[:place].encode())) for place in places[1:])]
-        return np.split(np.asarray(ids, np.int32), cuts[1:])
+        offsets = [len(raw[:place].encode()) for place in places[1:]]
+        return np.split(np.asarray(ids, np.int32), [max(number for number in whole if ends[number] <= offset) for offset in offsets])
 
     @abstractmethod
     def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts as what goes on behind other text: nothing is put before them, nothing at their ends is dropped."""
+        """Encodes texts as what goes on behind other text: nothing is put before them, nothing at their ends dropped."""
 
     @abstractmethod
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
@@ -261,7 +268,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
         if not self._spelling.known:
-            raise InputError(f"{self.path}: tokens of its decoder cannot be spelled one by one, so that no text can be cut into pieces")
+            raise InputError(f"{self.path}: its decoder does not spell tokens one by one, so that no text can be cut into pieces")
         encoding = self._plain.encode(text, add_special_tokens=False)
         spelled = [
             text[start:end].encode() if i == self.unk_id else self._spelling.token_bytes(i)
@@ -327,7 +334,7 @@ class SentencePieceTokenizer(Tokenizer):
         return 0 <= i < self.vocab_size
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every id, also those after an EOS; control symbols decode to nothing. Raises InputError for an id it lacks."""
+        """Decodes every id, also those after an EOS; control symbols decode to nothing. Raises InputError for others."""
         return self._processor.decode(self._own(ids))
 
     def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:

@@ -62,16 +62,16 @@ class GenerateCommand:
     input: Path | None = None
     """JSONL: each record has prompt, or prefix and suffix, or instruction, and what else you like."""
     output: Path | None = None
-    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens (those that the completion is made
-    of: neither the end-of-text token nor what follows a stop string)."""
+    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens (those that the
+    completion is made of: neither the end-of-text token nor what follows a stop string)."""
     resume: bool = False
     """Go on behind the records that the output holds already, with the same settings as before."""
     max_new_tokens: int | None = None
-    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. Without it 256, or as many as the model has
-    positions for behind a record's own prompt."""
+    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. Without it 256, or as many as
+    the model has positions for behind a record's own prompt."""
     stop: tuple[str, ...] = ()
-    r"""Strings that end a completion; they are not part of it. Written with \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH, and \\ for a backslash:
-    "\n\n" is an empty line."""
+    r"""Strings that end a completion; they are not part of it. Written with \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH, and \\ for
+    a backslash: "\n\n" is an empty line."""
     temperature: float = 0.0
     """0 always takes the best token (greedy); 1 draws from the model's own distribution."""
     top_k: int = 0
@@ -81,7 +81,7 @@ class GenerateCommand:
     repetition_penalty: float = 1.0
     """Above 1, tokens that have occurred become less likely."""
     seed: int = 0
-    """Of the draws, 0 or more. A record's depend on the seed and its line alone, not on the batch size or the devices."""
+    """Of the draws, 0 or more. A record's depend on the seed and its line alone, not on batch size or devices."""
     batch_size: int = 16
     """Records at a time, with --input: those whose prompts fill as many steps of 64 tokens."""
     tokenizer: Path | None = None
@@ -252,8 +252,8 @@ def _groups(work: _Records, batch_size: int) -> Iterator[list[int]]:
 def _batches(work: _Records, group: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
     """Numbers of records of one program, the longest prompts first: if memory does not suffice, it shows at once.
 
-    A batch's prompts take as many slots each, so that the program of a record depends on its own line: beside a longer prompt, its sums
-    would be rounded in another order.
+    A batch's prompts take as many slots each, so that the program of a record depends on its own line: beside a longer
+    prompt, its sums would be rounded in another order.
     """
     slots = {number: prompt_slots(work.prompts[number].tokens) for number in group}
     for _, alike in itertools.groupby(sorted(group, key=lambda number: -slots[number]), key=slots.__getitem__):

@@ -122,8 +122,8 @@ class Generator:
     ) -> list[Completion]:
         """Continues each prompt by up to `max_new_tokens` tokens.
 
-        A row's tokens depend on itself and on the program that is compiled: `batch_size`, `prompt_slots` of the longest prompt, and
-        `new_tokens`. Where these are the same, other rows change no bit of it; where not, sums are rounded in another order.
+        A row's tokens depend on itself and on the program that is compiled: `batch_size`, `prompt_slots` of the longest prompt,
+        and `new_tokens`. Where these are the same, other rows change no bit of it; where not, sums are rounded in another order.
 
         Args:
             prompts: token ids, of any lengths.
@@ -137,7 +137,8 @@ class Generator:
             every: steps between two calls of it; without it, all in one loop on the device.
 
         Raises:
-            InputError: an empty prompt, tokens outside the vocabulary, more tokens than the model has positions, or seeds out of range.
+            InputError: an empty prompt, tokens outside the vocabulary, more tokens than the model has positions, or a seed out
+                of range.
         """
         limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
         check_prompts(self.config, prompts, limits)

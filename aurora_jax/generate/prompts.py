@@ -92,7 +92,7 @@ _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def stop_string(written: str) -> str:
-    r"""A stop string as it is typed in a shell: \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH (characters by their number) and \\ for a backslash.
+    r"""A stop string as it is typed in a shell: \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH (by number), and \\ for a backslash.
 
     Raises:
         InputError: another escape, a number that is no character, or nothing.
@@ -105,7 +105,8 @@ def stop_string(written: str) -> str:
         number = next((int(digits, 16) for digits in numbers if digits), None)
         if number is None:
             raise InputError(
-                f"--stop {written!r}: \\{other} is no escape, which are \\n \\r \\t \\xHH \\uHHHH \\UHHHHHHHH; write \\\\ for a backslash."
+                f"--stop {written!r}: \\{other} is no escape; those are \\n, \\r, \\t, \\xHH, \\uHHHH, \\UHHHHHHHH, "
+                "and \\\\ for a backslash."
             )
         if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
             raise InputError(f"--stop {written!r}: {found[0]} is no character.")
@@ -117,10 +118,8 @@ def stop_string(written: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text. Raises InputError for halves of characters: bytes in a command that are no UTF-8, and lone surrogates of JSON."""
+    """The text. Raises InputError for halves of characters: a command's bytes that are no UTF-8, JSON's lone surrogates."""
     wrong = re.search("[\ud800-\udfff]", text)
     if wrong is not None:
-        raise InputError(
-            f"Character {wrong.start() + 1} of {text[:80]!r} is none: the text must be UTF-8, without halves of surrogate pairs."
-        )
+        raise InputError(f"Character {wrong.start() + 1} of {text[:80]!r} is none: the text must be UTF-8, without half a surrogate pair.")
     return text

@@ -53,7 +53,7 @@ class TextStream:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the text is made of: all, or, before a stop string, the fewest that hold it; one that the cut divides counts."""
+        """Tokens that the text is made of: all, or, before a stop string, the fewest that hold it (one cut in two counts)."""
         text = self.text
         if not self.stopped:
             return len(self._tokens)
