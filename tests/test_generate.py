@@ -22,7 +22,7 @@ from aurora_jax.data.documents import Document, Instruction
 from aurora_jax.data.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding, prompts
-from aurora_jax.generate.generator import Completion, Generator, make_inference_mesh, unstacked_shapes
+from aurora_jax.generate.generator import Completion, Generator, make_inference_mesh, prompt_slots, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling, candidates, choose
 from aurora_jax.generate.streaming import TextStream
 from aurora_jax.model import checkpoint
@@ -183,6 +183,13 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn(pair, tmp_path):
     drawn = {token for completion in wild for token in completion.tokens}
     assert max(drawn) < V
     assert len(drawn) > V / 2
+
+
+def test_prompts_are_padded_to_few_lengths():
+    padded = [prompt_slots(range(length)) for length in range(1, 8_193)]
+    assert all(slots % 64 == 0 and length <= slots < length + 64 + length / 8 for length, slots in enumerate(padded, 1))
+    assert padded[:1_024] == [-(-length // 64) * 64 for length in range(1, 1_025)]
+    assert (padded[-1], len(set(padded[:2_048])), len(set(padded))) == (8_192, 24, 40)
 
 
 def test_end_of_text_listeners_and_chunks(pair):

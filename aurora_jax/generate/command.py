@@ -83,7 +83,7 @@ class GenerateCommand:
     seed: int = 0
     """Of the draws, 0 or more. A record's depend on the seed and its line alone, not on batch size or devices."""
     batch_size: int = 16
-    """Records at a time, with --input: those whose prompts fill as many steps of 64 tokens."""
+    """Records at a time, with --input, whose prompts are about as long."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, or a SentencePiece model; that of the checkpoint without it."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -107,7 +107,7 @@ class GenerateCommand:
         generator = self._generator(metadata)
         eos_ids = sorted({tokenizer.eos_id} | ({eos} if (eos := metadata.config.eos_token_id) is not None else set()))
         # Rows of a model that no token belongs to: its vocabulary was padded, or is another's.
-        lacking = [i for i in range(metadata.config.vocabulary_size) if not tokenizer.has(i)]
+        lacking = [i for i in range(metadata.config.vocabulary_size) if not tokenizer.has(i) and i not in eos_ids]
         generate = partial(generator, sampling=sampling, eos_ids=eos_ids, excluded_ids=lacking)
         if isinstance(work, Prompt):
             self._stream(generate, tokenizer, work, self._limit(metadata.config, work), stop)
