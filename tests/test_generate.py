@@ -22,7 +22,7 @@ from aurora_jax.data.documents import Document, Instruction
 from aurora_jax.data.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding, prompts
-from aurora_jax.generate.generator import Generator, make_inference_mesh, unstacked_shapes
+from aurora_jax.generate.generator import Completion, Generator, make_inference_mesh, prompt_slots, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling, candidates, choose
 from aurora_jax.generate.streaming import TextStream
 from aurora_jax.model import checkpoint
@@ -166,6 +166,11 @@ def test_a_row_never_changes_another(pair):
     other = generator(rows, 40, seeds=[11, 8, 9, 10], **settings)
     assert other[1:] == together[1:]
     assert other[0] != together[0]
+    # Nor does a row's own limit change what it writes until then, or what others write.
+    limits = [40, 3, 17, 1]
+    for completion, whole, limit in zip(generator(rows, limits, seeds=[7, 8, 9, 10], **settings), together, limits, strict=True):
+        assert completion.tokens == whole.tokens[:limit]
+        assert completion.finish_reason == ("length" if len(whole.tokens) >= limit else whole.finish_reason)
 
 
 def test_rows_that_pad_the_vocabulary_are_never_drawn(pair, tmp_path):
@@ -178,6 +183,13 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn(pair, tmp_path):
     drawn = {token for completion in wild for token in completion.tokens}
     assert max(drawn) < V
     assert len(drawn) > V / 2
+
+
+def test_prompts_are_padded_to_few_lengths():
+    padded = [prompt_slots(range(length)) for length in range(1, 8_193)]
+    assert all(slots % 64 == 0 and length <= slots < length + 64 + length / 8 for length, slots in enumerate(padded, 1))
+    assert padded[:1_024] == [-(-length // 64) * 64 for length in range(1, 1_025)]
+    assert (padded[-1], len(set(padded[:2_048])), len(set(padded))) == (8_192, 24, 40)
 
 
 def test_end_of_text_listeners_and_chunks(pair):
@@ -227,7 +239,8 @@ def test_a_cached_token_takes_the_bytes_of_its_heads(config):
     compute = ComputeConfig()
     settings = {"slots": 1_000, "new_tokens": 1, "sampling": Sampling(), "eos_ids": ()}
     parameters = unstacked_shapes(config, "bfloat16")
-    rows = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((1, 64), "int32"), ((1,), "int32"), ((1,), "uint32"), ((1,), "bool"))]
+    dtypes = ("int32", "uint32", "int32", "bool")
+    rows = [jax.ShapeDtypeStruct((1, 64), "int32"), *(jax.ShapeDtypeStruct((1,), dtype) for dtype in dtypes)]
     structure = structure_of(config, compute)
     state = jax.eval_shape(lambda *arguments: decoding.prefill(structure, *arguments, **settings), parameters, *rows)
     stored = sum(cache.size * cache.dtype.itemsize for cache in (*state.keys, *state.values))
@@ -262,7 +275,7 @@ def test_a_stream_shows_whole_characters_up_to_the_first_stop_string(text, stop,
 def test_prompts_are_what_models_were_trained_on():
     special = NANO_TOKENIZER.special_id
     infilling = prompts.infilling(NANO_TOKENIZER, "def f(", "return 1")
-    assert infilling == [
+    assert infilling.tokens == [
         special("<fim_prefix>"),
         *NANO_TOKENIZER.encode("def f("),
         special("<fim_suffix>"),
@@ -270,9 +283,9 @@ def test_prompts_are_what_models_were_trained_on():
         special("<fim_middle>"),
     ]
     trained = Instruction()(Document((), {"instruction": "Say hei.", "response": "Hei!"})).pieces
-    assert NANO_TOKENIZER.decode(prompts.instruction(NANO_TOKENIZER, " Say hei.\n")) == trained[0].text
+    assert NANO_TOKENIZER.decode(prompts.instruction(NANO_TOKENIZER, " Say hei.\n").tokens) == trained[0].text
     # Names of special tokens in a user's text are text.
-    assert special("<fim_middle>") not in prompts.continuation(NANO_TOKENIZER, "a <fim_middle> b")
+    assert special("<fim_middle>") not in prompts.continuation(NANO_TOKENIZER, "a <fim_middle> b").tokens
 
 
 @pytest.fixture(scope="module")
@@ -298,9 +311,10 @@ def test_stop_strings_and_standard_input(nano, capsys, monkeypatch):
     assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40"]) == 0
     whole = capsys.readouterr().out
     stop = whole.split()[2]
-    assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40", "--stop", stop, "never"]) == 0
+    typed = "".join(rf"\u{ord(character):04x}" for character in stop)
+    assert main(["generate", str(nano), "def main():", "--max-new-tokens", "40", "--stop", typed, "never"]) == 0
     assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("def main():"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfdef main():")))
     assert main(["generate", str(nano), "-", "--max-new-tokens", "40"]) == 0
     assert capsys.readouterr().out == whole
 
@@ -339,6 +353,67 @@ def test_files_of_prompts(nano, tmp_path, capsys):
     assert output.read_bytes() == expected
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A model of 384 tokens, of which the tokenizer "bytes" has 259; no token is much likelier than another."""
+    config = ModelConfig(384, 256, 16, 1, 2, 16)
+    path = tmp_path_factory.mktemp("tiny") / "ours"
+    checkpoint.save_checkpoint(path, initial_parameters(config, 0), checkpoint.CheckpointMetadata(config, "float32"))
+    return path
+
+
+def generated(source: Path, *arguments: str) -> list[dict]:
+    output = source.with_suffix(f".{len(list(source.parent.iterdir()))}.out")
+    assert main(["generate", *arguments, "--input", str(source), "--output", str(output)]) == 0
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_a_record_depends_on_its_own_line(tiny, tmp_path, monkeypatch):
+    """On its own budget, and the program of its own length: the same text alone and beside a prompt that leaves no room."""
+    records = [{"prompt": "def main():"}, {"prompt": "x" * 250}, {"prompt": "Helsinki on"}]
+    (tmp_path / "alone").write_text(json.dumps(records[0]))
+    (tmp_path / "beside").write_text("\n".join(map(json.dumps, records)))
+    generator = Generator.from_checkpoint(tiny, FP32)  # once, with the programs that the runs share
+    monkeypatch.setattr(Generator, "from_checkpoint", lambda *arguments: generator)
+    for settings in (["--temperature", "1", "--seed", str(2**80)], ["--repetition-penalty", "1.5"]):
+        common = [str(tiny), "--tokenizer", "bytes", "--batch-size", "2", *settings]
+        (alone,), beside = (generated(tmp_path / name, *common) for name in ("alone", "beside"))
+        assert beside[0] == alone
+        for record in beside:
+            assert record["finish_reason"] == "eos" or record["new_tokens"] == 256 - len(record["prompt"])
+        assert beside[0]["new_tokens"] > 256 - 250
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(tiny, capsys):
+    """A model whose rows were padded, or that is run with another's tokenizer."""
+    assert main(["generate", str(tiny), "def", "--tokenizer", "bytes", "--temperature", "5", "--max-new-tokens", "200", "--seed", "1"]) == 0
+    assert len(capsys.readouterr().out) > 20
+
+
+def test_new_tokens_counts_what_is_in_the_completion(nano, tmp_path, monkeypatch):
+    """Of 32 tokens that came at once, those behind the stop string do not count."""
+    text = "one two three, four five six"
+    tokens = NANO_TOKENIZER.encode(text)
+
+    def generator(prompts, limits, *, listener, **settings):
+        return [Completion(tokens, "stop" if listener(row, tokens) else "length") for row in range(len(prompts))]
+
+    monkeypatch.setattr(Generator, "from_checkpoint", lambda *arguments: generator)
+    (tmp_path / "in").write_text(json.dumps({"prompt": "a"}))
+    for stop, completion in ((", f", "one two three"), ("w", "one t"), ("o", ""), ("x ", text)):
+        (record,) = generated(tmp_path / "in", str(nano), "--stop", stop)
+        counts = [count for count in range(len(tokens) + 1) if NANO_TOKENIZER.decode(tokens[:count]).startswith(completion)]
+        assert (record["completion"], record["new_tokens"]) == (completion, min(counts))
+
+
+def test_standard_input_that_is_no_text(nano, capsys, monkeypatch):
+    monkeypatch.setattr(Generator, "from_checkpoint", None)
+    for stdin, message in ((io.TextIOWrapper(io.BytesIO(b"a\xff")), "cannot be read as UTF-8"), (None, "is closed")):
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert main(["generate", str(nano), "-"]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 REFUSED = {
     "no prompt": ([], "Give one prompt"),
     "two prompts": (["a", "--instruct", "b"], "Give one prompt"),
@@ -348,6 +423,17 @@ REFUSED = {
     "too long": (["a", "--max-new-tokens", "256"], "1 tokens; with 256 new ones that is 257.*only 256 positions"),
     "no tokens": (["a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "temperature": (["a", "--temperature", "-1"], "temperature is -1"),
+    "temperature that is none": (["a", "--temperature", "nan"], "temperature is nan"),
+    "endless temperature": (["a", "--temperature", "inf"], "temperature is inf"),
+    "temperature that overflows": (["a", "--temperature", "1e-40"], "temperature is 1e-40"),
+    "top-p that is none": (["a", "--top-p", "nan"], "top_p is nan"),
+    "top-p above 1": (["a", "--top-p", "1.1"], "top_p is 1.1"),
+    "penalty that is none": (["a", "--repetition-penalty", "nan"], "repetition_penalty is nan"),
+    "seed": (["a", "--seed", "-1"], "--seed is -1: it must be 0 or more"),
+    "no UTF-8": (["a\udcff"], "the text must be UTF-8"),
+    "no UTF-8 in a stop string": (["a", "--stop", "\udcff"], "the text must be UTF-8"),
+    "escape": (["a", "--stop", r"\q"], r"\\q is no escape"),
+    "half an escape": (["a", "--stop", "x", r"\x4"], r"\\x is no escape"),
     "top-p": (["a", "--top-p", "0"], "top_p is 0"),
     "top-k": (["a", "--top-k", "-5"], "top_k is -5"),
     "penalty": (["a", "--repetition-penalty", "0"], "repetition_penalty is 0"),
@@ -373,6 +459,7 @@ BAD_LINES = {
     "two prompts": ('{"prompt": "a", "instruction": "b"}', "line 2: one of prompt"),
     "a number": ('{"prompt": 3}', "line 2: its 'prompt' is no string"),
     "empty": ('{"prompt": ""}', "line 2: The prompt is empty"),
+    "half a character": ('{"prompt": "\\ud83d"}', "line 2: .*surrogate pair"),
     "too long": (json.dumps({"prompt": "a b" * 300}), "line 2: The prompt has .* positions"),
     "half a character": ('{"prompt": "a\\ud83d"}', r"line 2: its 'prompt' holds half of a surrogate pair \('a\\ud83d'\)"),
     "not UTF-8": ("\udcff", "line 2: not UTF-8"),

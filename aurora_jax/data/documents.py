@@ -15,11 +15,16 @@ from aurora_jax.errors import InputError
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: text, or the name of one special token; `learn` says whether it is to be predicted."""
+    """A stretch of a document: text, or the name of one special token; `learn` says whether it is to be predicted.
+
+    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order`
+    says where a piece belongs in that text, if pieces stand in another order; those of equal `order` belong as they stand.
+    """
 
     text: str
     special: bool = False
     learn: bool = True
+    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The text, special tokens left out."""
+        """The text, special tokens left out, its pieces as they stand."""
         return "".join(piece.text for piece in self.pieces if not piece.special)
 
 
@@ -51,6 +56,9 @@ class DocumentStep(ABC):
 
     version: ClassVar[int] = 1
     """Raise it when the same document and fields give another result: stores made before are refused then."""
+
+    cuts: ClassVar[bool] = True
+    """Whether a prepared document can have several pieces of text."""
 
     @abstractmethod
     def __call__(self, document: Document) -> Document:
@@ -110,6 +118,10 @@ class FillInTheMiddle(DocumentStep):
     The reference cuts the text after detokenizing it, special tokens included by their names. Here a cut inside such a name moves to its
     beginning, so that special tokens stay whole. Its random numbers follow the place in the stream; ours follow the document's content
     (`seed`), so that neither order nor number of workers matters.
+
+    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a space at each
+    cut, they are encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order, they decode to what the
+    document decodes to.
     """
 
     rate: float = 0.5
@@ -130,6 +142,7 @@ class FillInTheMiddle(DocumentStep):
         low, high = sorted((chance.randint(0, length), chance.randint(0, length)))
         prefix, rest = _cut(document.pieces, low)
         middle, suffix = _cut(rest, high - sum(len(piece.text) for piece in prefix))
+        prefix, middle, suffix = (_ordered(part, order) for order, part in enumerate((prefix, middle, suffix)))
         before, middle_token, after = (Piece(f"<fim_{name}>", special=True) for name in ("prefix", "middle", "suffix"))
         if chance.random() < self.spm_rate:
             return replace(document, pieces=(before, after, *suffix, middle_token, *prefix, *middle))
@@ -149,6 +162,10 @@ def _cut(pieces: Sequence[Piece], place: int) -> tuple[tuple[Piece, ...], tuple[
         left, right = piece._replace(text=piece.text[:place]), piece._replace(text=piece.text[place:])
         return (*before, left), (right, *pieces[index + 1 :])
     return tuple(before), ()
+
+
+def _ordered(pieces: Sequence[Piece], order: int) -> tuple[Piece, ...]:
+    return tuple(piece if piece.special else piece._replace(order=order) for piece in pieces)
 
 
 INSTRUCTION, RESPONSE = "### Instruction:\n", "\n### Response:\n"
@@ -234,6 +251,8 @@ class MostSymbols(DocumentStep):
 
     Letters are what Unicode calls so, with combining marks (Devanagari's vowel signs); white space counts on neither side.
     """
+
+    cuts = False
 
     share: float = 0.4
     """Largest share of characters that are neither letters nor marks. The figure is ours: Aurora-M's is not known."""

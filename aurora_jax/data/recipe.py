@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from aurora_jax.data.documents import Document, DocumentStep, Rejected
+from aurora_jax.data.documents import Document, DocumentStep, Piece, Rejected
 from aurora_jax.data.files import File
 from aurora_jax.data.sources import EXCERPT, Bad, Part
 from aurora_jax.data.tokenizer import Tokenizer
@@ -20,6 +20,8 @@ FORMAT = 3
 lose a byte-order mark."""
 READABLE_FORMATS = (3, 2)
 """Stores of these are opened."""
+PIECES = "pieces 2"
+"""Part of it where a step cuts texts whose pieces the tokenizer cannot encode apart, which is what was done before."""
 BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
 EMPTY = "empty"
 """Why documents are dropped that hold nothing but white space: they would teach to end a text that has not begun."""
@@ -92,9 +94,8 @@ class Preparation:
 
     def _tokenized(self, batch: Sequence[Document | Bad | Dropped]) -> Iterator[Outcome]:
         documents = [document for document in batch if isinstance(document, Document)]
-        texts = [piece.text for document in documents for piece in document.pieces if not piece.special]
         try:
-            encoded = iter(self.tokenizer.encode_batch(texts))
+            encoded = iter(self._encoded(documents))
         except Exception as error:  # of whatever kind the library has
             if len(batch) > 1:
                 for one in batch:
@@ -104,6 +105,22 @@ class Preparation:
             return
         for document in batch:
             yield self._joined(document, encoded) if isinstance(document, Document) else document
+
+    def _encoded(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """The ids of every piece of text, as the pieces stand."""
+        texts = [[piece for piece in document.pieces if not piece.special] for document in documents]
+        apart = [self.tokenizer.cuts_freely or len(pieces) == 1 for pieces in texts]
+        batch = [piece.text for pieces, each in zip(texts, apart, strict=True) if each for piece in pieces]
+        encoded = iter(self.tokenizer.encode_batch(batch))
+        ids: list[np.ndarray] = []
+        for pieces, each in zip(texts, apart, strict=True):
+            ids += [next(encoded) for _ in pieces] if each else self._encoded_in_order(pieces)
+        return ids
+
+    def _encoded_in_order(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        order = sorted(range(len(pieces)), key=lambda number: pieces[number].order)
+        encoded = self.tokenizer.encode_pieces([pieces[number].text for number in order])
+        return [ids for _, ids in sorted(zip(order, encoded, strict=True), key=lambda pair: pair[0])]
 
     def _joined(self, document: Document, encoded: Iterator[np.ndarray]) -> Outcome:
         ids: list[np.ndarray] = []
@@ -156,6 +173,8 @@ class Recipe:
     def fingerprints(self) -> tuple[str, ...]:
         """`fingerprint`, and what it was in earlier formats whose stores can still be read."""
         what = [self.split, self.tokenizer.sha256, self.append_eos, self.reader.described(), *map(describe, self.steps)]
+        if not self.tokenizer.cuts_freely and any(getattr(step, "cuts", True) for step in self.steps):
+            what.append(PIECES)
         return tuple(hashlib.sha256(repr([format, *what]).encode()).hexdigest() for format in READABLE_FORMATS)
 
     def outcomes(self, part: Part, digest: "hashlib._Hash") -> Iterator[Outcome]:

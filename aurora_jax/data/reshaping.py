@@ -12,6 +12,8 @@ from aurora_jax.data.documents import Document, DocumentStep, Piece, Rejected
 class Compose(DocumentStep):
     """Puts fields, and the text as `{text}`, into a template; what a record leaves empty is empty there."""
 
+    cuts = False
+
     template: str
     """Such as "{title}\\n\\n{text}"."""
     into: str | None = None
@@ -31,6 +33,8 @@ class Transcript(DocumentStep):
 
     What stands before the first marker becomes a system message; turns of one speaker that follow each other become one.
     """
+
+    cuts = False
 
     ask: str
     """Marker of the one who asks, such as "<human>:"."""
@@ -55,6 +59,8 @@ class Transcript(DocumentStep):
 class BestReplies(DocumentStep):
     """Follows a tree of messages (OpenAssistant's: `text`, `role`, `replies`, `rank`) along its best replies, into `conversation`."""
 
+    cuts = False
+
     tree: str = "tree"
     """Field with the first message."""
 
@@ -76,6 +82,8 @@ def _rank(message: Mapping[str, Any]) -> float:
 class AtLeast(DocumentStep):
     """Rejects records whose score is lower."""
 
+    cuts = False
+
     field: str
     minimum: float
 
@@ -88,6 +96,8 @@ class AtLeast(DocumentStep):
 @dataclass(frozen=True)
 class OneOf(DocumentStep):
     """Rejects records whose field has another value."""
+
+    cuts = False
 
     field: str
     values: tuple[str, ...]

@@ -8,7 +8,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,10 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from aurora_jax.data.spelling import Spelling, behind_other_text
 from aurora_jax.errors import InputError
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>")
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """The characters by which byte-level vocabularies name bytes (GPT-2's table): printable ones of Latin-1 themselves, others from 256."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-BYTE_OF = _bytes_of_characters()
 
 
 class Tokenizer(ABC):
@@ -52,9 +43,30 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encodes texts, without EOS; special tokens in them are plain text. Returns one int32 array [tokens] a text."""
 
+    @property
+    @abstractmethod
+    def cuts_freely(self) -> bool:
+        """Whether pieces of a text, each encoded for itself, decode to the text when they are put together."""
+
+    @abstractmethod
+    def has(self, i: int) -> bool:
+        """Whether there is a token of this id: `vocab_size` may count gaps, and a model may have more rows."""
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every id, also those after an EOS."""
+        """Decodes every id, also those after an EOS; bytes that are no whole character to U+FFFD.
+
+        Raises:
+            InputError: there is no token of such an id.
+        """
+
+    def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        """The text that `ids` add to that of `context`: decode(context + ids) without decode(context).
+
+        The context ends in a whole character, as every encoded text does. Raises InputError as `decode` does.
+        """
+        before, whole = self.decode(context), self.decode([*context, *ids])
+        return whole[_common(before, whole) :]
 
     @abstractmethod
     def special_id(self, name: str) -> int:
@@ -66,11 +78,72 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, i: int) -> bytes:
-        """The bytes that an ordinary token stands for; in byte-level vocabularies they need not be whole characters."""
+        """The bytes that a token stands for behind others, which need not be whole characters. Raises InputError as `decode` does."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes one text, without EOS."""
         return self.encode_batch([text])[0].tolist()
+
+    def encode_pieces(self, pieces: Sequence[str], begins: bool = True) -> list[np.ndarray]:
+        """Encodes a text that was cut into pieces, without EOS; special tokens in them are plain text.
+
+        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself, or what tokenizers
+        that normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text before them is normalised to; one
+        inside of a token that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space
+        before a text ("▁The") put it before the first piece alone.
+
+        Args:
+            pieces: the text, in its order; pieces may be empty.
+            begins: whether the first piece begins the text; False if all of them go on behind text that is not here.
+
+        Returns:
+            One int32 array [tokens] a piece.
+
+        Raises:
+            InputError: this tokenizer cannot put the text together again.
+        """
+        if self.cuts_freely:
+            return self.encode_batch(pieces)
+        if not begins:
+            return self._encode_behind(pieces)
+        if sum(map(bool, pieces)) < 2:
+            return self.encode_batch(pieces) if any(pieces) else [np.zeros(0, np.int32) for _ in pieces]
+        ids, raw, lead, spelled = self._normalised("".join(pieces))
+        places = [lead]
+        for number in range(1, len(pieces)):
+            _, before, its_lead, _ = self._normalised("".join(pieces[:number]))
+            places.append(min(max(lead + len(before) - its_lead, places[-1]), len(raw)))
+        parts = [raw[start:end] for start, end in zip(places, [*places[1:], len(raw)], strict=True)]
+        first = next((number for number, part in enumerate(parts) if part), 0)
+        parts[first] = raw[:lead] + parts[first]
+        encoded = self._encode_behind(parts)
+        if self.decode(np.concatenate(encoded)) == self.decode(ids):
+            return encoded
+        # A cut fell into what cannot be spelled in two, such as an unknown token: the whole text's tokens are divided.
+        ends = np.cumsum([0, *map(len, spelled)])
+        whole = [number for number, end in enumerate(ends) if _is_whole(raw.encode(), end)]
+        offsets = [len(raw[:place].encode()) for place in places[1:]]
+        return np.split(np.asarray(ids, np.int32), [max(number for number in whole if ends[number] <= offset) for offset in offsets])
+
+    @abstractmethod
+    def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes texts as what goes on behind other text: nothing is put before them, nothing at their ends dropped."""
+
+    @abstractmethod
+    def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
+        """A text's ids, and what they spell: the text as it is normalised, with unknown tokens as they were written.
+
+        Returns:
+            ids, the text, the number of characters at its beginning that decoding drops, and the bytes of each id.
+        """
+
+    def _own(self, ids: Iterable[int]) -> list[int]:
+        """The ids, as ints. Raises InputError for one that there is no token of."""
+        own = [int(i) for i in ids]
+        lacking = next((i for i in own if not self.has(i)), None)
+        if lacking is not None:
+            raise InputError(f"{self.path}: the tokenizer has no token {lacking}, only {self.vocab_size}; is it another model's tokenizer?")
+        return own
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self.sha256 == other.sha256
@@ -85,6 +158,16 @@ class Tokenizer(ABC):
         return InputError(
             f"{self.path}: the tokenizer has no special token {name!r}; use StarCoder's tokenizer, or leave out what needs it"
         )
+
+
+def _common(a: str, b: str) -> int:
+    """Characters at the beginning in which two texts agree."""
+    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+
+
+def _is_whole(text: bytes, end: int) -> bool:
+    """Whether so many bytes of UTF-8 are whole characters."""
+    return end >= len(text) or text[end] & 0xC0 != 0x80
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -123,10 +206,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(f"{self.path}: no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} must be in the vocabulary")
         self.eos_id = ids[0]
         definition = json.loads(content)
-        self._byte_level = (definition.get("decoder") or {}).get("type") == "ByteLevel"
+        self._spelling = Spelling(self._plain, byte_fallback=definition["model"].get("byte_fallback", False))
         unknown = definition["model"].get("unk_token")
         self.unk_id = self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
-        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        self._ids = frozenset(self._plain.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(self._ids) + 1
         self._special_ids = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -149,8 +233,49 @@ class HuggingFaceTokenizer(Tokenizer):
         """Encodes a trusted text in which names such as "<fim_prefix>" stand for the special tokens."""
         return self._special.encode(text, add_special_tokens=False).ids
 
+    @property
+    def cuts_freely(self) -> bool:
+        return self._spelling.cuts_freely
+
+    def has(self, i: int) -> bool:
+        return i in self._ids
+
     def decode(self, ids: Iterable[int]) -> str:
-        return self._plain.decode([int(i) for i in ids], skip_special_tokens=False)
+        ids = self._own(ids)
+        if not self._spelling.known:
+            return self._plain.decode(ids, skip_special_tokens=False)
+        text = b"".join(map(self._spelling.token_bytes, ids)).decode(errors="replace")
+        return text[self._dropped(ids, text) :]
+
+    def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        if not context or not self._spelling.known:
+            return super().decode_behind(context, ids)
+        return b"".join(map(self._spelling.token_bytes, self._own(ids))).decode(errors="replace")
+
+    def _dropped(self, ids: Sequence[int], text: str) -> int:
+        """Characters at the beginning of a text that decoding drops: of the lead, as many as the text has."""
+        if not ids or self._spelling.is_added(ids[0]):
+            return 0
+        return _common(text, self._spelling.lead)
+
+    @cached_property
+    def _behind(self) -> tokenizers.Tokenizer:
+        return behind_other_text(self._plain)
+
+    def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._behind.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
+        if not self._spelling.known:
+            raise InputError(f"{self.path}: its decoder does not spell tokens one by one, so that no text can be cut into pieces")
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        spelled = [
+            text[start:end].encode() if i == self.unk_id else self._spelling.token_bytes(i)
+            for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+        raw = b"".join(spelled).decode(errors="replace")
+        return encoding.ids, raw, self._dropped(encoding.ids, raw), spelled
 
     def special_id(self, name: str) -> int:
         if name not in self._special_ids:
@@ -161,10 +286,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return next((name for name, special in self._special_ids.items() if special == i), None)
 
     def token_bytes(self, i: int) -> bytes:
-        name = self._plain.id_to_token(i) or ""
-        if self._byte_level and all(character in BYTE_OF for character in name):
-            return bytes(BYTE_OF[character] for character in name)
-        return self.decode([i]).encode()
+        (i,) = self._own([i])
+        return self._spelling.token_bytes(i) if self._spelling.known else self.decode([i]).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -203,9 +326,37 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), out_type=int)]
 
+    @property
+    def cuts_freely(self) -> bool:
+        return False  # what a model normalises cannot be asked for
+
+    def has(self, i: int) -> bool:
+        return 0 <= i < self.vocab_size
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every id, also those after an EOS; control symbols decode to nothing."""
-        return self._processor.decode([int(i) for i in ids])
+        """Decodes every id, also those after an EOS; control symbols decode to nothing. Raises InputError for others."""
+        return self._processor.decode(self._own(ids))
+
+    def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        # Spaces are dropped until there is text.
+        return self._behind.decode(self._own(ids)) if self.decode(context) else self.decode([*context, *ids])
+
+    @cached_property
+    def _behind(self) -> sentencepiece.SentencePieceProcessor:
+        behind = sentencepiece.SentencePieceProcessor(model_proto=self._content)
+        behind.override_normalizer_spec(add_dummy_prefix=False, remove_extra_whitespaces=False)
+        return behind
+
+    def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, dtype=np.int32) for ids in self._behind.encode(list(texts), out_type=int)]
+
+    def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
+        ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
+        spelled = [
+            piece.replace("\u2581", " ").encode() if i == self.unk_id else self.token_bytes(i) for i, piece in zip(ids, pieces, strict=True)
+        ]
+        raw = b"".join(spelled).decode(errors="replace")
+        return ids, raw, len(self._behind.decode(ids)) - len(self._processor.decode(ids)), spelled
 
     def special_id(self, name: str) -> int:
         i = self._processor.piece_to_id(name)
@@ -217,6 +368,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.id_to_piece(i) if self._processor.is_control(i) or i == self.unk_id else None
 
     def token_bytes(self, i: int) -> bytes:
+        (i,) = self._own([i])
         piece = self._processor.id_to_piece(i)
         return bytes([int(piece[1:-1], 16)]) if self._processor.is_byte(i) else piece.replace("\u2581", " ").encode()
 
@@ -235,8 +387,24 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + self.FIRST for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every byte; special ids decode to nothing, and bytes that are not UTF-8 to U+FFFD."""
-        return bytes(i - self.FIRST for i in ids if i >= self.FIRST).decode(errors="replace")
+        """Decodes every byte; special ids decode to nothing. Raises InputError for an id it lacks."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
+        return self.decode(ids)
+
+    @property
+    def cuts_freely(self) -> bool:
+        return True
+
+    def has(self, i: int) -> bool:
+        return 0 <= i < self.vocab_size
+
+    def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)
+
+    def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
+        return self.encode(text), text, 0, [self.token_bytes(i) for i in self.encode(text)]
 
     def special_id(self, name: str) -> int:
         if name != "</s>":
@@ -247,7 +415,8 @@ class ByteTokenizer(Tokenizer):
         return {0: "<pad>", self.eos_id: "</s>", self.unk_id: "<unk>"}.get(i)
 
     def token_bytes(self, i: int) -> bytes:
-        return bytes([i - self.FIRST])
+        (i,) = self._own([i])
+        return bytes([i - self.FIRST]) if i >= self.FIRST else b""
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:

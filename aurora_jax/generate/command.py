@@ -1,10 +1,12 @@
 """`aurora generate`: text from a checkpoint, to the terminal as it comes or for a file of prompts."""
 
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import prompts as prompts_of
-from aurora_jax.generate.generator import Generator, check_prompts, make_inference_mesh
+from aurora_jax.generate.generator import Generator, check_prompts, make_inference_mesh, prompt_slots
+from aurora_jax.generate.prompts import Prompt
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.streaming import TextStream
 from aurora_jax.model.checkpoint import CheckpointMetadata, read_metadata, read_tokenizer
@@ -33,7 +36,7 @@ STREAMED_STEPS, BATCHED_STEPS = 1, 32
 DEFAULT_NEW_TOKENS = 256
 
 SORTED_BATCHES = 16
-"""Batches whose records are sorted by length together, so that little is padded; results are written in the file's order."""
+"""Batches whose records are brought together by their lengths; results are written in the file's order."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,29 @@ class GenerateCommand:
     checkpoint: tyro.conf.Positional[Path]
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
     prompt: tyro.conf.Positional[str | None] = None
-    """Text to continue; - reads it from standard input."""
+    """Text to continue, taken as it is (a backslash is a backslash); - reads it from standard input."""
     instruct: str | None = None
-    """An instruction, put into Aurora-M's template (### Instruction: ... ### Response:)."""
+    """An instruction, taken as it is and put into Aurora-M's template (### Instruction: ... ### Response:)."""
     prefix: str | None = None
-    """Infilling: the code before the gap."""
+    """Infilling: the code before the gap, taken as it is."""
     suffix: str | None = None
-    """Infilling: the code after the gap."""
+    """Infilling: the code after the gap, taken as it is."""
     input: Path | None = None
     """JSONL: each record has prompt, or prefix and suffix, or instruction, and what else you like."""
     output: Path | None = None
-    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens."""
+    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens (those that the
+    completion is made of: neither the end-of-text token nor what follows a stop string)."""
     result_prefix: str = ""
-    """Stands before the names of these three fields, for records that have fields of such names: with b_ they are b_completion ..."""
+    """Stands before the names of these three fields, for records that have fields of such names: with b_ they are
+    b_completion ..."""
     resume: bool = False
     """Go on behind the records that the output holds already, with the same settings as before."""
     max_new_tokens: int | None = None
-    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. 256 without it, or as many as the model has
-    positions for."""
+    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. Without it 256, or as many as
+    the model has positions for behind a record's own prompt."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; they are not part of it."""
+    r"""Strings that end a completion; they are not part of it. Written with \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH, and \\ for
+    a backslash: "\n\n" is an empty line."""
     temperature: float = 0.0
     """0 always takes the best token (greedy); 1 draws from the model's own distribution."""
     top_k: int = 0
@@ -81,9 +87,9 @@ class GenerateCommand:
     repetition_penalty: float = 1.0
     """Above 1, tokens that have occurred become less likely."""
     seed: int = 0
-    """Of the draws. A record's depend on the seed and its line alone, not on the batch size or the devices."""
+    """Of the draws, 0 or more. A record's depend on the seed and its line alone, not on batch size or devices."""
     batch_size: int = 16
-    """Records at a time, with --input."""
+    """Records at a time, with --input, whose prompts are about as long."""
     tokenizer: Path | None = None
     """tokenizer.json, or its folder, or a SentencePiece model; that of the checkpoint without it."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -97,23 +103,28 @@ class GenerateCommand:
         """Raises InputError before anything is compiled or loaded, if it can be known then."""
         metadata = read_metadata(self.checkpoint)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
-        if any(not word for word in self.stop):
-            raise InputError("A stop string is empty.")
+        stop = tuple(map(prompts_of.stop_string, self.stop))
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}: it must be 0 or more.")
         if self.batch_size < 1:
             raise InputError(f"--batch-size is {self.batch_size}: it must be at least 1.")
         tokenizer = self._tokenizer()
         work = self._records(tokenizer, metadata.config) if self.input else self._one(tokenizer, metadata.config)
         generator = self._generator(metadata)
         eos_ids = sorted({tokenizer.eos_id} | ({eos} if (eos := metadata.config.eos_token_id) is not None else set()))
-        if isinstance(work, list):
-            self._stream(generator, tokenizer, work, sampling, eos_ids)
+        # Rows of a model that no token belongs to: its vocabulary was padded, or is another's.
+        lacking = [i for i in range(metadata.config.vocabulary_size) if not tokenizer.has(i) and i not in eos_ids]
+        generate = partial(generator, sampling=sampling, eos_ids=eos_ids, excluded_ids=lacking)
+        if isinstance(work, Prompt):
+            self._stream(generate, tokenizer, work, self._limit(metadata.config, work), stop)
         else:
-            self._file(generator, tokenizer, work, sampling, eos_ids)
+            self._file(generate, tokenizer, work, [self._limit(metadata.config, prompt) for prompt in work.prompts], stop)
 
-    def _new_tokens(self, config: ModelConfig, longest_prompt: int) -> int:
+    def _limit(self, config: ModelConfig, prompt: Prompt) -> int:
+        """Most new tokens of a prompt: by what was asked and by its own length, whatever stands beside it."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
-        return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - longest_prompt)))
+        return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - len(prompt.tokens))))
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is not None:
@@ -126,7 +137,7 @@ class GenerateCommand:
                 Path(folder, name).write_text(text, encoding="utf-8")
             return tokenizer_from(folder)
 
-    def _one(self, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
+    def _one(self, tokenizer: Tokenizer, config: ModelConfig) -> Prompt:
         infill = self.prefix is not None or self.suffix is not None
         if [self.prompt is not None, self.instruct is not None, infill].count(True) != 1 or self.output or self.resume:
             raise InputError(
@@ -134,13 +145,13 @@ class GenerateCommand:
                 "`aurora generate --help` has examples."
             )
         if infill:
-            tokens = prompts_of.infilling(tokenizer, self.prefix or "", self.suffix or "")
+            prompt = prompts_of.infilling(tokenizer, self.prefix or "", self.suffix or "")
         elif self.instruct is not None:
-            tokens = prompts_of.instruction(tokenizer, self.instruct)
+            prompt = prompts_of.instruction(tokenizer, self.instruct)
         else:
-            tokens = prompts_of.continuation(tokenizer, sys.stdin.read() if self.prompt == "-" else self.prompt or "")
-        check_prompts(config, [tokens], self._new_tokens(config, len(tokens)))
-        return tokens
+            prompt = prompts_of.continuation(tokenizer, _standard_input() if self.prompt == "-" else self.prompt or "")
+        check_prompts(config, [prompt.tokens], [self._limit(config, prompt)])
+        return prompt
 
     def _records(self, tokenizer: Tokenizer, config: ModelConfig) -> "_Records":
         assert self.input is not None
@@ -152,7 +163,7 @@ class GenerateCommand:
             try:
                 self._check_fields(record)
                 prompt = prompts_of.of_record(tokenizer, record)
-                check_prompts(config, [prompt], self._new_tokens(config, len(prompt)))
+                check_prompts(config, [prompt.tokens], [self._limit(config, prompt)])
             except InputError as error:
                 raise InputError(f"{self.input}, line {number}: {error}") from error
             records.append(record)
@@ -190,25 +201,17 @@ class GenerateCommand:
         mesh = make_inference_mesh(metadata.config, jax.devices(), self.tensor)
         return Generator.from_checkpoint(self.checkpoint, compute, mesh)
 
-    def _stream(self, generator: Generator, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling, eos_ids: Sequence[int]) -> None:
-        stream = TextStream(tokenizer, self.stop)
+    def _stream(self, generate: Callable, tokenizer: Tokenizer, prompt: Prompt, limit: int, stop: Sequence[str]) -> None:
+        stream = TextStream(tokenizer, stop, prompt.context)
 
         def show(_: int, tokens: list[int]) -> bool:
             print(stream.add(tokens), end="", flush=True)
             return stream.stopped
 
-        generator(
-            [prompt],
-            self._new_tokens(generator.config, len(prompt)),
-            sampling=sampling,
-            seeds=_seeds(self.seed, [0]),
-            eos_ids=eos_ids,
-            listener=show,
-            every=STREAMED_STEPS,
-        )
+        generate([prompt.tokens], limit, seeds=_seeds(self.seed, [0]), listener=show, every=STREAMED_STEPS)
         print(stream.rest())
 
-    def _file(self, generator: Generator, tokenizer: Tokenizer, work: "_Records", sampling: Sampling, eos_ids: Sequence[int]) -> None:
+    def _file(self, generate: Callable, tokenizer: Tokenizer, work: "_Records", limits: Sequence[int], stop: Sequence[str]) -> None:
         assert self.output is not None
         json_lines.mend_log(self.output)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -216,30 +219,28 @@ class GenerateCommand:
             Progress(*columns, console=Console(stderr=True)) as progress,
             self.output.open("ab") as output,
         ):
-            new_tokens = self._new_tokens(generator.config, max(map(len, work.prompts)))
             task = progress.add_task(f"{self.input} -> {self.output}", total=len(work.records), completed=work.done)
             for group in _groups(work, self.batch_size):
                 results: dict[int, dict[str, Any]] = {}
-                for start in range(0, len(group), self.batch_size):
-                    numbers = group[start : start + self.batch_size]
-                    streams = [TextStream(tokenizer, self.stop) for _ in numbers]
+                for numbers in _batches(work, group, self.batch_size):
+                    prompts = [work.prompts[number] for number in numbers]
+                    streams = [TextStream(tokenizer, stop, prompt.context) for prompt in prompts]
 
                     def hear(row: int, tokens: list[int], streams: list[TextStream] = streams) -> bool:
                         streams[row].add(tokens)
                         return streams[row].stopped
 
-                    completions = generator(
-                        [work.prompts[number] for number in numbers],
-                        new_tokens,
-                        sampling=sampling,
+                    completions = generate(
+                        [prompt.tokens for prompt in prompts],
+                        [limits[number] for number in numbers],
                         seeds=_seeds(self.seed, numbers),
-                        eos_ids=eos_ids,
+                        new_tokens=self.max_new_tokens or DEFAULT_NEW_TOKENS,
                         batch_size=self.batch_size,
                         listener=hear,
                         every=BATCHED_STEPS,
                     )
                     for number, completion, stream in zip(numbers, completions, streams, strict=True):
-                        result = (stream.text, completion.finish_reason, len(completion.tokens))
+                        result = (stream.text, completion.finish_reason, stream.tokens)
                         results[number] = dict(zip(self._result_names, result, strict=True))
                     progress.advance(task, len(numbers))
                 for number in sorted(group):
@@ -251,20 +252,42 @@ class GenerateCommand:
 @dataclass(frozen=True)
 class _Records:
     records: list[dict[str, Any]]
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     done: int
     """Records that the output holds already."""
 
 
 def _groups(work: _Records, batch_size: int) -> Iterator[list[int]]:
-    """Numbers of the records of some batches, the longest prompts first: if memory does not suffice, it shows at once."""
+    """Numbers of the records that are written together, in the order of the file."""
     size = SORTED_BATCHES * batch_size
     for start in range(work.done, len(work.records), size):
-        yield sorted(range(start, min(start + size, len(work.records))), key=lambda number: -len(work.prompts[number]))
+        yield list(range(start, min(start + size, len(work.records))))
+
+
+def _batches(work: _Records, group: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    """Numbers of records of one program, the longest prompts first: if memory does not suffice, it shows at once.
+
+    A batch's prompts take as many slots each, so that the program of a record depends on its own line: beside a longer
+    prompt, its sums would be rounded in another order.
+    """
+    slots = {number: prompt_slots(work.prompts[number].tokens) for number in group}
+    for _, alike in itertools.groupby(sorted(group, key=lambda number: -slots[number]), key=slots.__getitem__):
+        numbers = list(alike)
+        for start in range(0, len(numbers), batch_size):
+            yield numbers[start : start + batch_size]
 
 
 def _seeds(seed: int, numbers: Sequence[int]) -> list[int]:
     return [int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) for number in numbers]
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InputError("The prompt is -, but standard input is closed.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"Standard input cannot be read as UTF-8 text: {error}.") from error
 
 
 def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from aurora_jax.generate.sampling import Sampling, choose
@@ -28,8 +29,10 @@ class DecodingState(NamedTuple):
     """Tokens drawn so far, int32: of each row that has not ended."""
     lengths_B: jax.Array
     """Tokens of each row before its end-of-text token, int32."""
+    limits_B: jax.Array
+    """Most tokens of each row, int32."""
     finished_B: jax.Array
-    """Rows that have ended, by the end-of-text token or by the caller."""
+    """Rows that have ended: by the end-of-text token, at their limit, or by the caller."""
     unfinished: jax.Array
     """Whether any row, on any device, has not ended."""
     padding_B: jax.Array
@@ -51,12 +54,14 @@ def prefill(
     tokens_BL: jax.Array,
     padding_B: jax.Array,
     seeds_B: jax.Array,
+    limits_B: jax.Array,
     finished_B: jax.Array,
     *,
     slots: int,
     new_tokens: int,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
+    excluded_ids: tuple[int, ...] = (),
     batch_axes: tuple[str, ...] = (),
 ) -> DecodingState:
     """Reads the prompts and draws the first token.
@@ -65,9 +70,11 @@ def prefill(
         structure: of the decoder (`decoder.structure_of`).
         parameters: as `unstacked` gives them.
         tokens_BL: prompts, padded on the left by `padding_B`.
+        limits_B: most tokens of each row, at most `new_tokens`.
         finished_B: rows that nobody wants: they only fill the batch.
         slots: size of the cache, at least L + new_tokens - 1.
         eos_ids: tokens that end a row.
+        excluded_ids: tokens that are never drawn.
         batch_axes: inside `shard_map`, the mesh axes over which rows are divided.
     """
     decoder, layers = merge_unstacked(structure, parameters)
@@ -82,6 +89,7 @@ def prefill(
         tokens_BT=jnp.zeros((B, new_tokens), jnp.int32),
         drawn=jnp.zeros((), jnp.int32),
         lengths_B=jnp.zeros(B, jnp.int32),
+        limits_B=limits_B,
         finished_B=finished_B,
         unfinished=jnp.ones((), bool),
         padding_B=padding_B,
@@ -90,7 +98,7 @@ def prefill(
         keys=tuple(grown(cache, axis=2) for cache in keys),
         values=tuple(grown(cache, axis=1) for cache in values),
     )
-    return _drawn(state, logits_BV, sampling, eos_ids, batch_axes)
+    return _drawn(state, logits_BV, sampling, eos_ids, excluded_ids, batch_axes)
 
 
 def decode(
@@ -102,6 +110,7 @@ def decode(
     prompt_slots: int,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
+    excluded_ids: tuple[int, ...] = (),
     batch_axes: tuple[str, ...] = (),
 ) -> DecodingState:
     """Draws up to `steps` more tokens of every row (int32 scalar), fewer if all rows end or T is reached. One loop on the device.
@@ -117,7 +126,7 @@ def decode(
             decoder, layers, previous_B1, state.padding_B, state.keys, state.values, slot=prompt_slots + state.drawn - 1
         )
         state = state._replace(keys=keys, values=values)
-        return _drawn(state, last_logits(decoder, hidden_B1D), sampling, eos_ids, batch_axes)
+        return _drawn(state, last_logits(decoder, hidden_B1D), sampling, eos_ids, excluded_ids, batch_axes)
 
     return jax.lax.while_loop(lambda state: (state.drawn < end) & state.unfinished, step, state)
 
@@ -153,7 +162,11 @@ def advance(
     slot: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """One token of each row through all layers: hidden states [B, 1, D], and the caches with this token in their slot."""
-    hidden_B1D = decoder.embed(tokens_B1, (slot - padding_B)[:, None])
+    # A row that ended at its limit goes on, unheard, behind the last position that the model knows.
+    positions_B = (
+        jnp.minimum(slot - padding_B, decoder.config.max_positions - 1) if decoder.config.positions == "learned" else slot - padding_B
+    )
+    hidden_B1D = decoder.embed(tokens_B1, positions_B[:, None])
     slots_S = jnp.arange(keys[0].shape[2])
     visible_BS = (slots_S[None] >= padding_B[:, None]) & (slots_S <= slot)[None]
     dtype = jnp.dtype(decoder.compute.compute_dtype)
@@ -261,13 +274,24 @@ def _occurring(tokens_BL: jax.Array, padding_B: jax.Array, vocabulary_size: int)
 
 
 def _drawn(
-    state: DecodingState, logits_BV: jax.Array, sampling: Sampling, eos_ids: tuple[int, ...], batch_axes: tuple[str, ...]
+    state: DecodingState,
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    excluded_ids: tuple[int, ...],
+    batch_axes: tuple[str, ...],
 ) -> DecodingState:
     """The state with one more token."""
+    if excluded_ids:
+        drawable_V = np.ones(logits_BV.shape[1], bool)
+        drawable_V[list(excluded_ids)] = False
+        logits_BV = jnp.where(drawable_V[None], logits_BV, -jnp.inf)
     token_B = choose(logits_BV, state.seen_BV, state.seeds_B, state.drawn, sampling)
     ended_B = state.finished_B
     for eos in eos_ids:
         ended_B |= token_B == eos
+    lengths_B = state.lengths_B + ~ended_B
+    ended_B |= lengths_B == state.limits_B
     seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(token_B.shape[0]), token_B].set(True)
@@ -277,7 +301,7 @@ def _drawn(
     return state._replace(
         tokens_BT=jax.lax.dynamic_update_slice_in_dim(state.tokens_BT, token_B[:, None], state.drawn, axis=1),
         drawn=state.drawn + 1,
-        lengths_B=state.lengths_B + ~ended_B,
+        lengths_B=lengths_B,
         finished_B=ended_B,
         unfinished=unfinished,
         seen_BV=seen_BV,

@@ -28,7 +28,7 @@ ROWS_AXIS = "fsdp"
 """Mesh axis over which the rows of a batch are divided; weights are whole along it."""
 
 PROMPT_SLOTS = 64
-"""Prompts are padded to a multiple of this: one compiled program serves many lengths."""
+"""Prompts are padded to a multiple of this; see `prompt_slots`."""
 
 ROWS_ON_TPU = 2
 """Fewest rows of a device's part of a batch on TPU: for a single one the compiler multiplies on the vector unit, 4.8 times as slowly."""
@@ -77,7 +77,7 @@ def make_inference_mesh(config: ModelConfig, devices: Sequence[jax.Device], tens
 
 
 class Generator:
-    """Continues prompts. Programs are compiled for each batch size, prompt length (in steps of PROMPT_SLOTS) and number of new tokens.
+    """Continues prompts. Programs are compiled for each batch size, `prompt_slots` of the longest prompt, and number of new tokens.
 
     Args:
         config: the model.
@@ -109,44 +109,60 @@ class Generator:
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
         eos_ids: Sequence[int] = (),
+        excluded_ids: Sequence[int] = (),
+        new_tokens: int | None = None,
         batch_size: int | None = None,
         listener: Listener | None = None,
         every: int | None = None,
     ) -> list[Completion]:
         """Continues each prompt by up to `max_new_tokens` tokens.
 
+        A row's tokens depend on itself and on the program that is compiled: `batch_size`, `prompt_slots` of the longest prompt,
+        and `new_tokens`. Where these are the same, other rows change no bit of it; where not, sums are rounded in another order.
+
         Args:
             prompts: token ids, of any lengths.
+            max_new_tokens: of all rows, or of each.
             seeds: of each row's draws, below 2^32; 0, 1, ... without them.
             eos_ids: tokens that end a row.
+            excluded_ids: tokens that are never drawn, such as those that the tokenizer does not have.
+            new_tokens: what the program is compiled for, where it is more than any row's limit.
             batch_size: rows of the compiled program, where it is more than there are prompts.
             listener: is called with new tokens of each row that has not ended.
             every: steps between two calls of it; without it, all in one loop on the device.
 
         Raises:
-            InputError: an empty prompt, tokens outside the vocabulary, or more tokens than the model has positions.
+            InputError: an empty prompt, tokens outside the vocabulary, more tokens than the model has positions, or a seed out
+                of range.
         """
-        check_prompts(self.config, prompts, max_new_tokens)
+        limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+        check_prompts(self.config, prompts, limits)
+        if seeds is not None and not all(0 <= seed < 1 << 32 for seed in seeds):
+            raise InputError(f"Seeds of rows lie between 0 and 2^32 - 1, not {', '.join(map(str, seeds))}.")
+        T = max(*limits, new_tokens or 0)
         B = -(-max(len(prompts), batch_size or 0, self._fewest) // self._parts) * self._parts
-        L = -(-max(map(len, prompts)) // PROMPT_SLOTS) * PROMPT_SLOTS
+        L = max(map(prompt_slots, prompts))
         tokens_BL = np.zeros((B, L), np.int32)
         padding_B = np.zeros(B, np.int32)
         for row, prompt in enumerate(prompts):
             padding_B[row] = L - len(prompt)
             tokens_BL[row, padding_B[row] :] = prompt
+        limits_B = np.full(B, T, np.int32)
+        limits_B[: len(prompts)] = limits
         finished_B = np.arange(B) >= len(prompts)
         seeds_B = np.arange(B, dtype=np.uint32)
         if seeds is not None:
             seeds_B[: len(prompts)] = seeds
 
         put = self._programs.put_rows
-        settings = Settings(L, max_new_tokens, sampling, tuple(eos_ids))
-        state = self._programs.prefill(settings)(self._parameters, *map(put, (tokens_BL, padding_B, seeds_B, finished_B)))
+        settings = Settings(L, T, sampling, tuple(eos_ids), tuple(excluded_ids))
+        rows = (tokens_BL, padding_B, seeds_B, limits_B, finished_B)
+        state = self._programs.prefill(settings)(self._parameters, *map(put, rows))
         decode = self._programs.decode(settings)
         heard: np.ndarray = np.zeros(len(prompts), np.int32)
         stopped = np.zeros(B, bool)
@@ -160,21 +176,33 @@ class Generator:
                 heard = lengths_B[: len(prompts)]
                 if (stopped & ~before & ~ended_B).any():
                     state = state._replace(finished_B=put(ended_B | stopped))
-            if drawn == max_new_tokens or (ended_B | stopped).all():
+            if drawn == T or (ended_B | stopped).all():
                 break
-            state = decode(self._parameters, state, jnp.int32(every or max_new_tokens))
-        tokens_BT, lengths_B, ended_B = jax.device_get((state.tokens_BT, state.lengths_B, state.finished_B))
-        reasons: list[FinishReason] = ["stop" if stop else "eos" if end else "length" for stop, end in zip(stopped, ended_B, strict=True)]
+            state = decode(self._parameters, state, jnp.int32(every or T))
+        tokens_BT, lengths_B = jax.device_get((state.tokens_BT, state.lengths_B))
+        reasons: list[FinishReason] = [
+            "stop" if stop else "length" if full else "eos" for stop, full in zip(stopped, lengths_B == limits_B, strict=True)
+        ]
         return [Completion(tokens_BT[row, : lengths_B[row]].tolist(), reasons[row]) for row in range(len(prompts))]
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def prompt_slots(prompt: Sequence[int]) -> int:
+    """Slots that a prompt is padded to: a multiple of PROMPT_SLOTS, beyond 16 of them at most an eighth more than it needs.
+
+    One compiled program serves all prompts that have as many: 24 serve those up to 2,048 tokens, 40 those up to 8,192.
+    """
+    needed = -(-len(prompt) // PROMPT_SLOTS)
+    step = 1 << max(0, (needed - 1).bit_length() - 4)
+    return -(-needed // step) * step * PROMPT_SLOTS
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     """Raises InputError unless the model can continue each prompt by so many tokens."""
     if not prompts:
         raise InputError("There is no prompt.")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
         which = f"Prompt {number}" if len(prompts) > 1 else "The prompt"
         if not len(prompt):
             raise InputError(f"{which} is empty: a model continues text, give it at least one token.")
@@ -221,6 +249,7 @@ class Settings:
     new_tokens: int
     sampling: Sampling
     eos_ids: tuple[int, ...]
+    excluded_ids: tuple[int, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -243,7 +272,7 @@ class Programs:
         return jax.device_put(array, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(ROWS_AXIS)))
 
     def prefill(self, settings: Settings) -> stages.Wrapped:
-        """`prefill(parameters, tokens_BL, padding_B, seeds_B, finished_B)`."""
+        """`prefill(parameters, tokens_BL, padding_B, seeds_B, limits_B, finished_B)`."""
 
         def make() -> stages.Wrapped:
             program = partial(
@@ -254,7 +283,7 @@ class Programs:
                 **self._common(settings),
             )
             rows = PartitionSpec(ROWS_AXIS)
-            return jax.jit(self._divided(program, (self.parameters_spec(), rows, rows, rows, rows), settings))
+            return jax.jit(self._divided(program, (self.parameters_spec(), rows, rows, rows, rows, rows), settings))
 
         return self._kept("prefill", settings, make)
 
@@ -287,7 +316,12 @@ class Programs:
 
     def _common(self, settings: Settings) -> dict[str, Any]:
         axes = (ROWS_AXIS,) if self.mesh is not None else ()
-        return {"sampling": settings.sampling, "eos_ids": settings.eos_ids, "batch_axes": axes}
+        return {
+            "sampling": settings.sampling,
+            "eos_ids": settings.eos_ids,
+            "excluded_ids": settings.excluded_ids,
+            "batch_axes": axes,
+        }
 
     def _divided(self, program: Callable, in_specs: tuple, settings: Settings) -> Callable:
         if self.mesh is None:

@@ -27,14 +27,15 @@ class Sampling:
     1909.05858); 1 for none."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}: it must be 0 (greedy) or more.")
+        # Beyond these, fp32 scores overflow.
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:
+            raise InputError(f"temperature is {self.temperature}: it must be 0 (greedy), or from 1e-6 to 1e6.")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}: it must be above 0; 1 for none.")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}: it must be from 1e-6 to 1e6; 1 for none.")
 
 
 def choose(logits_BV: jax.Array, seen_BV: jax.Array | None, seeds_B: jax.Array, place: jax.Array, sampling: Sampling) -> jax.Array:

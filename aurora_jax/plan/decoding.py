@@ -66,7 +66,7 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
     parameters = placed(unstacked_shapes(config, jnp.bfloat16), programs.parameters_spec())
     rows = [
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((B, prompt_slots), "int32"), ((B,), "int32"), ((B,), "uint32"), ((B,), "bool"))
+        for shape, dtype in (((B, prompt_slots), "int32"), ((B,), "int32"), ((B,), "uint32"), ((B,), "int32"), ((B,), "bool"))
     ]
     arguments = [placed(row, PartitionSpec(ROWS_AXIS)) for row in rows]
     state = placed(jax.eval_shape(programs.prefill(settings), parameters, *arguments), programs.state_spec(settings.sampling))
