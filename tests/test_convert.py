@@ -138,8 +138,8 @@ def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
     assert metadata.hf_config == json.loads((single / "config.json").read_text())
     assert metadata.parameter_dtype == "float32"
     assert metadata.source["files"] == {"model.safetensors": (single / "model.safetensors").stat().st_size}
-    read = checkpoint.read_tokenizer(tmp_path / "ours")
-    assert {name: read[name] for name in TOKENIZER} == TOKENIZER
+    read = checkpoint.read_files(tmp_path / "ours")
+    assert {name: read[name].decode() for name in TOKENIZER} == TOKENIZER
     restored = flatten(checkpoint.restore_parameters(tmp_path / "ours"))
     for checkpointer in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
         for path, leaf in flatten(checkpointer.restore(tmp_path / "ours" / "params")).items():

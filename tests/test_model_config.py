@@ -46,7 +46,7 @@ gpt_bigcode_configs = st.builds(
     attention_dropout=st.floats(0, 0.9),
     residual_dropout=st.floats(0, 0.9),
     bos_token_id=st.none() | st.integers(0, 9),
-    eos_token_id=st.none() | st.integers(0, 9),
+    eos_token_id=st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     pad_token_id=st.none() | st.integers(0, 9),
 )
 bloom_configs = gpt_bigcode_configs.map(lambda config: replace(config, mlp_width=4 * config.width, embedding_dropout=0.0, **BLOOM))
@@ -79,7 +79,13 @@ def test_to_hf_inverts_from_hf_through_transformers(config):
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
-        ({"eos_token_id": [0, 1]}, "eos_token_id"),
+        ({"activation_function": "gelu_10"}, "gelu_10.*gelu_new"),
+        ({"activation_function": ["gelu"]}, "gelu"),
+        ({"eos_token_id": []}, "eos_token_id is \\[\\]"),
+        ({"eos_token_id": [0, "1"]}, "eos_token_id is .*'1'"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"pad_token_id": [0, 1]}, "pad_token_id is .0, 1"),
+        ({"bos_token_id": "0"}, "bos_token_id is '0'"),
         ({"n_head": 7}, "heads 7"),
         ({"n_layer": 0}, "layers"),
     ],

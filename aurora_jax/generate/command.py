@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from
+from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from, tokenizer_of
+from aurora_jax.data.tokenizer_files import tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.generate import prompts as prompts_of
+from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.generate.generator import Generator, check_prompts, make_inference_mesh
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.streaming import TextStream
-from aurora_jax.model.checkpoint import CheckpointMetadata, read_metadata, read_tokenizer
+from aurora_jax.model.checkpoint import CheckpointMetadata, read_files, read_metadata
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 
 STREAMED_STEPS, BATCHED_STEPS = 1, 32
@@ -80,7 +81,9 @@ class GenerateCommand:
     batch_size: int = 16
     """Records at a time, with --input."""
     tokenizer: Path | None = None
-    """tokenizer.json, or its folder, or a SentencePiece model; that of the checkpoint without it."""
+    """tokenizer.json, or its folder, or a SentencePiece model, for a checkpoint that carries none."""
+    allow_other_tokenizer: bool = False
+    """Take `tokenizer` although the checkpoint carries another, for one that was recorded wrongly."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of weights, activations and cache; that of the checkpoint without it."""
     attention: Literal["xla", "flash"] | None = None
@@ -96,10 +99,11 @@ class GenerateCommand:
             raise InputError("A stop string is empty.")
         if self.batch_size < 1:
             raise InputError(f"--batch-size is {self.batch_size}: it must be at least 1.")
-        tokenizer = self._tokenizer()
+        files = read_files(self.checkpoint)
+        tokenizer = self._tokenizer(files)
+        eos_ids = end_of_text_ids(metadata, files, tokenizer, self.checkpoint)
         work = self._records(tokenizer, metadata.config) if self.input else self._one(tokenizer, metadata.config)
         generator = self._generator(metadata)
-        eos_ids = sorted({tokenizer.eos_id} | ({eos} if (eos := metadata.config.eos_token_id) is not None else set()))
         if isinstance(work, list):
             self._stream(generator, tokenizer, work, sampling, eos_ids)
         else:
@@ -110,16 +114,18 @@ class GenerateCommand:
             return self.max_new_tokens
         return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - longest_prompt)))
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is not None:
-            return tokenizer_from(self.tokenizer)
-        files = read_tokenizer(self.checkpoint)
-        if "tokenizer.json" not in files:
-            raise InputError(f"{self.checkpoint} has no tokenizer: name one with --tokenizer.")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in files.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            return tokenizer_from(folder)
+    def _tokenizer(self, files: Mapping[str, bytes]) -> Tokenizer:
+        if self.tokenizer is None:
+            if tokenizer_sha256(files, self.checkpoint) is None:
+                raise InputError(f"{self.checkpoint} has no tokenizer: name one with --tokenizer.")
+            return tokenizer_of(files, self.checkpoint)
+        given, own = tokenizer_from(self.tokenizer), tokenizer_sha256(files, self.checkpoint)
+        if own not in (None, given.sha256) and not self.allow_other_tokenizer:
+            raise InputError(
+                f"{self.checkpoint} carries the tokenizer {own[:12]}, but {self.tokenizer} is {given.sha256[:12]}: its ids are "
+                "not those that the weights have learned. Leave out --tokenizer, or say --allow-other-tokenizer."
+            )
+        return given
 
     def _one(self, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
         infill = self.prefix is not None or self.suffix is not None
