@@ -186,7 +186,7 @@ def _hf_model(folder: HuggingFaceFolder) -> Logits:
     try:
         import torch
         from safetensors.torch import load_file
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, BloomForCausalLM, GPTBigCodeForCausalLM
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise InputError(f"{folder.path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
@@ -196,8 +196,8 @@ def _hf_model(folder: HuggingFaceFolder) -> Logits:
         for file in folder.files
     }
     state = {name: loaded[stored.file][stored.name] for name, stored in folder.tensors.items()}
-    auto: Any = AutoModelForCausalLM  # its annotations leave out that weights may come as they are
-    model, report = auto.from_pretrained(
+    classes: dict[str, Any] = {"gpt_bigcode": GPTBigCodeForCausalLM, "bloom": BloomForCausalLM}
+    model, report = classes[folder.hf_config["model_type"]].from_pretrained(
         None,
         config=AutoConfig.from_pretrained(folder.path),
         state_dict=state,

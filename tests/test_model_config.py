@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import BLOOM, PRESETS, ModelConfig, from_hf_config, to_hf_config
+from aurora_jax.model.config import BLOOM, HF_ACTIVATIONS, PRESETS, ModelConfig, from_hf_config, to_hf_config
 from aurora_jax.model.sharding import parameter_count
 
 # Derived from the shapes of the published checkpoints; the tied head is counted once.
@@ -93,6 +94,29 @@ def test_to_hf_inverts_from_hf_through_transformers(config):
 def test_what_is_not_implemented_is_named(change, said):
     with pytest.raises(InputError, match=said):
         from_hf_config(to_hf_config(PRESETS["starcoderplus"]) | change)
+
+
+def test_names_of_activations_are_those_of_transformers():
+    """Every name of `transformers` that computes one of our two functions is accepted for it, and no other."""
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    ours = {"gelu": jax.nn.gelu(x.numpy().astype("float32"), approximate=False), "gelu_tanh": jax.nn.gelu(x.numpy().astype("float32"))}
+    found = {}
+    for name in activations.ACT2FN:
+        if name == "prelu":  # it has a parameter
+            continue
+        values = activations.ACT2FN[name](x.float()).detach().numpy()
+        near = [kind for kind, expected in ours.items() if abs(values - expected).max() < 4e-6]
+        assert len(near) < 2
+        found |= {name: kind for kind in near}
+    assert found == HF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", HF_ACTIVATIONS)
+def test_an_activation_by_any_name_is_read(name):
+    hf = to_hf_config(PRESETS["starcoderplus"]) | {"activation_function": name}
+    assert from_hf_config(hf) == replace(PRESETS["starcoderplus"], activation=HF_ACTIVATIONS[name])
 
 
 def test_blooms_own_config_is_read():
