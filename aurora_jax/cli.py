@@ -133,6 +133,7 @@ def _data(arguments: Sequence[str]) -> None:
 
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
+    from aurora_jax.carried_files import write_files
     from aurora_jax.data.show import ShowCommand
     from aurora_jax.model import checkpoint
     from aurora_jax.train.checkpoint import RunCheckpoints
@@ -145,7 +146,7 @@ def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
         checkpoints += [path for path in [config.initial_checkpoint] if path is not None and path.exists()]
         if tokenizer is None and checkpoints:
             tokenizer = Path(folder)
-            checkpoint.write_files(checkpoint.read_files(checkpoints[0]), tokenizer)
+            write_files(checkpoint.read_files(checkpoints[0]), tokenizer)
         default = ShowCommand(
             what=str(path),
             stores=config.data.stores,

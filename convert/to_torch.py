@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from aurora_jax.carried_files import write_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.checkpoint import (
     CheckpointMetadata,
@@ -23,7 +24,6 @@ from aurora_jax.model.checkpoint import (
     read_files,
     read_metadata,
     resolve,
-    write_files,
 )
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from aurora_jax.carried_files import write_files
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
 from aurora_jax.model.checkpoint import CheckpointMetadata
@@ -68,7 +69,7 @@ def test_everything_comes_back(tmp_path, parameters, metadata):
     assert checkpoint.is_checkpoint(tmp_path / "c")
     assert checkpoint.read_metadata(tmp_path / "c") == metadata
     assert checkpoint.read_files(tmp_path / "c") == files
-    checkpoint.write_files(files, tmp_path)
+    write_files(files, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
     restored = checkpoint.restore_parameters(tmp_path / "c")
     assert all(isinstance(leaf, jax.Array) for leaf in flatten(restored).values())

@@ -166,7 +166,7 @@ def test_what_is_carried_is_decided_by_the_files(mini_tokenizer, mine, old, tmp_
     assert without.contents == {"LICENSE": b"", "tokenizer.model": mine.read_bytes()}
     assert isinstance(files_of_run(replace(data, tokenizer=Path("bytes")), None, {}).tokenizer, ByteTokenizer)
     for checkpoint_path in (old, None):
-        with pytest.raises(InputError, match="no tokenizer.*give --data.tokenizer"):
+        with pytest.raises(InputError, match=r"no tokenizer.*give --data\.tokenizer"):
             files_of_run(replace(data, tokenizer=None), checkpoint_path, {"LICENSE": b""})
 
 

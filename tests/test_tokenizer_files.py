@@ -13,6 +13,9 @@ from stores import write_store
 from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_from, tokenizer_of
 from aurora_jax.data.tokenizer_files import read_tokenizer_files, require_tokenizer_of_stores, tokenizer_sha256
 from aurora_jax.errors import InputError
+from aurora_jax.model.checkpoint import CheckpointMetadata, save_checkpoint
+from aurora_jax.model.config import ModelConfig
+from aurora_jax.model.decoder import initial_parameters
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,6 +93,10 @@ def test_every_kind_has_one_digest(mini_tokenizer, model_file, gpt2, tmp_path):
     (tmp_path / "llama").mkdir()
     shutil.copy(model_file, tmp_path / "llama" / "tokenizer.model")
     shutil.copy(mini_tokenizer / "tokenizer.json", tmp_path / "mine.json")
+    # One of our checkpoints, for `data build --tokenizer CHECKPOINT`.
+    config = ModelConfig(400, 8, 4, 1, 1, 4)
+    carried = {**read_tokenizer_files(mini_tokenizer), "LICENSE": b"", "tokenizer.model": model_file.read_bytes()}
+    save_checkpoint(tmp_path / "checkpoint", initial_parameters(config, 0), CheckpointMetadata(config, "float32"), carried)
     expected = {
         mini_tokenizer: HuggingFaceTokenizer(mini_tokenizer),
         mini_tokenizer / "tokenizer.json": HuggingFaceTokenizer(mini_tokenizer),
@@ -99,6 +106,7 @@ def test_every_kind_has_one_digest(mini_tokenizer, model_file, gpt2, tmp_path):
         tmp_path / "llama": SentencePieceTokenizer(model_file),
         model_file: SentencePieceTokenizer(model_file),
         gpt2: tokenizer_from(gpt2),
+        tmp_path / "checkpoint": HuggingFaceTokenizer(mini_tokenizer),
         Path("bytes"): ByteTokenizer(),
     }
     for path, tokenizer in expected.items():
@@ -151,6 +159,9 @@ def test_the_digest_of_vocab_and_merges_is_of_what_they_say(gpt2, tmp_path):
     assert len({digest, *(tokenizer_sha256(each, gpt2) for each in (fewer, added, prefixed))}) == 4
 
 
+ONE_TOKEN = {"vocab.json": '{"a": 0}', "merges.txt": ""}
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
@@ -160,9 +171,12 @@ def test_the_digest_of_vocab_and_merges_is_of_what_they_say(gpt2, tmp_path):
         ({"vocab.json": '{"a": "b"}', "merges.txt": ""}, "vocab.json: tokens and their ids"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c\n"}, "merges.txt: 'a b c' is not two tokens"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "do not belong together"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "CodeGenTokenizer"}'}, "CodeGenTokenizer"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"<x>": 7}'}, "'<x>' is said to be 7, but is 1"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"<x>": "seven"}'}, "added tokens of the tokenizer"),
+        (
+            {"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "CodeGenTokenizer"}'},
+            "CodeGenTokenizer",
+        ),
+        ({**ONE_TOKEN, "added_tokens.json": '{"<x>": 7}'}, "'<x>' is said to be 7, but is 1"),
+        ({**ONE_TOKEN, "added_tokens.json": '{"<x>": "seven"}'}, "added tokens of the tokenizer"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(tmp_path, files, said):

@@ -7,6 +7,8 @@ tokenizer.model                 SentencePiece; its SHA-256 is the tokenizer's
 vocab.json with merges.txt      GPT-2's byte-level BPE; the SHA-256 is that of what they say, added tokens included
 tokenizer_config.json           of the class ByT5Tokenizer: the bytes of UTF-8, which need no file of their own
 
+One of our checkpoints is such a folder too, by the files that it carries.
+
 The digest is what token stores record of the tokenizer that made them, and what checkpoints record of theirs.
 """
 
@@ -19,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from aurora_jax.carried_files import decode_files
 from aurora_jax.data.store import read_info
 from aurora_jax.errors import InputError
 
@@ -63,8 +66,9 @@ def read_tokenizer_files(path: str | Path) -> Files:
     """The files of the tokenizer that a user names, as a checkpoint carries them.
 
     Args:
-        path: a folder, of which the tokenizer's files are taken; a file, which becomes tokenizer.json or tokenizer.model whatever its name,
-            and brings the rest of its folder only where it has that name already; or the word "bytes".
+        path: a folder or one of our checkpoints, of which the tokenizer's files are taken; a file, which becomes tokenizer.json
+            or tokenizer.model whatever its name, and brings the rest of its folder only where it has that name already; or the
+            word "bytes".
 
     Raises:
         InputError: there is no tokenizer at `path`, or it cannot be read.
@@ -90,8 +94,12 @@ def read_tokenizer_files(path: str | Path) -> Files:
 
 def _files_in(folder: Path) -> Files:
     entries = sorted([*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")])
-    files = {str(entry.relative_to(folder)): entry for entry in entries if entry.is_file()}
-    return {name: file.read_bytes() for name, file in files.items() if is_tokenizer_file(name)}
+    named = {str(entry.relative_to(folder)): entry for entry in entries if entry.is_file()}
+    files = {name: file.read_bytes() for name, file in named.items() if is_tokenizer_file(name)}
+    if not files and (carried := folder / "tokenizer" / "metadata").is_file():
+        values = _json_of({carried.name: carried.read_bytes()}, carried.name, carried.parent)
+        files = {name: content for name, content in decode_files(values, carried).items() if is_tokenizer_file(name)}
+    return files
 
 
 def no_tokenizer(where: str | Path) -> InputError:

@@ -6,12 +6,11 @@ metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
 """
 
-import base64
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from aurora_jax.carried_files import decode_files, encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
@@ -160,48 +160,13 @@ def read_metadata(path: Location) -> CheckpointMetadata:
 
 
 def read_files(path: Location) -> dict[str, bytes]:
-    """The files that travel with the model: its tokenizer, generation config, licence, ...; contents by name.
-
-    Names are plain, or of one sub-folder: whoever writes them below a folder stays there.
+    """The files that travel with the model: its tokenizer, generation config, licence, ...; contents by name (see `decode_files`).
 
     Raises:
         InputError: not a checkpoint, or files that are damaged or would be written elsewhere.
     """
     item = resolve(path) / FILES
-    return _decoded_files(_read_json(item), item) if item.exists() else {}
-
-
-def write_files(files: Mapping[str, bytes], folder: Location) -> None:
-    """Writes what `read_files` read into a folder, byte for byte."""
-    for name, content in files.items():
-        file = Path(folder, name)
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content)
-
-
-def encode_files(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """As JSON: text as it is, so that plain Orbax shows it; what is not UTF-8 in base64."""
-    return {name: _encoded_file(content) for name, content in files.items()}
-
-
-def _encoded_file(content: bytes) -> str | dict[str, str]:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(content).decode()}
-
-
-def _decoded_files(values: Mapping[str, Any], where: Location) -> dict[str, bytes]:
-    files = {}
-    for name, value in values.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or len(path.parts) not in (1, 2) or ".." in path.parts or str(path) != name or {"\\", "\0"} & {*name}:
-            raise InputError(f"{where}: the file name {name!r} leads out of the folder; refusing to follow it.")
-        try:
-            files[name] = value.encode() if isinstance(value, str) else base64.b64decode(value["base64"], validate=True)
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError(f"{where}: the content of {name} is damaged: {error!r}.") from None
-    return files
+    return decode_files(_read_json(item), item) if item.exists() else {}
 
 
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:

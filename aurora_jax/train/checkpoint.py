@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
+from aurora_jax.carried_files import encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint as format
 from aurora_jax.model.checkpoint import CheckpointMetadata
@@ -116,7 +117,7 @@ class RunCheckpoints:
                 **{
                     format.PARAMETERS: ocp.args.StandardSave(state.parameters, format.save_args(state.parameters)),
                     OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
-                    format.FILES: ocp.args.JsonSave(format.encode_files(self._files)),
+                    format.FILES: ocp.args.JsonSave(encode_files(self._files)),
                     format.METADATA: ocp.args.JsonSave(metadata.to_json()),
                     RUN: ocp.args.JsonSave(self._facts),
                 }
