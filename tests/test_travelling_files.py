@@ -66,14 +66,8 @@ def test_all_small_text_arrives_byte_for_byte(tmp_path, hf):
 
 def test_what_stays_behind_is_named(tmp_path, hf, monkeypatch, capsys):
     monkeypatch.setattr(travelling, "LARGEST_TEXT", 1000)
-    others = {
-        "logo.png": b"\x89PNG\r\n\x1a\n\x00",
-        "log.txt": b"x" * 1001,
-        "nul.txt": b"a\x00b",
-        "tf_model.h5": b"",
-        "runs/1/notes.txt": b"a",
-    }
-    put(hf, others)
+    put(hf, {"logo.png": b"\x89PNG\r\n\x1a\n\x00", "log.txt": b"x" * 1001, "nul.txt": b"a\x00b"})
+    put(hf, {"tf_model.h5": b"", "runs/1/notes.txt": b"a"})
     assert main(["from-torch", str(hf), str(tmp_path / "ours")]) == 0
     assert checkpoint.read_files(tmp_path / "ours") == TRAVELLERS
     error = capsys.readouterr().err
