@@ -107,13 +107,16 @@ def read_folder(path: str | os.PathLike[str], weights: str | None = None) -> Hug
         config = from_hf_config(hf_config)
     except InputError as error:
         raise InputError(f"{folder}/{error}") from None
-    chosen, passed_over = choose_weights(folder, weights)
+    chosen, passed_over = choose_weights(folder, weights or hf_config.get(CHOSEN_IN_CONFIG))
     tensors, files = _read_shards(chosen) if chosen.suffix == ".json" else (_read_file(chosen), [chosen])
     named = canonical_names(tensors, chosen)
     if (embedding := token_embedding(config).hf) not in named and TIED_HEAD in named:
         named[embedding] = named.pop(TIED_HEAD)  # which of the two names of a shared tensor is kept, safetensors decides by the alphabet
     return HuggingFaceFolder(folder, hf_config, config, named, files, passed_over)
 
+
+CHOSEN_IN_CONFIG = "transformers_weights"
+"""Key of config.json by which a folder says itself which of its weights are the model; `transformers` obeys it."""
 
 FORMATS = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 """Formats of weights that are read, the preferred one first (as in `transformers`), with the name that is expected."""
@@ -129,10 +132,10 @@ def choose_weights(folder: Path, weights: str | None = None) -> tuple[Path, tupl
     """
     entries = sorted(entry.name for entry in folder.iterdir())
     if weights is not None:
-        if Path(weights).name != weights or weights not in entries:
-            raise InputError(f"--weights {weights}: no such file in {folder}; found {_listed(entries)}.")
+        if not isinstance(weights, str) or Path(weights).name != weights or weights not in entries:
+            raise InputError(f"weights {weights}: no such file in {folder}; found {_listed(entries)}.")
         if not (weights.endswith(tuple(FORMATS)) or is_index(weights)):
-            raise InputError(f"--weights {weights}: a {' or '.join(FORMATS)} file or the index of its shards is expected.")
+            raise InputError(f"weights {weights}: a {' or '.join(FORMATS)} file or the index of its shards is expected.")
         return folder / weights, ()
     candidates: dict[str, list[str]] = {}
     for suffix in FORMATS:

@@ -29,7 +29,7 @@ from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output
 from convert.progress import byte_progress
-from convert.source import SAFETENSORS_DTYPES
+from convert.source import CHOSEN_IN_CONFIG, SAFETENSORS_DTYPES
 from convert.streaming import Scratch, for_each, row_major
 from convert.weight_map import Row, hf_tensors, weight_map
 
@@ -254,6 +254,7 @@ def _text_files(
     config = metadata.config
     hf_config = {**(metadata.hf_config or {}), **to_hf_config(config), "torch_dtype": dtype}
     hf_config.pop("dtype", None)  # the newer name of torch_dtype, which every version of transformers reads
+    hf_config.pop(CHOSEN_IN_CONFIG, None)  # a file that is not made here
     theirs = str((metadata.hf_config or {}).get("activation_function"))
     if "activation_function" in hf_config and HF_ACTIVATIONS.get(theirs) == config.activation:
         hf_config["activation_function"] = theirs  # one of several names of the function

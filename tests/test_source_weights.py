@@ -108,6 +108,16 @@ def test_safetensors_come_before_bin_as_in_transformers_and_it_is_said(tmp_path,
     assert_is(tmp_path / "bin", other_model())
 
 
+def test_a_folder_may_choose_itself(tmp_path, both, capsys):
+    """By a key of config.json that `transformers` obeys too, and that an export, whose files are others, does not have."""
+    values = json.loads((both / "config.json").read_text())
+    (both / "config.json").write_text(json.dumps({**values, "transformers_weights": INDEX}))
+    assert main(["from-torch", str(both), str(tmp_path / "ours")]) == 0
+    assert_is(tmp_path / "ours", transformers.AutoModelForCausalLM.from_pretrained(both))
+    (both / "config.json").write_text(json.dumps({**values, "transformers_weights": "../x.safetensors"}))
+    assert_refused(both, tmp_path / "another", r"weights \.\./x\.safetensors: no such file", capsys)
+
+
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
