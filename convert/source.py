@@ -74,8 +74,8 @@ class StoredTensor:
 class HuggingFaceFolder:
     """A checked folder: `config.json` and every tensor of its weight files, buffers that are no weights left out.
 
-    Tensors are named as in a model with a head that was never wrapped, `transformer.` first, whatever the files do; the token embedding is
-    there under its own name, also where a file has it as the head alone.
+    Tensors are named as in a model with a head that was never wrapped, `transformer.` first, whatever the files do; the token
+    embedding is there under its own name, also where a file has it as the head alone.
     """
 
     path: Path
@@ -96,8 +96,8 @@ def read_folder(path: str | os.PathLike[str], weights: str | None = None) -> Hug
         weights: the file in it that has the weights, or the index of its shards; needed where there are several.
 
     Raises:
-        InputError: no folder, a missing or foreign `config.json`, no weights or several, an index that leaves the folder or disagrees with
-            its shards, a file that is malformed or truncated, names that cannot be told apart.
+        InputError: no folder, a missing or foreign `config.json`, no weights or several, an index that leaves the folder or
+            disagrees with its shards, a file that is malformed or truncated, names that cannot be told apart.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -111,7 +111,8 @@ def read_folder(path: str | os.PathLike[str], weights: str | None = None) -> Hug
     tensors, files = _read_shards(chosen) if chosen.suffix == ".json" else (_read_file(chosen), [chosen])
     named = canonical_names(tensors, chosen)
     if (embedding := token_embedding(config).hf) not in named and TIED_HEAD in named:
-        named[embedding] = named.pop(TIED_HEAD)  # which of the two names of a shared tensor is kept, safetensors decides by the alphabet
+        # Of the two names of a shared tensor safetensors keeps the first in the alphabet.
+        named[embedding] = named.pop(TIED_HEAD)
     return HuggingFaceFolder(folder, hf_config, config, named, files, passed_over)
 
 
@@ -123,9 +124,9 @@ FORMATS = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 
 
 def choose_weights(folder: Path, weights: str | None = None) -> tuple[Path, tuple[str, ...]]:
-    """The weight file of a folder, or the index of its shards, and the names of those of another format, which are passed over.
+    """The weight file of a folder, or the index of its shards, and the names of those of another format, passed over.
 
-    `transformers` takes safetensors before `.bin`, and so it is done here; nothing else that is there twice is decided by a rule.
+    `transformers` takes safetensors before `.bin`, and so it is done here; nothing else that is there twice is decided by rule.
 
     Raises:
         InputError: there are none, or several of one format and none was chosen.
@@ -176,7 +177,7 @@ def _listed(names: Sequence[str]) -> str:
 def canonical_names(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
     """The weights under the names that an unwrapped model with a head gives them.
 
-    What PyTorch's wrappers put into a name is left out: before all names (`_orig_mod.`, `module.`, nested too) or inside them.
+    What PyTorch's wrappers put into a name is left out: before all names (`_orig_mod.`, `module.`, nested too) or inside.
 
     Raises:
         InputError: some tensors carry such a prefix and others do not, or two would have one name.
@@ -209,7 +210,7 @@ def is_ignored(name: str) -> bool:
 
 
 def _shards_of(index: Path) -> dict[str, list[str]]:
-    """The files that an index names, each with its tensors. Raises InputError where it is malformed or leads out of the folder."""
+    """The files that an index names, each with its tensors. Raises InputError if it is malformed or leads out of the folder."""
     weight_map = _read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: 'weight_map' must map tensor names to file names.")

@@ -1,4 +1,4 @@
-"""The files that travel with a model: all that is in its folder but weights, if it is small and text, or the tokenizer's.
+"""The files that travel with a model: all that is in its folder but weights, if it is small and text or the tokenizer's.
 
 By this rule and not by a list: licence, model card, chat templates, generation config and whatever else somebody put there
 arrive in the checkpoint, in the checkpoints and stages of runs that start from it, and in an export, byte for byte. `config.json`

@@ -84,7 +84,7 @@ def verify(
         Whether they agree. Not-a-number never does.
 
     Raises:
-        InputError: a path that is no model, a text that cannot be read, models that differ in their vocabulary or their tokenizer.
+        InputError: a path that is no model, a text that cannot be read, models that differ in vocabulary or tokenizer.
     """
     console = console or Console()
     model_a, model_b = (_opened(path, file) for path, file in zip((a, b), weights, strict=True))
@@ -182,7 +182,7 @@ def _our_model(model: _Checkpoint) -> Logits:
 
 
 def _hf_model(folder: HuggingFaceFolder) -> Logits:
-    """The model that `transformers` makes of the very tensors that a conversion reads, loaded by PyTorch and safetensors."""
+    """The model that `transformers` makes of the tensors that a conversion would read, loaded by PyTorch and safetensors."""
     try:
         import torch
         from safetensors.torch import load_file

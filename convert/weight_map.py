@@ -36,7 +36,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-"""Components that PyTorch's wrappers put into the names of what they wrap; no tensor of either family has them in its own name."""
+"""Components that PyTorch's wrappers put into the names of what they wrap; no tensor of either family has them itself."""
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,8 @@ class ByteTokenizer(Tokenizer):
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a `tokenizer.json`, a SentencePiece `.model`, a folder (see `tokenizer_files.py`), or the word "bytes".
+    """The tokenizer at `path`: a `tokenizer.json`, a SentencePiece `.model`, a folder or checkpoint (see `tokenizer_files.py`),
+    or the word "bytes".
 
     Raises:
         InputError: the file is missing, malformed, or has no end-of-text token.

@@ -108,7 +108,7 @@ def no_tokenizer(where: str | Path) -> InputError:
 
 
 def kind_of(files: Mapping[str, bytes], where: str | Path) -> Kind | None:
-    """Which of the files is the tokenizer (see above); None if none is. Raises InputError for a malformed tokenizer_config.json."""
+    """Which of the files is the tokenizer (see above); None if none is. Raises InputError for a malformed one."""
     if "tokenizer.json" in files:
         return "tokenizer.json"
     if "tokenizer.model" in files:
@@ -121,7 +121,7 @@ def kind_of(files: Mapping[str, bytes], where: str | Path) -> Kind | None:
 
 
 def tokenizer_sha256(files: Mapping[str, bytes], where: str | Path) -> str | None:
-    """The digest that tells tokenizers apart, in hexadecimal: what `Tokenizer.sha256` is of the same files. None without a tokenizer.
+    """The digest that tells tokenizers apart, in hexadecimal: `Tokenizer.sha256` of the same files. None without a tokenizer.
 
     Raises:
         InputError: vocab.json, merges.txt or tokenizer_config.json is malformed, where these count.
@@ -145,8 +145,8 @@ def gpt2_tokenizer_json(files: Mapping[str, bytes], where: str | Path) -> str:
     definition = _gpt2_definition(files, where)
     if definition["class"] != "GPT2Tokenizer":
         raise InputError(
-            f"{where}: vocab.json and merges.txt of the class {definition['class']} cannot be read, only GPT-2's: load the folder with "
-            "transformers and save_pretrained() it, which writes a tokenizer.json"
+            f"{where}: vocab.json and merges.txt of the class {definition['class']} cannot be read, only GPT-2's: load the folder "
+            "with transformers and save_pretrained() it, which writes a tokenizer.json"
         )
     try:
         model = models.BPE(definition["vocab"], [tuple(merge) for merge in definition["merges"]], fuse_unk=False)
@@ -165,7 +165,7 @@ def gpt2_tokenizer_json(files: Mapping[str, bytes], where: str | Path) -> str:
 
 
 def _gpt2_definition(files: Mapping[str, bytes], where: str | Path) -> dict[str, Any]:
-    """What vocab.json, merges.txt and the files of added tokens say, as JSON values that do not depend on how they are written."""
+    """What vocab.json, merges.txt and the files of added tokens say, as JSON values, however they are written."""
     config, names = (_json_of(files, name, where) for name in ("tokenizer_config.json", "special_tokens_map.json"))
     kind = config.get("tokenizer_class")
     try:
@@ -192,7 +192,7 @@ def _gpt2_definition(files: Mapping[str, bytes], where: str | Path) -> dict[str,
 
 
 def _added_tokens(config: dict[str, Any], names: dict[str, Any], ids: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tokens beside the vocabulary, those with ids first: `transformers` takes them from the config, or from older files without it."""
+    """The tokens beside the vocabulary, those with ids first; `transformers` looks into older files where the config has none."""
 
     def token(content: str | dict[str, Any], special: bool, i: int | None = None) -> dict[str, Any]:
         given = content if isinstance(content, dict) else {"content": content}
@@ -241,6 +241,6 @@ def require_tokenizer_of_stores(sha256: str, where: str | Path, directories: Map
         info = read_info(directory)
         if info is not None and info.tokenizer_sha256 != sha256:
             raise InputError(
-                f"{directory}: the store of {task} was made with the tokenizer {info.tokenizer_sha256[:12]}, but {where} is {sha256[:12]}: "
-                "name the tokenizer that the stores were made with, or choose another folder of stores"
+                f"{directory}: the store of {task} was made with the tokenizer {info.tokenizer_sha256[:12]}, but {where} is "
+                f"{sha256[:12]}: name the tokenizer that the stores were made with, or choose another folder of stores"
             )

@@ -1,7 +1,7 @@
 """One checkpoint format for converted weights and for training: an Orbax composite directory that needs nothing beside it.
 
 params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sharding.py`)
-tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: the tokenizer and all else that travels with a model
+tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
 """
@@ -160,7 +160,7 @@ def read_metadata(path: Location) -> CheckpointMetadata:
 
 
 def read_files(path: Location) -> dict[str, bytes]:
-    """The files that travel with the model: its tokenizer, generation config, licence, ...; contents by name (see `decode_files`).
+    """The files that travel with the model, its tokenizer, generation config, licence, ...: contents by name.
 
     Raises:
         InputError: not a checkpoint, or files that are damaged or would be written elsewhere.

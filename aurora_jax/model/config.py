@@ -20,8 +20,8 @@ HF_ACTIVATIONS: dict[str, Activation] = {
     "gelu_accurate": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
-"""Names of `transformers.activations.ACT2FN` that are our functions, however they are computed there; the first of each is the one that
-we write for a model of our own."""
+"""Names of `transformers.activations.ACT2FN` that are our functions, however they are computed there; the first of each is the
+one that we write for a model of our own."""
 
 # Settings that change the function a model computes, with the only value that we implement. Flags that say where a softmax runs in fp32
 # (GPTBigCode's two, BLOOM's one) are not among them: ours always does, so either value is accepted and `true` is written.
@@ -208,7 +208,7 @@ def _common(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eos_token_id(hf: Mapping[str, Any], where: str) -> int | tuple[int, ...] | None:
-    """The token or tokens that end a text, as config.json and generation_config.json say it: an id, a list of ids, or nothing.
+    """The token or tokens that end a text, as config.json or generation_config.json says it: an id, a list of ids, or nothing.
 
     Raises:
         InputError: it is something else; `where` names the file.
