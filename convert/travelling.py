@@ -7,7 +7,7 @@ is read, kept as JSON and written anew.
 
 from pathlib import Path
 
-from aurora_jax.data.tokenizer_files import CHAT_TEMPLATES, is_tokenizer_file
+from aurora_jax.data.tokenizer_files import CHAT_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 from aurora_jax.errors import InputError
 
 LARGEST_TEXT = 4 * 2**20
@@ -50,7 +50,7 @@ def travelling_files(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
                 reason = f"cannot be read: {error.strerror}"
         if not reason and not tokenizers_own and not _is_text(content):
             reason = "not text"
-        if reason and tokenizers_own:
+        if reason and (name in TOKENIZER_FILES or entry.parent == templates):
             raise InputError(f"{entry}: a file of the tokenizer that cannot travel with the model: {reason}.")
         if reason:
             left_behind[name] = reason

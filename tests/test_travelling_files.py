@@ -83,6 +83,9 @@ def test_what_stays_behind_is_named(tmp_path, hf, monkeypatch, capsys):
 def test_a_tokenizer_never_stays_behind(tmp_path, hf, monkeypatch, capsys):
     monkeypatch.setattr(travelling, "LARGEST_TOKENIZER_FILE", 1000)
     assert_refused(hf, tmp_path / "ours", r"tokenizer\.model: .* 2,304 bytes; at most 1,000 travel", capsys)
+    (hf / "tokenizer.model").rename(hf / "topics.model")  # whatever that is
+    assert main(["from-torch", str(hf), str(tmp_path / "ours")]) == 0
+    assert "left behind: topics.model (2,304 bytes" in capsys.readouterr().err
 
 
 def test_links_are_followed_where_the_hub_puts_them_and_nowhere_else(tmp_path, hf, capsys):
