@@ -133,20 +133,24 @@ def _data(arguments: Sequence[str]) -> None:
 
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
+    from aurora_jax.carried_files import write_files
     from aurora_jax.data.show import ShowCommand
     from aurora_jax.model import checkpoint
+    from aurora_jax.train.checkpoint import RunCheckpoints
 
     config = load_config(path)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = config.data.tokenizer or config.output / "tokenizer"
-        if not tokenizer.exists() and config.initial_checkpoint is not None and config.initial_checkpoint.exists():
+        tokenizer = config.data.tokenizer
+        # As a run chooses: its own newest checkpoint, then the one that it starts from.
+        checkpoints = [config.output] if RunCheckpoints.newest_step(config.output) is not None else []
+        checkpoints += [path for path in [config.initial_checkpoint] if path is not None and path.exists()]
+        if tokenizer is None and checkpoints:
             tokenizer = Path(folder)
-            for name, text in checkpoint.read_tokenizer(config.initial_checkpoint).items():
-                (tokenizer / name).write_text(text)
+            write_files(checkpoint.read_files(checkpoints[0]), tokenizer)
         default = ShowCommand(
             what=str(path),
             stores=config.data.stores,
-            tokenizer=tokenizer if tokenizer.exists() else None,
+            tokenizer=tokenizer,
             seed=config.seed,
             batch_size=config.data.batch_size,
             sequence_length=config.data.sequence_length,

@@ -36,17 +36,20 @@ class FromTorch:
     """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n devices can divide them: n,
     or 128 for every power of two up to it (Megatron-LM's make-vocab-size-divisible-by). Needed for vocabularies such as 49,153.
     to-torch leaves the padding out."""
+    weights: str | None = None
+    """Name of the weight file in the folder, or of the index of its shards; needed where several could be the model. Without it
+    safetensors come before .bin, as in transformers."""
     resume: bool = False
     """Continue an interrupted conversion of the same files with the same options; begin one if there is none."""
     dry_run: bool = False
     """Print the whole mapping (name, shape, dtype -> name, shape, partition) and write nothing."""
 
     def run(self) -> int:
+        divisor, weights = self.vocabulary_divisible_by, self.weights
         if self.dry_run:
-            print_mapping(self.source, self.dtype, vocabulary_divisible_by=self.vocabulary_divisible_by)
+            print_mapping(self.source, self.dtype, vocabulary_divisible_by=divisor, weights=weights)
         else:
-            divisor = self.vocabulary_divisible_by
-            from_torch(self.source, self.destination, self.dtype, vocabulary_divisible_by=divisor, resume=self.resume)
+            from_torch(self.source, self.destination, self.dtype, vocabulary_divisible_by=divisor, weights=weights, resume=self.resume)
         return AGREED
 
 
@@ -87,11 +90,15 @@ class Verify:
     """The model that is judged."""
     text: Path | None = None
     """UTF-8 text to run them on. Default: a built-in text in five languages and Python."""
+    weights_a: str | None = None
+    """Name of A's weight file or index, where its folder has several."""
+    weights_b: str | None = None
+    """The same of B."""
     max_kl: float = 1e-4
     """They agree if KL(A || B) is at most this, in nats, at every token. 1e-4 fits fp32 weights; rounding to bfloat16 costs more."""
 
     def run(self) -> int:
-        return AGREED if verify(self.a, self.b, self.text, self.max_kl) else DISAGREED
+        return AGREED if verify(self.a, self.b, self.text, self.max_kl, weights=(self.weights_a, self.weights_b)) else DISAGREED
 
 
 Command = (

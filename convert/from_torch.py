@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
@@ -15,18 +14,25 @@ import tensorstore as ts
 from rich.console import Console
 from rich.table import Table
 
+from aurora_jax.carried_files import encode_files
+from aurora_jax.data.tokenizer_files import tokenizer_sha256
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import PARAMETERS, TOKENIZER_FILES, CheckpointMetadata, tokenizer_sha256, write_checkpoint
+from aurora_jax.model.checkpoint import PARAMETERS, CheckpointMetadata, write_checkpoint
 from aurora_jax.model.config import ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
 from convert.partial import partial_output
 from convert.progress import byte_progress
-from convert.source import HuggingFaceFolder, read_folder
+from convert.source import HuggingFaceFolder, is_index, read_folder
 from convert.streaming import Scratch, UnwrittenArray, for_each, open_for_writing, row_major, unwritten_handler
+from convert.travelling import travelling_files
 from convert.weight_map import TIED_HEAD, Row, hf_tensors, token_embedding, weight_map
 
 ParameterDtype = Literal["float32", "bfloat16"]
 DTYPES: dict[ParameterDtype, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+"""How names of files are printed."""
 
 
 class Block(NamedTuple):
@@ -47,7 +53,9 @@ def from_torch(
     dtype: ParameterDtype | None = None,
     *,
     vocabulary_divisible_by: int = 1,
+    weights: str | None = None,
     resume: bool = False,
+    console: Console | None = None,
 ) -> None:
     """Converts a Hugging Face folder to a checkpoint; memory stays at some blocks of CHUNK_BYTES whatever the model's size.
 
@@ -57,36 +65,38 @@ def from_torch(
             interrupted conversion leaves.
         dtype: of the parameters; by default that of the source (float32 for float16 or for a mix).
         vocabulary_divisible_by: see `ModelConfig`.
+        weights: the weight file, or index of shards, where the folder has several: see `choose_weights`.
         resume: continue what an interrupted conversion of the same files left, if it left anything.
+        console: where it is said what stays behind; standard error by default.
 
     Raises:
         InputError: anything wrong with the source or the destination, naming the file and the tensor.
     """
-    folder = read_folder(source)
+    folder = read_folder(source, weights)
     check_tensors(folder)
     config = replace(folder.config, vocabulary_divisible_by=vocabulary_divisible_by)
     parameter_dtype = dtype or source_dtype(folder)
-    tokenizer = _read_tokenizer_files(folder.path)
+    files = _travelling(folder, console or Console(stderr=True))
     metadata = CheckpointMetadata(
         config=config,
         parameter_dtype=parameter_dtype,
         hf_config=folder.hf_config,
-        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        tokenizer_sha256=tokenizer_sha256(files, folder.path),
         source={"path": str(folder.path.absolute()), "files": {file.name: file.stat().st_size for file in folder.files}},
     )
     array_dtype = DTYPES[parameter_dtype]
     blocks = list(_blocks(config, array_dtype))
-    with partial_output(destination, _job(folder, metadata, tokenizer), resume) as partial:
+    with partial_output(destination, _job(folder, metadata, files), resume) as partial:
         if partial.complete:
             return
         if not partial.output.exists():
-            _check_tied_head(folder)
+            check_tied_head(folder)
             shapes = parameter_shapes(config)
             arrays = {
                 row.ours: UnwrittenArray(shapes[row.ours].shape, array_dtype, row.chunk_shape(config, array_dtype.itemsize))
                 for row in weight_map(config)
             }
-            write_checkpoint(partial.output, unwritten_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, tokenizer)
+            write_checkpoint(partial.output, unwritten_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, files)
         stores = {row.ours: open_for_writing(partial.output / PARAMETERS / row.ours) for row in weight_map(config)}
         rest = [block for block in blocks if str(block) not in partial.done]
         total, remaining = (sum(_source_bytes(folder, block) for block in some) for some in (blocks, rest))
@@ -106,11 +116,13 @@ def print_mapping(
     dtype: ParameterDtype | None = None,
     *,
     vocabulary_divisible_by: int = 1,
+    weights: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Prints what `from_torch` would do, a line for each tensor, and writes nothing. Raises InputError as `from_torch` does."""
-    folder = read_folder(source)
+    folder = read_folder(source, weights)
     check_tensors(folder)
+    check_tied_head(folder)
     parameter_dtype = dtype or source_dtype(folder)
     shapes = parameter_shapes(replace(folder.config, vocabulary_divisible_by=vocabulary_divisible_by))
     table = Table("Hugging Face tensor", "shape", "dtype", "our parameter", "shape", "dtype", "partition", title=f"{folder.path}")
@@ -123,7 +135,9 @@ def print_mapping(
     if TIED_HEAD in folder.tensors:
         table.add_row(TIED_HEAD, str(list(folder.tensors[TIED_HEAD].shape)), folder.tensors[TIED_HEAD].dtype.name, "tied: not stored")
     # A pipe has no width: rich would cut the names at 80 columns.
-    (console or Console(width=None if os.isatty(1) else 240)).print(table)
+    console = console or Console(width=None if os.isatty(1) else 240)
+    console.print(table)
+    console.print(f"files that travel with it: {', '.join(_travelling(folder, console)) or 'none'}", **PLAIN)
 
 
 def source_dtype(folder: HuggingFaceFolder) -> ParameterDtype:
@@ -137,18 +151,24 @@ def check_tensors(folder: HuggingFaceFolder) -> None:
     expected = {name: parts[0][0].hf_shape(config) for name, parts in hf_tensors(config).items()}
     for name, shape in expected.items():
         if name not in folder.tensors:
-            raise InputError(f"{folder.path}: the tensor {name} {list(shape)} is missing from the weights ({_names(folder)}).")
+            near = next((f"; there is {other}, whose prefix is unknown" for other in folder.tensors if other.endswith(f".{name}")), "")
+            raise InputError(f"{folder.path}: the tensor {name} {list(shape)} is missing from the weights ({_names(folder)}){near}.")
     embedding, family = token_embedding(config).hf, family_of(config)
     for name, tensor in folder.tensors.items():
         wanted = expected[embedding] if name == TIED_HEAD else expected.get(name)
         if wanted is None:
-            raise InputError(f"{tensor.file}: the tensor {name} {list(tensor.shape)} is unexpected: a {family} model has no such weight.")
+            raise InputError(
+                f"{tensor.file}: the tensor {tensor.name} {list(tensor.shape)} is unexpected: a {family} model has no such weight."
+            )
         if tensor.shape != wanted:
             reason = f"config.json has vocab_size {config.vocabulary_size}" if name in (embedding, TIED_HEAD) else "config.json asks"
-            raise InputError(f"{tensor.file}: the tensor {name} has the shape {list(tensor.shape)}; {reason}, that is {list(wanted)}.")
+            raise InputError(
+                f"{tensor.file}: the tensor {tensor.name} has the shape {list(tensor.shape)}; {reason}, that is {list(wanted)}."
+            )
 
 
-def _check_tied_head(folder: HuggingFaceFolder) -> None:
+def check_tied_head(folder: HuggingFaceFolder) -> None:
+    """Raises InputError where a folder has the head beside the token embedding, and they differ."""
     row = token_embedding(folder.config)
     head, embedding = folder.tensors.get(TIED_HEAD), folder.tensors[row.hf]
     if head is None or head == embedding:  # the same bytes of a .bin file
@@ -193,9 +213,25 @@ def _convert(
         raise OSError(str(error)) from error
 
 
-def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, tokenizer: dict[str, str]) -> dict[str, Any]:
+def _travelling(folder: HuggingFaceFolder, console: Console) -> dict[str, bytes]:
+    """The files that travel with the model; what does not, and is not what was converted, is said."""
+    files, left_behind = travelling_files(folder.path)
+    read = {str(file.relative_to(folder.path)) for file in folder.files}
+    read.update(folder.passed_over, filter(is_index, left_behind))
+    left_behind = {name: reason for name, reason in left_behind.items() if name not in read}
+    if folder.passed_over:
+        others = ", ".join(folder.passed_over)
+        chooses = f"--weights {folder.passed_over[0]} takes that"
+        console.print(f"weights: {_names(folder)}; not read: {others} ({chooses})", **PLAIN)
+    for reason in dict.fromkeys(left_behind.values()):
+        names = ", ".join(name for name, why in left_behind.items() if why == reason)
+        console.print(f"left behind: {names} ({reason})", **PLAIN)
+    return files
+
+
+def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, files: dict[str, bytes]) -> dict[str, Any]:
     """What an interrupted conversion must have in common with the one that continues it."""
-    texts = json.dumps([folder.hf_config, tokenizer], sort_keys=True)
+    texts = json.dumps([folder.hf_config, encode_files(files)], sort_keys=True)
     return {
         "command": "from-torch",
         "source": str(folder.path.absolute()),
@@ -204,13 +240,6 @@ def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, tokenizer: dic
         "vocabulary_divisible_by": metadata.config.vocabulary_divisible_by,
         "config and tokenizer": hashlib.sha256(texts.encode()).hexdigest(),
     }
-
-
-def _read_tokenizer_files(folder: Path) -> dict[str, str]:
-    try:
-        return {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES if (folder / name).is_file()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder}: a tokenizer file cannot be read: {error}.") from error
 
 
 def _names(folder: HuggingFaceFolder) -> str:

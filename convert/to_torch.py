@@ -15,20 +15,21 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from aurora_jax.carried_files import write_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.checkpoint import (
     CheckpointMetadata,
     damage_named,
     open_parameters,
+    read_files,
     read_metadata,
-    read_tokenizer,
     resolve,
 )
-from aurora_jax.model.config import ModelConfig, to_hf_config
+from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output
 from convert.progress import byte_progress
-from convert.source import SAFETENSORS_DTYPES
+from convert.source import CHOSEN_IN_CONFIG, SAFETENSORS_DTYPES
 from convert.streaming import Scratch, for_each, row_major
 from convert.weight_map import Row, hf_tensors, weight_map
 
@@ -51,7 +52,7 @@ def to_torch(
     *,
     resume: bool = False,
 ) -> None:
-    """Writes a checkpoint as safetensors with config, generation config and tokenizer files.
+    """Writes a checkpoint as safetensors with config.json and, byte for byte, the files that travel with the model.
 
     The head is the token embedding and is not written twice; `transformers` ties it. Memory: some blocks; for checkpoints of
     training runs also the largest parameter of one layer.
@@ -81,6 +82,7 @@ def to_torch(
         # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would be read many times.
         stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in rows if row.stacked))
     shards = plan_shards(config, DTYPES[name].itemsize, limit)
+    files = _text_files(metadata, name, shards, read_files(path), path)
     job = {
         "command": "to-torch",
         "source": str(path),
@@ -98,7 +100,7 @@ def to_torch(
         done = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in rest)
         with byte_progress(f"{source} -> {destination}", sum(sizes.values()), done) as advance:
             _write_tensors(rest, config, DTYPES[name], stores, path, partial, advance)
-        _write_text_files(partial.output, metadata, name, shards, read_tokenizer(path))
+        write_files(files, partial.output)
 
 
 def parse_size(text: str) -> int:
@@ -245,27 +247,30 @@ def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
         remaining, offset = remaining[count:], offset + count
 
 
-def _write_text_files(
-    folder: Path, metadata: CheckpointMetadata, dtype: ParameterDtype, shards: list[Shard], tokenizer: dict[str, str]
-) -> None:
+def _text_files(
+    metadata: CheckpointMetadata, dtype: ParameterDtype, shards: list[Shard], travelling: dict[str, bytes], source: epath.Path
+) -> dict[str, bytes]:
+    """Everything but the weights, by name. Raises InputError if a file that travels has the name of one that is made."""
     config = metadata.config
     hf_config = {**(metadata.hf_config or {}), **to_hf_config(config), "torch_dtype": dtype}
     hf_config.pop("dtype", None)  # the newer name of torch_dtype, which every version of transformers reads
-    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-    files = {
-        "config.json": _json(hf_config),
-        "generation_config.json": _json({key: value for key, value in generation.items() if value is not None}),
-        **tokenizer,
-    }
+    hf_config.pop(CHOSEN_IN_CONFIG, None)  # a file that is not made here
+    theirs = str((metadata.hf_config or {}).get("activation_function"))
+    if "activation_function" in hf_config and HF_ACTIVATIONS.get(theirs) == config.activation:
+        hf_config["activation_function"] = theirs  # one of several names of the function
+    files = {"config.json": _json(hf_config)}
     if len(shards) > 1:
         itemsize = DTYPES[dtype].itemsize
         weight_map = {tensor: shard.name for shard in shards for tensor in shard.tensors}
         files["model.safetensors.index.json"] = _json(
             {"metadata": {"total_size": sum(_sizes(config, itemsize).values())}, "weight_map": weight_map}
         )
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    if taken := {*travelling} & {*files, *(shard.name for shard in shards)}:
+        raise InputError(f"{source}: it carries a file {min(taken)}, which is made anew: the checkpoint is not one of this project's.")
+    generation = {name: to_hf_config(config)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation_config = _json({key: value for key, value in generation.items() if value is not None})
+    return {"generation_config.json": generation_config, **files, **travelling}
 
 
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

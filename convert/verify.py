@@ -4,18 +4,24 @@ L sequence, V vocabulary.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tokenizers
 from rich.console import Console
 from rich.table import Table
 
+from aurora_jax.data.tokenizer import tokenizer_of
+from aurora_jax.data.tokenizer_files import gpt2_tokenizer_json, kind_of, tokenizer_sha256
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import is_checkpoint, read_metadata, read_tokenizer, resolve, restore_parameters
+from aurora_jax.model.checkpoint import is_checkpoint, read_files, read_metadata, restore_parameters
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from convert.source import read_folder
+from convert.from_torch import check_tensors, check_tied_head
+from convert.source import HuggingFaceFolder, read_folder
+from convert.travelling import travelling_files
 
 WINDOW = 512
 """Tokens that are read at a time; fewer where a model has learned fewer positions."""
@@ -56,7 +62,13 @@ class Agreement:
 
 
 def verify(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | None = None, max_kl: float = 1e-4, console: Console | None = None
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    text: Path | None = None,
+    max_kl: float = 1e-4,
+    console: Console | None = None,
+    *,
+    weights: tuple[str | None, str | None] = (None, None),
 ) -> bool:
     """Runs both models on a text and prints how far they agree.
 
@@ -66,22 +78,24 @@ def verify(
         text: UTF-8 file; a built-in text in five languages and Python by default.
         max_kl: greatest KL(A || B) at any position, in nats, that still passes.
         console: where the table goes; standard output by default.
+        weights: of a and b, the weight file or index where a folder has several: see `choose_weights`.
 
     Returns:
         Whether they agree. Not-a-number never does.
 
     Raises:
-        InputError: a path that is no model, a text that cannot be read, models that differ in their vocabulary.
+        InputError: a path that is no model, a text that cannot be read, models that differ in vocabulary or tokenizer.
     """
     console = console or Console()
-    config_a, config_b = _config(a), _config(b)
+    model_a, model_b = (_opened(path, file) for path, file in zip((a, b), weights, strict=True))
+    config_a, config_b = model_a.config, model_b.config
     if config_a.vocabulary_size != config_b.vocabulary_size:
         raise InputError(
             f"{a} has a vocabulary of {config_a.vocabulary_size} tokens, {b} of {config_b.vocabulary_size}: nothing to compare."
         )
     tokens_L, origin = _tokens(a, b, text, config_a.vocabulary_size)
     window = int(min(WINDOW, config_a.longest_sequence, config_b.longest_sequence))
-    agreement = compare(_model(a), _model(b), [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)])
+    agreement = compare(_logits(model_a), _logits(model_b), [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)])
     passed = bool(agreement.max_kl <= max_kl)
     table = Table("A against B", "", title=f"A: {a}\nB: {b}", title_justify="left")
     table.add_row("tokens compared", f"{agreement.tokens:,} ({origin})")
@@ -127,40 +141,73 @@ def _is_ours(path: str | os.PathLike[str]) -> bool:
     return is_checkpoint(path) or not (Path(path) / "config.json").is_file()
 
 
-def _config(path: str | os.PathLike[str]) -> ModelConfig:
-    return read_metadata(path).config if _is_ours(path) else read_folder(path).config
+@dataclass(frozen=True)
+class _Checkpoint:
+    """One of our checkpoints, nothing of it loaded."""
+
+    path: str | os.PathLike[str]
+    config: ModelConfig
 
 
-def _model(path: str | os.PathLike[str]) -> Logits:
-    return _our_model(path) if _is_ours(path) else _hf_model(path)
+def _opened(path: str | os.PathLike[str], weights: str | None) -> _Checkpoint | HuggingFaceFolder:
+    if _is_ours(path):
+        if weights is not None:
+            raise InputError(f"{path} is one of our checkpoints, which has one set of weights: {weights} cannot be chosen.")
+        return _Checkpoint(path, read_metadata(path).config)
+    folder = read_folder(path, weights)
+    check_tensors(folder)
+    check_tied_head(folder)
+    return folder
 
 
-def _our_model(path: str | os.PathLike[str]) -> Logits:
+def _logits(model: _Checkpoint | HuggingFaceFolder) -> Logits:
+    return _our_model(model) if isinstance(model, _Checkpoint) else _hf_model(model)
+
+
+def _our_model(model: _Checkpoint) -> Logits:
     import jax
 
     from aurora_jax.model.decoder import merge, structure_of
 
-    structure = structure_of(_config(path), ComputeConfig(compute_dtype="float32", activation_dtype="float32"))
-    parameters = restore_parameters(path, dtype="float32")
+    structure = structure_of(model.config, ComputeConfig(compute_dtype="float32", activation_dtype="float32"))
+    parameters = restore_parameters(model.path, dtype="float32")
 
     @jax.jit
     def logits_1LV(parameters: dict, tokens_1L: jax.Array) -> jax.Array:
         decoder = merge(structure, parameters)
         return decoder.logits(decoder(tokens_1L))
 
-    tokens = _config(path).vocabulary_size
+    tokens = model.config.vocabulary_size
     return lambda tokens_L: np.asarray(logits_1LV(parameters, jax.numpy.asarray(tokens_L[None])))[0, :, :tokens]
 
 
-def _hf_model(path: str | os.PathLike[str]) -> Logits:
+def _hf_model(folder: HuggingFaceFolder) -> Logits:
+    """The model that `transformers` makes of the tensors that a conversion would read, loaded by PyTorch and safetensors."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from safetensors.torch import load_file
+        from transformers import AutoConfig, BloomForCausalLM, GPTBigCodeForCausalLM
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
-        raise InputError(f"{path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
+        raise InputError(f"{folder.path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = {
+        file: load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        for file in folder.files
+    }
+    state = {name: loaded[stored.file][stored.name] for name, stored in folder.tensors.items()}
+    classes: dict[str, Any] = {"gpt_bigcode": GPTBigCodeForCausalLM, "bloom": BloomForCausalLM}
+    model, report = classes[folder.hf_config["model_type"]].from_pretrained(
+        None,
+        config=AutoConfig.from_pretrained(folder.path),
+        state_dict=state,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    if wrong := {problem: sorted(map(str, names)) for problem, names in report.items() if names}:
+        raise InputError(f"{folder.path}: transformers cannot load all of the model: {str(wrong)[:400]}.")
+    model.eval()
 
     def logits_LV(tokens_L: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -175,25 +222,37 @@ def _tokens(a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | N
         content, origin = (text.read_text(encoding="utf-8"), text.name) if text else (DEFAULT_TEXT, "built-in text")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{text} cannot be read as UTF-8 text: {error}.") from error
-    for path in (a, b):
-        definition = _tokenizer_json(path)
-        if definition is None:
-            continue
-        from tokenizers import Tokenizer
+    files = {path: read_files(path) if _is_ours(path) else travelling_files(Path(path))[0] for path in (a, b)}
+    digests = {path: digest for path, its_files in files.items() if (digest := tokenizer_sha256(its_files, Path(path))) is not None}
+    if not digests:
+        if text:
+            raise InputError(f"Neither {a} nor {b} has a tokenizer: {text} cannot be read as tokens.")
+        random_L = np.random.default_rng(SEED).integers(vocabulary_size, size=RANDOM_TOKENS, dtype=np.int32)
+        return random_L, f"random, seed {SEED}: no tokenizer"
+    path = next(iter(digests))
+    one_of_each = {digest: path for path, digest in reversed(digests.items())}  # equal tokenizers need not be asked twice
+    tokens = {path: _encode(files[path], path, content) for path in one_of_each.values()}
+    if any(ids != tokens[path] for ids in tokens.values()):
+        raise InputError(
+            f"{a} has the tokenizer {digests[a][:12]}, {b} has {digests[b][:12]}, and they read the {origin} as other tokens: "
+            "these are not the same model."
+        )
+    if not tokens[path]:
+        raise InputError(f"{origin}: no tokens to compare.")
+    if max(tokens[path]) >= vocabulary_size:
+        raise InputError(f"{path}: its tokenizer yields the token {max(tokens[path])}, its model has only {vocabulary_size}.")
+    return np.asarray(tokens[path], np.int32), origin
 
-        tokens_L = np.asarray(Tokenizer.from_str(definition).encode(content, add_special_tokens=False).ids, np.int32)
-        if not len(tokens_L):
-            raise InputError(f"{origin}: no tokens to compare.")
-        if tokens_L.max() >= vocabulary_size:
-            raise InputError(f"{path}: its tokenizer yields the token {tokens_L.max()}, its model has only {vocabulary_size}.")
-        return tokens_L, origin
-    if text:
-        raise InputError(f"Neither {a} nor {b} has a tokenizer.json: {text} cannot be read as tokens.")
-    return np.random.default_rng(SEED).integers(vocabulary_size, size=RANDOM_TOKENS, dtype=np.int32), f"random, seed {SEED}: no tokenizer"
 
-
-def _tokenizer_json(path: str | os.PathLike[str]) -> str | None:
-    if _is_ours(path):
-        return read_tokenizer(resolve(path)).get("tokenizer.json")
-    file = Path(path) / "tokenizer.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def _encode(files: Mapping[str, bytes], where: str | os.PathLike[str], text: str) -> list[int]:
+    """The tokens of a text; unlike to train or to generate, this takes no end-of-text token."""
+    kind = kind_of(files, Path(where))
+    if kind not in ("tokenizer.json", "vocab.json"):
+        return tokenizer_of(files, Path(where)).encode(text)
+    definition = gpt2_tokenizer_json(files, Path(where)) if kind == "vocab.json" else files[kind].decode("utf-8", errors="replace")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{where}: not a tokenizer.json of the `tokenizers` library: {error}") from error
+    tokenizer.no_truncation()
+    return tokenizer.encode(text, add_special_tokens=False).ids

@@ -30,6 +30,14 @@ PREFIX = "transformer."
 
 TIED_HEAD = "lm_head.weight"
 
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+"""Components that PyTorch's wrappers put into the names of what they wrap; no tensor of either family has them itself."""
+
 
 @dataclass(frozen=True)
 class Row:

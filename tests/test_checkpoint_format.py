@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
+from aurora_jax.carried_files import write_files
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint
 from aurora_jax.model.checkpoint import CheckpointMetadata
@@ -32,7 +33,7 @@ def metadata() -> CheckpointMetadata:
         config=CONFIG,
         parameter_dtype="float32",
         hf_config={**to_hf_config(CONFIG), "a_key_of_somebody_else": [1, 2]},
-        tokenizer_sha256=checkpoint.tokenizer_sha256({"tokenizer.json": "{}"}),
+        tokenizer_sha256="44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",  # of {}
         source={"path": "/somewhere", "files": {"model.safetensors": 12}},
         step=7,
         stage="cap",
@@ -60,11 +61,18 @@ def save_step(run: Path, step: int, parameters: dict, metadata: CheckpointMetada
 
 
 def test_everything_comes_back(tmp_path, parameters, metadata):
-    tokenizer = {"tokenizer.json": '{"a": "ä\\n"}', "merges.txt": "a b\n"}
-    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata, tokenizer)
+    files = {
+        "tokenizer.json": '{"a": "ä\\n"}\r\n'.encode(),
+        "LICENSE": b"",
+        "tokenizer.model": bytes(range(256)),
+        "additional_chat_templates/a.jinja": b"\x00{{ a }}",
+    }
+    checkpoint.save_checkpoint(tmp_path / "c", parameters, metadata, files)
     assert checkpoint.is_checkpoint(tmp_path / "c")
     assert checkpoint.read_metadata(tmp_path / "c") == metadata
-    assert checkpoint.read_tokenizer(tmp_path / "c") == tokenizer
+    assert checkpoint.read_files(tmp_path / "c") == files
+    write_files(files, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
     restored = checkpoint.restore_parameters(tmp_path / "c")
     assert all(isinstance(leaf, jax.Array) for leaf in flatten(restored).values())
     assert_equal_trees(restored, parameters)

@@ -1,8 +1,10 @@
 """PyTorch weights in and out, against transformers and the safetensors library; bad input of every kind leaves nothing behind."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,8 +140,8 @@ def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
     assert metadata.hf_config == json.loads((single / "config.json").read_text())
     assert metadata.parameter_dtype == "float32"
     assert metadata.source["files"] == {"model.safetensors": (single / "model.safetensors").stat().st_size}
-    read = checkpoint.read_tokenizer(tmp_path / "ours")
-    assert {name: read[name] for name in TOKENIZER} == TOKENIZER
+    read = checkpoint.read_files(tmp_path / "ours")
+    assert {name: read[name].decode() for name in TOKENIZER} == TOKENIZER
     restored = flatten(checkpoint.restore_parameters(tmp_path / "ours"))
     for checkpointer in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
         for path, leaf in flatten(checkpointer.restore(tmp_path / "ours" / "params")).items():
@@ -205,6 +207,27 @@ def test_verify_reads_text_with_the_tokenizer_of_either(tmp_path, single, capsys
     (tmp_path / "text").write_text("hello")
     assert main(["verify", str(single), str(tmp_path / "ours"), "--text", str(tmp_path / "text")]) == 0
     assert "5 (text)" in capsys.readouterr().out
+
+
+def test_verify_compares_the_tokenizers_of_both(tmp_path, single, capsys):
+    """Files that are written otherwise are the same if they read the text alike; other tokens make another model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {chr(97 + letter): letter for letter in range(26)} | {"?": 26}
+    assert main(["from-torch", str(single), str(tmp_path / "ours")]) == 0
+    assert not checkpoint.read_files(tmp_path / "ours").keys() & {"tokenizer.json"}
+    for number, (name, vocab) in enumerate({"a": vocabulary, "b": {**vocabulary, "a": 1, "b": 0}}.items()):
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        shutil.copytree(single, tmp_path / name)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"), pretty=number == 0)
+    (tmp_path / "text").write_text("abba")
+    assert main(["verify", str(tmp_path / "a"), str(tmp_path / "b"), "--text", str(tmp_path / "text")]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    digests = [hashlib.sha256((tmp_path / name / "tokenizer.json").read_bytes()).hexdigest()[:12] for name in "ab"]
+    assert re.search(f"a has the tokenizer {digests[0]}, .*b has {digests[1]}, and they read the text as other tokens", error)
+    (tmp_path / "text").write_text("xyz")
+    assert main(["verify", str(tmp_path / "a"), str(tmp_path / "b"), "--text", str(tmp_path / "text")]) == 0
 
 
 def test_verify_measures_what_it_says():

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import BLOOM, PRESETS, ModelConfig, from_hf_config, to_hf_config
+from aurora_jax.model.config import BLOOM, HF_ACTIVATIONS, PRESETS, ModelConfig, from_hf_config, to_hf_config
 from aurora_jax.model.sharding import parameter_count
 
 # Derived from the shapes of the published checkpoints; the tied head is counted once.
@@ -46,7 +47,7 @@ gpt_bigcode_configs = st.builds(
     attention_dropout=st.floats(0, 0.9),
     residual_dropout=st.floats(0, 0.9),
     bos_token_id=st.none() | st.integers(0, 9),
-    eos_token_id=st.none() | st.integers(0, 9),
+    eos_token_id=st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     pad_token_id=st.none() | st.integers(0, 9),
 )
 bloom_configs = gpt_bigcode_configs.map(lambda config: replace(config, mlp_width=4 * config.width, embedding_dropout=0.0, **BLOOM))
@@ -79,7 +80,13 @@ def test_to_hf_inverts_from_hf_through_transformers(config):
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
-        ({"eos_token_id": [0, 1]}, "eos_token_id"),
+        ({"activation_function": "gelu_10"}, "gelu_10.*gelu_new"),
+        ({"activation_function": ["gelu"]}, "gelu"),
+        ({"eos_token_id": []}, "eos_token_id is \\[\\]"),
+        ({"eos_token_id": [0, "1"]}, "eos_token_id is .*'1'"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"pad_token_id": [0, 1]}, "pad_token_id is .0, 1"),
+        ({"bos_token_id": "0"}, "bos_token_id is '0'"),
         ({"n_head": 7}, "heads 7"),
         ({"n_layer": 0}, "layers"),
     ],
@@ -87,6 +94,30 @@ def test_to_hf_inverts_from_hf_through_transformers(config):
 def test_what_is_not_implemented_is_named(change, said):
     with pytest.raises(InputError, match=said):
         from_hf_config(to_hf_config(PRESETS["starcoderplus"]) | change)
+
+
+def test_names_of_activations_are_those_of_transformers():
+    """Every name of `transformers` that computes one of our two functions is accepted for it, and no other."""
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    ours = {"gelu": jax.nn.gelu(x.numpy().astype("float32"), approximate=False), "gelu_tanh": jax.nn.gelu(x.numpy().astype("float32"))}
+    found = {}
+    for name in activations.ACT2FN:
+        if name == "prelu":  # it has a parameter
+            continue
+        values = activations.ACT2FN[name](x.float()).detach().numpy()
+        near = [kind for kind, expected in ours.items() if abs(values - expected).max() < 4e-6]
+        assert len(near) < 2
+        if near:
+            found[name] = near[0]
+    assert found == HF_ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", HF_ACTIVATIONS)
+def test_an_activation_by_any_name_is_read(name):
+    hf = to_hf_config(PRESETS["starcoderplus"]) | {"activation_function": name}
+    assert from_hf_config(hf) == replace(PRESETS["starcoderplus"], activation=HF_ACTIVATIONS[name])
 
 
 def test_blooms_own_config_is_read():

@@ -202,7 +202,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_well(base, undisturbed, tmp_path):
 def test_the_order_in_which_a_run_looks_for_its_state(base, undisturbed, tmp_path):
     converted = tmp_path / "converted"
     metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
-    checkpoint.save_checkpoint(converted, initial_parameters(MODEL, 5), metadata, checkpoint.read_tokenizer(undisturbed[0]))
+    checkpoint.save_checkpoint(converted, initial_parameters(MODEL, 5), metadata, checkpoint.read_files(undisturbed[0]))
     fresh = replace(base, output=tmp_path / "run", model=None, initial_checkpoint=converted)
     assert choose_start(replace(base, output=tmp_path / "run")).kind == "random"
     assert (choose_start(fresh).kind, choose_start(fresh).path) == ("checkpoint", converted)
@@ -252,7 +252,7 @@ def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbe
     broken = initial_parameters(MODEL, 0)
     broken["final_norm"]["scale"] = jnp.full(16, jnp.nan)
     metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
-    checkpoint.save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_tokenizer(undisturbed[0]))
+    checkpoint.save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_files(undisturbed[0]))
     evaluation = replace(base.evaluation, tasks=())
     with pytest.raises(Diverged, match="steps 0 to 2"):
         train(replace(base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "broken", evaluation=evaluation))

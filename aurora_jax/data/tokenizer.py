@@ -7,7 +7,7 @@ tokens are put in by their ids (`special_id`), or parsed by `encode_with_special
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 from aurora_jax.data.spelling import Spelling, behind_other_text
+from aurora_jax.data.tokenizer_files import BYTES_SHA256, gpt2_tokenizer_json, kind_of, no_tokenizer, read_tokenizer_files, tokenizer_sha256
 from aurora_jax.errors import InputError
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>")
@@ -378,7 +379,7 @@ class ByteTokenizer(Tokenizer):
 
     FIRST = 3
     path = Path("bytes")
-    sha256 = hashlib.sha256(b"UTF-8 bytes from 3").hexdigest()
+    sha256 = BYTES_SHA256
     vocab_size = 256 + FIRST
     eos_id = 1
     unk_id = 2
@@ -420,12 +421,37 @@ class ByteTokenizer(Tokenizer):
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a `tokenizer.json`, a folder that holds one, a SentencePiece `.model`, or the word "bytes".
+    """The tokenizer at `path`: a `tokenizer.json`, a SentencePiece `.model`, a folder or checkpoint (see `tokenizer_files.py`),
+    or the word "bytes".
 
     Raises:
         InputError: the file is missing, malformed, or has no end-of-text token.
     """
     path = Path(path)
-    if path == ByteTokenizer.path and not path.exists():
-        return ByteTokenizer()
+    if path.is_dir() or path == ByteTokenizer.path:
+        return tokenizer_of(read_tokenizer_files(path), path)
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+
+
+def tokenizer_of(files: Mapping[str, bytes], where: str | Path) -> Tokenizer:
+    """The tokenizer that some files are: those of a folder, or those that a checkpoint carries.
+
+    Args:
+        files: contents by name.
+        where: the folder or checkpoint, for messages.
+
+    Raises:
+        InputError: none of them is a tokenizer, or the one that is is malformed or has no end-of-text token.
+    """
+    kind, sha256 = kind_of(files, where), tokenizer_sha256(files, where)
+    if kind is None or sha256 is None:
+        raise no_tokenizer(where)
+    if kind == "bytes":
+        return ByteTokenizer()
+    path = Path(where, kind)
+    if kind == "tokenizer.model":
+        sentencepiece_tokenizer = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
+        sentencepiece_tokenizer.__setstate__({"path": path, "sha256": sha256, "content": files[kind]})
+        return sentencepiece_tokenizer
+    content = gpt2_tokenizer_json(files, where) if kind == "vocab.json" else files[kind].decode("utf-8", errors="replace")
+    return HuggingFaceTokenizer._unpickled(path, sha256, content)

@@ -1,6 +1,5 @@
 """`aurora eval`: bits per byte of a checkpoint on held-out text."""
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from aurora_jax.data.tokenizer import tokenizer_of
+from aurora_jax.data.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig
@@ -38,15 +39,15 @@ class EvalCommand:
         model = checkpoint.read_metadata(self.checkpoint).config
 
         # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
-        from aurora_jax.data.opening import open_stores
+        from aurora_jax.data.opening import open_stores, store_directory
         from aurora_jax.data.tasks import register
-        from aurora_jax.data.vocabulary import vocabulary_from
+        from aurora_jax.data.vocabulary import Vocabulary
 
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in checkpoint.read_tokenizer(self.checkpoint).items():
-                Path(folder, name).write_text(text)
-            register(self.corpus, vocabulary_from(folder), self.modules)
-            stores = open_stores(self.tasks, "validation", self.stores)
+        tokenizer = tokenizer_of(checkpoint.read_files(self.checkpoint), self.checkpoint)
+        register(self.corpus, Vocabulary(tokenizer), self.modules)
+        directories = {task: store_directory(self.stores, task, "validation") for task in self.tasks}
+        require_tokenizer_of_stores(tokenizer.sha256, self.checkpoint, directories)
+        stores = open_stores(self.tasks, "validation", self.stores)
         evaluator = Evaluator(
             structure_of(model, self.compute),
             self.compute,

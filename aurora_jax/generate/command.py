@@ -3,8 +3,7 @@
 import itertools
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,16 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from
+from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from, tokenizer_of
+from aurora_jax.data.tokenizer_files import tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.generate import prompts as prompts_of
+from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.generate.generator import Generator, check_prompts, make_inference_mesh, prompt_slots
 from aurora_jax.generate.prompts import Prompt
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.streaming import TextStream
-from aurora_jax.model.checkpoint import CheckpointMetadata, read_metadata, read_tokenizer
+from aurora_jax.model.checkpoint import CheckpointMetadata, read_files, read_metadata
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.storage import json_lines
 
@@ -91,7 +92,9 @@ class GenerateCommand:
     batch_size: int = 16
     """Records at a time, with --input, whose prompts are about as long."""
     tokenizer: Path | None = None
-    """tokenizer.json, or its folder, or a SentencePiece model; that of the checkpoint without it."""
+    """tokenizer.json, or its folder, or a SentencePiece model, for a checkpoint that carries none."""
+    allow_other_tokenizer: bool = False
+    """Take `tokenizer` although the checkpoint carries another, for one that was recorded wrongly."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of weights, activations and cache; that of the checkpoint without it."""
     attention: Literal["xla", "flash"] | None = None
@@ -108,10 +111,11 @@ class GenerateCommand:
             raise InputError(f"--seed is {self.seed}: it must be 0 or more.")
         if self.batch_size < 1:
             raise InputError(f"--batch-size is {self.batch_size}: it must be at least 1.")
-        tokenizer = self._tokenizer()
+        files = read_files(self.checkpoint)
+        tokenizer = self._tokenizer(files)
+        eos_ids = end_of_text_ids(metadata, files, tokenizer, self.checkpoint)
         work = self._records(tokenizer, metadata.config) if self.input else self._one(tokenizer, metadata.config)
         generator = self._generator(metadata)
-        eos_ids = sorted({tokenizer.eos_id} | ({eos} if (eos := metadata.config.eos_token_id) is not None else set()))
         # Rows of a model that no token belongs to: its vocabulary was padded, or is another's.
         lacking = [i for i in range(metadata.config.vocabulary_size) if not tokenizer.has(i) and i not in eos_ids]
         generate = partial(generator, sampling=sampling, eos_ids=eos_ids, excluded_ids=lacking)
@@ -126,16 +130,18 @@ class GenerateCommand:
             return self.max_new_tokens
         return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - len(prompt.tokens))))
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is not None:
-            return tokenizer_from(self.tokenizer)
-        files = read_tokenizer(self.checkpoint)
-        if "tokenizer.json" not in files:
-            raise InputError(f"{self.checkpoint} has no tokenizer: name one with --tokenizer.")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in files.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            return tokenizer_from(folder)
+    def _tokenizer(self, files: Mapping[str, bytes]) -> Tokenizer:
+        if self.tokenizer is None:
+            if tokenizer_sha256(files, self.checkpoint) is None:
+                raise InputError(f"{self.checkpoint} has no tokenizer: name one with --tokenizer.")
+            return tokenizer_of(files, self.checkpoint)
+        given, own = tokenizer_from(self.tokenizer), tokenizer_sha256(files, self.checkpoint)
+        if own not in (None, given.sha256) and not self.allow_other_tokenizer:
+            raise InputError(
+                f"{self.checkpoint} carries the tokenizer {own[:12]}, but {self.tokenizer} is {given.sha256[:12]}: its ids are "
+                "not those that the weights have learned. Leave out --tokenizer, or say --allow-other-tokenizer."
+            )
+        return given
 
     def _one(self, tokenizer: Tokenizer, config: ModelConfig) -> Prompt:
         infill = self.prefix is not None or self.suffix is not None

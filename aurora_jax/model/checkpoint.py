@@ -1,12 +1,11 @@
 """One checkpoint format for converted weights and for training: an Orbax composite directory that needs nothing beside it.
 
 params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sharding.py`)
-tokenizer   JSON, file name to text: the tokenizer and the generation config
+tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from aurora_jax.carried_files import decode_files, encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
@@ -35,18 +35,7 @@ and value of one head, which conversion does not part, may be larger: 14 MiB in 
 PARTIAL_SUFFIX = ".partial"
 """Of folders whose contents are still being written; see `convert/partial.py`."""
 
-PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "generation_config.json",
-)
-"""Text files that a checkpoint carries along; those that the source has."""
+PARAMETERS, FILES, METADATA = "params", "tokenizer", "metadata"
 
 ARCHITECTURE = (
     "vocabulary_size",
@@ -78,7 +67,7 @@ class CheckpointMetadata:
     hf_config: dict[str, Any] | None = None
     """The source's `config.json`, verbatim, so that an export keeps keys which are none of our business."""
     tokenizer_sha256: str | None = None
-    """SHA-256 of `tokenizer.json`."""
+    """What tells its tokenizer apart: see `aurora_jax/data/tokenizer_files.py`."""
     source: dict[str, Any] | None = None
     """Where the weights came from: {"path": ..., "files": {name: bytes}}."""
     step: int = 0
@@ -106,6 +95,8 @@ class CheckpointMetadata:
         config = values.get("config")
         if not isinstance(config, Mapping):
             raise InputError(f"{where}: metadata 'config' is {config!r}; a model config is expected.")
+        # JSON has no tuples; those of a ModelConfig are its lists.
+        config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
         model = ModelConfig(**_checked(ModelConfig, config, f"{where}: metadata 'config'"))
         metadata = cls(**_checked(cls, {**values, "config": model}, f"{where}: metadata"))
         if metadata.layer_stacking != "stacked":
@@ -114,12 +105,6 @@ class CheckpointMetadata:
             unpadded = replace(model, vocabulary_divisible_by=1)
             require_same_architecture(unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
         return metadata
-
-
-def tokenizer_sha256(tokenizer: Mapping[str, str]) -> str | None:
-    """SHA-256 of `tokenizer.json` in hexadecimal; None without that file."""
-    text = tokenizer.get("tokenizer.json")
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_same_architecture(found: ModelConfig, expected: ModelConfig, found_in: Location, expected_in: Location) -> None:
@@ -175,10 +160,14 @@ def read_metadata(path: Location) -> CheckpointMetadata:
     return CheckpointMetadata.from_json(_read_json(directory / METADATA), directory)
 
 
-def read_tokenizer(path: Location) -> dict[str, str]:
-    """The tokenizer's files, name to text; empty if the source had none. Raises InputError."""
-    item = resolve(path) / TOKENIZER
-    return dict(_read_json(item)) if item.exists() else {}
+def read_files(path: Location) -> dict[str, bytes]:
+    """The files that travel with the model, its tokenizer, generation config, licence, ...: contents by name.
+
+    Raises:
+        InputError: not a checkpoint, or files that are damaged or would be written elsewhere.
+    """
+    item = resolve(path) / FILES
+    return decode_files(_read_json(item), item) if item.exists() else {}
 
 
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
@@ -297,7 +286,7 @@ def _layer_axes(path: str) -> tuple[int, ...]:
     return (0,) if TABLE[path].letters.startswith("N") else ()
 
 
-def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetadata, tokenizer: Mapping[str, str] | None = None) -> None:
+def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetadata, files: Mapping[str, bytes] | None = None) -> None:
     """Writes a complete checkpoint, or nothing at all.
 
     Raises:
@@ -307,9 +296,7 @@ def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetada
     for name, leaf in flatten(parameters).items():
         if leaf.dtype != jnp.dtype(metadata.parameter_dtype):
             raise InputError(f"{name} is {leaf.dtype}; the metadata of {path} says parameter_dtype {metadata.parameter_dtype}.")
-    write_checkpoint(
-        path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, tokenizer or {}
-    )
+    write_checkpoint(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, files or {})
 
 
 def write_checkpoint(
@@ -317,9 +304,11 @@ def write_checkpoint(
     parameters_handler: ocp.CheckpointHandler,
     parameters: ocp.args.CheckpointArgs,
     metadata: CheckpointMetadata,
-    tokenizer: Mapping[str, str],
+    files: Mapping[str, bytes],
 ) -> None:
     """Writes a checkpoint whose parameters come from any Orbax handler; what is half-written is removed if anything goes wrong.
+
+    `files` travel with the model: see `read_files`.
 
     Raises:
         InputError: the destination exists or cannot be written.
@@ -329,11 +318,11 @@ def write_checkpoint(
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(async_options=options),
-        **{PARAMETERS: parameters_handler, TOKENIZER: ocp.JsonCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()},
+        **{PARAMETERS: parameters_handler, FILES: ocp.JsonCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()},
     )
     items = {
         PARAMETERS: parameters,
-        TOKENIZER: ocp.args.JsonSave(dict(tokenizer)),
+        FILES: ocp.args.JsonSave(encode_files(files)),
         METADATA: ocp.args.JsonSave(metadata.to_json()),
     }
     try:

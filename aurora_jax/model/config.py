@@ -11,7 +11,17 @@ Activation = Literal["gelu", "gelu_tanh"]
 Family = Literal["gpt_bigcode", "bloom"]
 """`model_type` of the Hugging Face architectures that we read and write."""
 
-HF_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+HF_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+"""Names of `transformers.activations.ACT2FN` that are our functions, however they are computed there; the first of each is the
+one that we write for a model of our own."""
 
 # Settings that change the function a model computes, with the only value that we implement. Flags that say where a softmax runs in fp32
 # (GPTBigCode's two, BLOOM's one) are not among them: ours always does, so either value is accepted and `true` is written.
@@ -68,7 +78,8 @@ class ModelConfig:
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 0
+    """The token that ends a text, or several: any of them does."""
     pad_token_id: int | None = None
     vocabulary_divisible_by: int = 1
     """The token embedding's rows (V) are padded to a multiple of this, so that a mesh can divide them (Megatron-LM's
@@ -81,11 +92,20 @@ class ModelConfig:
                 raise InputError(f"ModelConfig.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.width % self.heads:
             raise InputError(f"ModelConfig.width {self.width} is not divisible by heads {self.heads}.")
+        if not all(type(i) is int for i in self.eos_token_ids):
+            raise InputError(f"ModelConfig.eos_token_id is {self.eos_token_id!r}: a token's id, several of them, or None is expected.")
 
     @property
     def padded_vocabulary_size(self) -> int:
         """Rows of the token embedding (V)."""
         return math.ceil(self.vocabulary_size / self.vocabulary_divisible_by) * self.vocabulary_divisible_by
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @property
     def head_dim(self) -> int:
@@ -138,14 +158,12 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     for key, required in HF_REQUIRED[kind].items():
         if hf.get(key, required) != required:
             raise InputError(f"config.json: {key} is {hf[key]!r}; only {required!r} is implemented.")
-    if isinstance(hf.get("eos_token_id"), list):
-        raise InputError(f"config.json: eos_token_id is the list {hf['eos_token_id']}; one id (or null) is expected.")
     return _from_gpt_bigcode(hf) if kind == "gpt_bigcode" else _from_bloom(hf)
 
 
 def _from_gpt_bigcode(hf: Mapping[str, Any]) -> ModelConfig:
     activation = hf.get("activation_function", "gelu_pytorch_tanh")
-    if activation not in HF_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
         raise InputError(f"config.json: activation_function is {activation!r}; implemented are {', '.join(HF_ACTIVATIONS)}.")
     width = _required(hf, "n_embd")
     return ModelConfig(
@@ -183,10 +201,30 @@ def _common(hf: Mapping[str, Any]) -> dict[str, Any]:
         "heads": _required(hf, "n_head", "num_attention_heads"),
         "layer_norm_epsilon": hf.get("layer_norm_epsilon", 1e-5),
         "initializer_range": hf.get("initializer_range", 0.02),
-        "bos_token_id": hf.get("bos_token_id"),
-        "eos_token_id": hf.get("eos_token_id"),
-        "pad_token_id": hf.get("pad_token_id"),
+        "bos_token_id": _token_id(hf, "bos_token_id"),
+        "eos_token_id": eos_token_id(hf, "config.json"),
+        "pad_token_id": _token_id(hf, "pad_token_id"),
     }
+
+
+def eos_token_id(hf: Mapping[str, Any], where: str) -> int | tuple[int, ...] | None:
+    """The token or tokens that end a text, as config.json or generation_config.json says it: an id, a list of ids, or nothing.
+
+    Raises:
+        InputError: it is something else; `where` names the file.
+    """
+    value = hf.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or not all(type(i) is int for i in ids):
+        raise InputError(f"{where}: eos_token_id is {value!r}; a token's id, a list of them or null is expected.")
+    return tuple(ids) if isinstance(value, list) else value
+
+
+def _token_id(hf: Mapping[str, Any], name: str) -> int | None:
+    value = hf.get(name)
+    if value is not None and type(value) is not int:
+        raise InputError(f"config.json: {name} is {value!r}; one token's id or null is expected.")
+    return value
 
 
 def _required(hf: Mapping[str, Any], *names: str) -> int:
@@ -218,7 +256,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         "attention_softmax_in_fp32": True,
         **HF_REQUIRED[family],

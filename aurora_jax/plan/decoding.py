@@ -53,7 +53,7 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
     """
     mesh = make_inference_mesh(config, list(tpu_topology(topology).devices))
     programs = Programs(config, ComputeConfig(attention="flash"), mesh)
-    settings = Settings(prompt_slots, new_tokens, Sampling(), (config.eos_token_id or 0,))
+    settings = Settings(prompt_slots, new_tokens, Sampling(), config.eos_token_ids or (0,))
 
     def placed(shapes, partitions):
         return jax.tree.map(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
+from aurora_jax.carried_files import encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint as format
 from aurora_jax.model.checkpoint import CheckpointMetadata
@@ -77,14 +78,14 @@ class RunCheckpoints:
     Args:
         config: the run; its newest `checkpoint.keep` checkpoints stay.
         metadata: of the run's model; step and stage are filled in at each save.
-        tokenizer: files that make a checkpoint self-contained.
+        files: the tokenizer and what else travels with the model.
         facts: see `run_facts`.
     """
 
-    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, tokenizer: Mapping[str, str], facts: Mapping[str, Any]):
+    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, files: Mapping[str, bytes], facts: Mapping[str, Any]):
         self._output = config.output.absolute()
         self._metadata = metadata
-        self._tokenizer = dict(tokenizer)
+        self._files = dict(files)
         self._facts = dict(facts)
         self._manager = ocp.CheckpointManager(
             self._output / "checkpoints",
@@ -116,7 +117,7 @@ class RunCheckpoints:
                 **{
                     format.PARAMETERS: ocp.args.StandardSave(state.parameters, format.save_args(state.parameters)),
                     OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
-                    format.TOKENIZER: ocp.args.JsonSave(self._tokenizer),
+                    format.FILES: ocp.args.JsonSave(encode_files(self._files)),
                     format.METADATA: ocp.args.JsonSave(metadata.to_json()),
                     RUN: ocp.args.JsonSave(self._facts),
                 }
@@ -131,7 +132,7 @@ class RunCheckpoints:
         if entry not in self._metadata.lineage:
             self._metadata = replace(self._metadata, lineage=[*self._metadata.lineage, entry])
         if not format.is_checkpoint(path):
-            format.save_checkpoint(path, state.parameters, replace(self._metadata, step=step, stage=stage), self._tokenizer)
+            format.save_checkpoint(path, state.parameters, replace(self._metadata, step=step, stage=stage), self._files)
         return path
 
     def restore(self, like: TrainState) -> TrainState:

@@ -16,7 +16,11 @@ class DataConfig:
     corpus: str
     """Folder of the sources: a sample corpus, or the --data-root of `aurora data build`; not needed where the stores are."""
     tokenizer: Path | None = None
-    """tokenizer.json, or its folder, or a SentencePiece model; without it, the tokenizer of `initial_checkpoint`."""
+    """tokenizer.json, a SentencePiece .model, a folder that holds one (or vocab.json with merges.txt), or the word bytes;
+    without it, the tokenizer of `initial_checkpoint`. It is that of the stores, and the run's checkpoints carry it."""
+    allow_other_tokenizer: bool = False
+    """Train although `tokenizer` is not the checkpoint's own, for an old model that gets a new vocabulary: the weights learn
+    anew what its ids mean, and the run carries the tokenizer of the data. Without it such a pair is refused."""
     stores: str = "stores"
     """Folder of the token stores, local, gs:// or s3://; a run on one process builds those that are missing."""
     modules: tuple[str, ...] = ()

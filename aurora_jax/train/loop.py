@@ -12,8 +12,9 @@ import numpy as np
 from aurora_jax.data.loader import Loader, stage_over
 from aurora_jax.data.loader import Stage as DataStage
 from aurora_jax.data.mixture import left_out
-from aurora_jax.data.opening import open_stores
+from aurora_jax.data.opening import open_stores, store_directory
 from aurora_jax.data.store import TokenStore
+from aurora_jax.data.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model import checkpoint as checkpoint_format
@@ -24,12 +25,13 @@ from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
-from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
+from aurora_jax.train.processes import of_first, require_shared, stop_requested
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.state import TrainState, make_random_state, make_state_around, shardings_of, state_shapes
 from aurora_jax.train.step import train_step_on_mesh
 from aurora_jax.train.throughput import Throughput
+from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
 from aurora_jax.train.wandb_run import import_wandb
 
 MOST_SKIPPED = 20
@@ -57,11 +59,11 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Start: own run, given checkpoint, or random weights
     start = choose_start(config)
-    model, tokenizer_files, metadata = _describe_start(config, start.path)
+    model, files, metadata = _describe_start(config, start.path)
     print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
 
     # ---------------------------------------------------------------- Data
-    stages, stores, held_out = _open_data(config, tokenizer_files)
+    stages, stores, held_out = _open_data(config, files)
     if config.data.sequence_length > model.longest_sequence:
         raise InputError(
             f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
@@ -101,7 +103,7 @@ def train(config: TrainConfig) -> TrainState:
     # ---------------------------------------------------------------- State
     shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
-    checkpoints = RunCheckpoints(config, metadata, tokenizer_files, run_facts(config, fingerprints))
+    checkpoints = RunCheckpoints(config, metadata, files.contents, run_facts(config, fingerprints))
     if start.kind == "resume":
         state = checkpoints.restore(shapes)
     elif start.path is not None:
@@ -200,50 +202,39 @@ def train(config: TrainConfig) -> TrainState:
     return state
 
 
-def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, dict[str, str], CheckpointMetadata]:
-    """Model, tokenizer files and metadata that the run's checkpoints will carry."""
+def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, RunFiles, CheckpointMetadata]:
+    """Model, files and metadata that the run's checkpoints will carry."""
     if path is None:
         assert config.model is not None  # TrainConfig checks it
-        tokenizer = _read_tokenizer_files(config.data.tokenizer)
-        metadata = CheckpointMetadata(
-            config.model, "float32", tokenizer_sha256=checkpoint_format.tokenizer_sha256(tokenizer), source={"random_seed": config.seed}
-        )
-        return config.model, tokenizer, metadata
+        files = files_of_run(config.data, None, {})
+        model = with_end_of(files.tokenizer, config.model, "the config's model", new=True)
+        source, sha256 = {"random_seed": config.seed}, files.tokenizer.sha256
+        return model, files, CheckpointMetadata(model, "float32", tokenizer_sha256=sha256, source=source)
     found = checkpoint_format.read_metadata(path)
     if config.model is not None:
         checkpoint_format.require_same_architecture(found.config, config.model, path, "this run's config")
-    tokenizer = checkpoint_format.read_tokenizer(path) or _read_tokenizer_files(config.data.tokenizer)
-    return found.config, tokenizer, replace(found, parameter_dtype="float32", step=0)
+    files = files_of_run(config.data, path, checkpoint_format.read_files(path))
+    model = with_end_of(files.tokenizer, found.config, path, new=files.replaced)
+    sha256 = files.tokenizer.sha256
+    return model, files, replace(found, config=model, tokenizer_sha256=sha256, parameter_dtype="float32", step=0)
 
 
-def _read_tokenizer_files(path: Path | None) -> dict[str, str]:
-    if path is None:
-        raise InputError("There is no tokenizer: give --data.tokenizer (a tokenizer.json, its folder, or a SentencePiece model).")
-    folder = path if path.is_dir() else path.parent
-    return {name: (folder / name).read_text() for name in checkpoint_format.TOKENIZER_FILES if (folder / name).is_file()}
-
-
-def _open_data(
-    config: TrainConfig, tokenizer_files: dict[str, str]
-) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
-    """The stage table with its rates, the training stores and the held-out stores."""
+def _open_data(config: TrainConfig, files: RunFiles) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
+    """The stage table with its rates, the training stores and the held-out stores: all made with the run's tokenizer."""
     # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
     from aurora_jax.data.tasks import mixture_rates, register
-    from aurora_jax.data.vocabulary import vocabulary_from
+    from aurora_jax.data.vocabulary import Vocabulary
 
-    tokenizer = config.data.tokenizer
-    if tokenizer is None:
-        tokenizer = config.output / "tokenizer"
-        if is_first():
-            tokenizer.mkdir(exist_ok=True)
-            for name, text in tokenizer_files.items():
-                (tokenizer / name).write_text(text)
-        wait_for_all("tokenizer written")
-    register(config.data.corpus, vocabulary_from(tokenizer), config.data.modules)
+    register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
+    for split, its_tasks in (("train", tasks), ("validation", config.evaluation.tasks)):
+        directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
+        require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)
     stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
     held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
+    for store in (*stores.values(), *held_out.values()):  # those that were built just now
+        require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, {store.info.task: store.directory})
     for mixture, its_rates in rates.items():
         if absent := left_out(mixture, its_rates, stores):
             print(absent, flush=True)
