@@ -4,6 +4,7 @@ params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sh
 tokenizer   JSON, file name to text: the tokenizer and the generation config
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
+run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its stages' ends
 """
 
 import hashlib
@@ -34,7 +35,7 @@ and value of one head, which conversion does not part, may be larger: 14 MiB in 
 PARTIAL_SUFFIX = ".partial"
 """Of folders whose contents are still being written; see `convert/partial.py`."""
 
-PARAMETERS, TOKENIZER, METADATA = "params", "tokenizer", "metadata"
+PARAMETERS, TOKENIZER, METADATA, RUN = "params", "tokenizer", "metadata", "run"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -180,6 +181,12 @@ def read_tokenizer(path: Location) -> dict[str, str]:
     return dict(_read_json(item)) if item.exists() else {}
 
 
+def read_run(path: Location) -> dict[str, Any] | None:
+    """The facts of the run that wrote a checkpoint; None if none did, or one of a version that left them out. Raises InputError."""
+    item = resolve(path) / RUN
+    return dict(_read_json(item)) if item.exists() else None
+
+
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
     """The decoder's parameters, each read straight into its shards: a process reads those of its own devices, some at a time.
 
@@ -273,8 +280,14 @@ def _layer_axes(path: str) -> tuple[int, ...]:
     return (0,) if TABLE[path].letters.startswith("N") else ()
 
 
-def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetadata, tokenizer: Mapping[str, str] | None = None) -> None:
-    """Writes a complete checkpoint, or nothing at all.
+def save_checkpoint(
+    path: Location,
+    parameters: dict,
+    metadata: CheckpointMetadata,
+    tokenizer: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a complete checkpoint, or nothing at all; `run` are the facts of the run whose stage it ends.
 
     Raises:
         InputError: the destination exists or cannot be written, or the parameters do not fit the metadata's config or dtype.
@@ -284,7 +297,7 @@ def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetada
         if leaf.dtype != jnp.dtype(metadata.parameter_dtype):
             raise InputError(f"{name} is {leaf.dtype}; the metadata of {path} says parameter_dtype {metadata.parameter_dtype}.")
     write_checkpoint(
-        path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, tokenizer or {}
+        path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, tokenizer or {}, run
     )
 
 
@@ -294,6 +307,7 @@ def write_checkpoint(
     parameters: ocp.args.CheckpointArgs,
     metadata: CheckpointMetadata,
     tokenizer: Mapping[str, str],
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint whose parameters come from any Orbax handler; what is half-written is removed if anything goes wrong.
 
@@ -303,15 +317,12 @@ def write_checkpoint(
     destination = require_free(path)
     # Directories first: a writer that fails while threads still wait for theirs would leave the process hanging for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    texts = {TOKENIZER: dict(tokenizer), METADATA: metadata.to_json()} | ({} if run is None else {RUN: dict(run)})
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(async_options=options),
-        **{PARAMETERS: parameters_handler, TOKENIZER: ocp.JsonCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()},
+        **{PARAMETERS: parameters_handler, **{name: ocp.JsonCheckpointHandler() for name in texts}},
     )
-    items = {
-        PARAMETERS: parameters,
-        TOKENIZER: ocp.args.JsonSave(dict(tokenizer)),
-        METADATA: ocp.args.JsonSave(metadata.to_json()),
-    }
+    items = {PARAMETERS: parameters, **{name: ocp.args.JsonSave(text) for name, text in texts.items()}}
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with ocp.Checkpointer(handler) as checkpointer:

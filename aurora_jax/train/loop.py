@@ -1,5 +1,6 @@
 """The training program, in chapters. `train(config)` runs it from wherever the run stands to its end."""
 
+import secrets
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -7,21 +8,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aurora_jax.data.loader import Loader, stage_over
 from aurora_jax.data.loader import Stage as DataStage
 from aurora_jax.data.mixture import left_out
 from aurora_jax.data.opening import open_stores
 from aurora_jax.data.store import TokenStore
+from aurora_jax.data.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model import checkpoint as checkpoint_format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import structure_of
-from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
+from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.facts import run_facts
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
@@ -52,6 +54,7 @@ def train(config: TrainConfig) -> TrainState:
     """
     if config.wandb_project:
         import_wandb()
+    schedule = learning_rate_schedule(config.stages)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
@@ -61,12 +64,12 @@ def train(config: TrainConfig) -> TrainState:
     print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
 
     # ---------------------------------------------------------------- Data
-    stages, stores, held_out = _open_data(config, tokenizer_files)
+    stages, stores, held_out, tokenizer = _open_data(config, tokenizer_files)
     if config.data.sequence_length > model.longest_sequence:
         raise InputError(
             f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
         )
-    _check_vocabulary(model, stores)
+    _check_vocabulary(model, {**held_out, **stores})
     loader = Loader(
         stores,
         stages,
@@ -90,7 +93,7 @@ def train(config: TrainConfig) -> TrainState:
         compute,
         config.optimizer,
         mesh,
-        learning_rate_schedule(config.stages),
+        schedule,
         isolate_documents=not config.data.attend_across_documents,
         gather=config.mesh.gather,
         dropout=config.dropout,
@@ -101,7 +104,12 @@ def train(config: TrainConfig) -> TrainState:
     # ---------------------------------------------------------------- State
     shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
-    checkpoints = RunCheckpoints(config, metadata, tokenizer_files, run_facts(config, fingerprints))
+    facts = run_facts(config, stages, stores, held_out)
+    run = None
+    if start.kind != "resume":
+        require_no_earlier_run(config.output, facts)
+        run = f"{of_first(secrets.randbits(31)):08x}"
+    checkpoints = RunCheckpoints(config, metadata, tokenizer_files, facts, run)
     if start.kind == "resume":
         state = checkpoints.restore(shapes)
     elif start.path is not None:
@@ -111,17 +119,22 @@ def train(config: TrainConfig) -> TrainState:
     else:
         state = make_random_state(model, config.optimizer, mesh, config.seed)()
     first_step = int(jax.device_get(state.step))
+    wait_for_all("folder found to be this run's")
+    if is_first():
+        checkpoints.describe()
 
     # ---------------------------------------------------------------- Evaluation
     evaluator = Evaluator(
         structure_of(model.with_dropout(0.0), compute),
         compute,
         held_out,
+        tokenizer,
         batch_size=config.evaluation.batch_size,
         sequence_length=config.data.sequence_length,
+        attend_across_documents=config.data.attend_across_documents,
         place=place_here,
     )
-    ends = dict(zip(np.cumsum([stage.steps for stage in config.stages]).tolist(), [stage.name for stage in config.stages], strict=True))
+    ends, quick = config.ends, config.evaluation.quick_windows
     last_step = min(config.steps, config.stop_after or config.steps)
     throughput = Throughput.of(
         model,
@@ -140,16 +153,22 @@ def train(config: TrainConfig) -> TrainState:
         jax.transfer_guard("disallow"),
     ):
 
+        def due(step: int) -> list[int | None]:
+            """Windows of the evaluations after so many steps: quick ones also where all text is read, so that they make one curve."""
+            whole = step in ends or step == 0
+            return [*([quick] if whole or step % config.evaluation.every == 0 else []), *([None] if whole else [])] if held_out else []
+
         def evaluate(step: int, stage: str, windows: int | None) -> None:
             begun = time.monotonic()
             scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
-            log.evaluation(step, stage, scores, complete=windows is None, seconds=time.monotonic() - begun)
+            log.evaluation(step, stage, scores, evaluator.settings(windows), seconds=time.monotonic() - begun)
 
-        # What comes after a stage's last checkpoint, a stop may have cut off.
+        # What comes after a checkpoint, a stop may have cut off.
         if first_step in ends:
             checkpoints.save_stage(state, ends[first_step])
-        if held_out and (first_step in ends or first_step == 0) and not of_first(first_step in log.evaluated):
-            evaluate(first_step, ends.get(first_step, "start"), None)
+        for windows in due(first_step):
+            if not of_first((first_step, windows is None) in log.evaluated):
+                evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
         skipped_in_a_row = 0
 
@@ -181,16 +200,16 @@ def train(config: TrainConfig) -> TrainState:
             done = step + 1
             stopping = stops(step)
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
-            evaluates = held_out and (done in ends or done % config.evaluation.every == 0) and not stopping
-            if saves or evaluates:
+            evaluations = [] if stopping else due(done)
+            if saves or evaluations:
                 record(*dispatched)
                 dispatched = None
             if saves:
                 checkpoints.save(state, stage)
             if done in ends:
                 checkpoints.save_stage(state, stage)
-            if evaluates:
-                evaluate(done, stage, None if done in ends else config.evaluation.quick_windows)
+            for windows in evaluations:
+                evaluate(done, stage, windows)
             if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break
@@ -225,8 +244,8 @@ def _read_tokenizer_files(path: Path | None) -> dict[str, str]:
 
 def _open_data(
     config: TrainConfig, tokenizer_files: dict[str, str]
-) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
-    """The stage table with its rates, the training stores and the held-out stores."""
+) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore], Tokenizer]:
+    """The stage table with its rates, the training stores, the held-out stores, and the tokenizer of all."""
     # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
     from aurora_jax.data.tasks import mixture_rates, register
     from aurora_jax.data.vocabulary import vocabulary_from
@@ -239,7 +258,8 @@ def _open_data(
             for name, text in tokenizer_files.items():
                 (tokenizer / name).write_text(text)
         wait_for_all("tokenizer written")
-    register(config.data.corpus, vocabulary_from(tokenizer), config.data.modules)
+    vocabulary = vocabulary_from(tokenizer)
+    register(config.data.corpus, vocabulary, config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
     stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
@@ -248,7 +268,7 @@ def _open_data(
         if absent := left_out(mixture, its_rates, stores):
             print(absent, flush=True)
     stages = [stage_over(stores, stage.name, rates[stage.mixture], stage.steps) for stage in config.stages]
-    return stages, stores, held_out
+    return stages, stores, held_out, vocabulary.tokenizer
 
 
 def _check_vocabulary(model: ModelConfig, stores: dict[str, TokenStore]) -> None:
