@@ -90,12 +90,10 @@ class RunCheckpoints:
         metadata: of the run's model; step and stage are filled in at each save.
         tokenizer: files that make a checkpoint self-contained.
         facts: see `facts.run_facts`.
-        run: what tells this run from others in the same folder; a run that is resumed has its own already.
+        run: what tells this run from others in the same folder, if it begins; one that is resumed has its own already.
     """
 
-    def __init__(
-        self, config: TrainConfig, metadata: CheckpointMetadata, tokenizer: Mapping[str, str], facts: Mapping[str, Any], run: str | None
-    ):
+    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, tokenizer: Mapping[str, str], facts: Mapping[str, Any], run: str):
         self._output = config.output.absolute()
         self._ends = config.ends
         self._metadata = metadata
@@ -153,6 +151,8 @@ class RunCheckpoints:
         if format.is_checkpoint(path):
             self._require_own_stage(path, step)
         else:
+            # Where a stage is, there is a checkpoint to go on from: one that dies here is not taken for an earlier run.
+            self._manager.wait_until_finished()
             metadata = replace(self._metadata, step=step, stage=stage)
             format.save_checkpoint(path, state.parameters, metadata, self._tokenizer, self._facts)
         return path
@@ -174,7 +174,7 @@ class RunCheckpoints:
         if saved is None:
             raise InputError(f"{where}: a checkpoint without the facts of its run cannot be resumed; begin from it (--initial-checkpoint).")
         notes = require_same_run(saved, self._facts, where, step)
-        self._facts["run"] = saved.get("run")
+        self._facts["run"] = saved.get("run") or self._facts["run"]
         self._metadata = replace(self._metadata, lineage=found.lineage)
         for end, stage in self._ends.items():
             if format.is_checkpoint(self._output / "stages" / stage):
@@ -201,16 +201,21 @@ class RunCheckpoints:
 
     def _require_own_stage(self, path: Path, step: int) -> None:
         """Was it written by this run, at this step? One of a version that did not name its run is compared by what it
-        says of its data.
+        says of its data, its first weights and the stages before it.
 
         Raises:
             InputError: it was not.
         """
         metadata, facts = format.read_metadata(path), format.read_run(path)
-        ours, theirs = {"step": step, "run": self._facts["run"]}, {"step": metadata.step, "run": (facts or {}).get("run")}
-        if None in (ours["run"], theirs["run"]):
-            theirs = {"step": metadata.step, "data": metadata.data_fingerprints}
-            ours = {"step": step, "data": {task: self._metadata.data_fingerprints.get(task) for task in metadata.data_fingerprints}}
+        ours: dict[str, Any] = {"step": step, "run": self._facts["run"]}
+        theirs: dict[str, Any] = {"step": metadata.step, "run": (facts or {}).get("run")}
+        if theirs["run"] is None:
+            common = min(len(metadata.lineage), len(self._metadata.lineage))
+            for each, said in ((ours, self._metadata), (theirs, metadata)):
+                each["data"] = {task: said.data_fingerprints.get(task) for task in metadata.data_fingerprints}
+                each["source"] = said.source
+                each["lineage"] = [(entry["stage"], entry["step"]) for entry in said.lineage[:common]]
+            del ours["run"], theirs["run"]
         if ours != theirs:
             raise InputError(
                 f"{path} was written by another run: {theirs}, where this one has {ours}. It is neither taken for this run's nor "

@@ -105,10 +105,9 @@ def train(config: TrainConfig) -> TrainState:
     shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
     facts = run_facts(config, stages, stores, held_out)
-    run = None
     if start.kind != "resume":
         require_no_earlier_run(config.output, facts)
-        run = f"{of_first(secrets.randbits(31)):08x}"
+    run = f"{of_first(secrets.randbits(31)):08x}"
     checkpoints = RunCheckpoints(config, metadata, tokenizer_files, facts, run)
     if start.kind == "resume":
         state = checkpoints.restore(shapes)
