@@ -154,6 +154,7 @@ def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
             seed=config.seed,
             batch_size=config.data.batch_size,
             sequence_length=config.data.sequence_length,
+            attend_across_documents=config.data.attend_across_documents,
             data_root=config.data.corpus,
             modules=config.data.modules,
             skip_missing=config.data.skip_missing,

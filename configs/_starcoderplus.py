@@ -23,6 +23,7 @@ SPARSE_CORE = (
 
 def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1) -> TrainConfig:
     """The run on a mesh, as 512 sequences of 8,192 tokens."""
+    rows = mesh.data * mesh.fsdp * mesh.fsdp_inner
     return TrainConfig(
         output=Path("runs/aurora_m"),
         initial_checkpoint=Path("checkpoints/starcoderplus"),
@@ -34,7 +35,7 @@ def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1)
         mesh=mesh,
         compute=replace(compute, attention="flash", compiler_options=MORE_SCRATCH + compute.compiler_options),
         optimizer=OptimizerConfig(micro_batches=micro_batches),
-        evaluation=EvaluationConfig(every=1_000, batch_size=mesh.data * mesh.fsdp * mesh.fsdp_inner),
+        evaluation=EvaluationConfig(every=1_000, quick_windows=rows, batch_size=rows),
         checkpoint=CheckpointConfig(every=500),
     )
 

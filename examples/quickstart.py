@@ -71,7 +71,8 @@ def main() -> int:
 
     console.print(f"\n[bold][{len(STEPS) + 2}/{len(STEPS) + 2}] What was learnt, what was kept[/bold]")
     report = ROOT / WORK / "report.html"
-    write_report(ROOT / RUN, report, samples=samples_file, commands=commands)
+    for sentence in write_report(ROOT / RUN, report, samples=samples_file, commands=commands):
+        console.print(f"[red]{sentence}[/red]", soft_wrap=True)
     changes = before_after(read_metrics(ROOT / RUN / "metrics.jsonl"))
     table = Table("language", "before", "after", "change")
     for change in changes:

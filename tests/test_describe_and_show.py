@@ -351,20 +351,24 @@ def config():
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
         stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
-        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48),
+        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48,
+                        attend_across_documents={across}),
     )
 """
 
 
-def test_show_takes_stages_and_sizes_from_a_config(stores, tokenizer, mini_tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("across", [True, False])
+def test_show_takes_stages_sizes_and_masks_from_a_config(stores, tokenizer, mini_tokenizer, tmp_path, capsys, across):
     path = tmp_path / "config.py"
-    path.write_text(CONFIG.replace("{tokenizer!r}", repr(str(mini_tokenizer))).replace("{stores!r}", repr(str(stores))))
+    content = CONFIG.replace("{tokenizer!r}", repr(str(mini_tokenizer))).replace("{stores!r}", repr(str(stores)))
+    path.write_text(content.replace("{across}", str(across)))
     opened = open_all(stores)
     stages = [
         stage_over(opened, name, tuple(sorted(MIXTURES[mixture].items())), steps)
         for name, mixture, steps in (("cap", "nano_cap", 10), ("again", "nano_base", 5))
     ]
-    row = read_row(Loader(opened, stages, batch_size=8, sequence_length=48, seed=3), opened, tokenizer, 12, 6)
+    loader = Loader(opened, stages, batch_size=8, sequence_length=48, seed=3, attend_across_documents=across)
+    row = read_row(loader, opened, tokenizer, 12, 6)
     assert main(["data", "show", str(path), "--step", "12", "--row", "6"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "step 12 (step 2 of stage again)" in said

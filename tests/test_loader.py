@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from aurora_jax.data.loader import Batch, Loader, Stage, evaluation_batches
+from aurora_jax.data.loader import Batch, Loader, Stage, evaluation_batches, spread_windows
 from aurora_jax.data.mixture import BlockMixture
 from aurora_jax.data.permutation import Permutation, permute
 from aurora_jax.data.store import TokenStore
@@ -264,7 +264,7 @@ def test_segments_follow_documents_not_values(stores: dict[str, TokenStore]) -> 
     windows = {tuple(token for token, _, _ in stream[start : start + L + 1]): start for start in range(0, len(stream) - 1, L)}
     for step in range(51):
         batch, flat = loader.batch(step), across.batch(step)
-        length = int(batch.loss_weights_BL.sum())
+        length = int((batch.segment_ids_BL > 0).sum())
         start = windows[(*batch.tokens_BL[0, :length].tolist(), int(batch.targets_BL[0, length - 1]))]
         numbers = [number for _, number, _ in stream[start : start + length]]
         assert batch.segment_ids_BL[0].tolist() == [1 + number - numbers[0] for number in numbers] + [0] * (L - length)
@@ -273,7 +273,60 @@ def test_segments_follow_documents_not_values(stores: dict[str, TokenStore]) -> 
         assert flat.segment_ids_BL[0].tolist() == [1] * length + [0] * (L - length)
         assert flat.positions_BL[0].tolist() == list(range(L))
         np.testing.assert_array_equal(flat.tokens_BL, batch.tokens_BL)
-        np.testing.assert_array_equal(flat.loss_weights_BL, batch.loss_weights_BL)
+        np.testing.assert_array_equal(flat.targets_BL, batch.targets_BL)
+        assert flat.loss_weights_BL[0].tolist() == [1] * length + [0] * (L - length)
+        begins_a_document = [place == 0 for _, _, place in stream[start + 1 : start + length + 1]]
+        assert batch.loss_weights_BL[0].tolist() == [float(not begins) for begins in begins_a_document] + [0] * (L - length)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("across", [True, False])
+def test_no_target_crosses_an_isolated_boundary(across: bool, masked: bool) -> None:
+    """In training and in evaluation: tokens are their own places, so a target tells whose it is. Boundaries fall inside
+    windows, between two of them (16, 32), and around documents of one token, which in evaluation are nothing but an
+    EOS."""
+    lengths = [5, 11, 1, 1, 14, 8, 2, 30, 7, 18]
+    firsts = set(np.cumsum(lengths)[:-1].tolist())
+    learn = np.random.default_rng(0).random(sum(lengths)) < 0.7 if masked else np.ones(sum(lengths), bool)
+    store = write_store(
+        f"memory://loader/{next(counter)}/", np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]), learn=learn if masked else None
+    )
+    loader = Loader({"a": store}, [Stage("s", (("a", 1.0),), 3)], batch_size=5, sequence_length=L, seed=0, attend_across_documents=across)
+    training = [loader.batch(step) for step in range(3)]  # all windows, and some of the next epoch
+    evaluation = list(evaluation_batches(store, 5, L, attend_across_documents=across))
+    for batches in (training, evaluation):
+        asked = np.concatenate([batch.targets_BL[batch.loss_weights_BL > 0] for batch in batches]).tolist()
+        assert bool(firsts & set(asked)) == across
+        ends = set() if batches is training else {first - 1 for first in firsts} | {sum(lengths) - 1}
+        expected = {place for place in range(1, sum(lengths)) if learn[place]} - ends - (set() if across else firsts)
+        assert set(asked) == expected
+
+
+def test_evaluation_reads_windows_as_training_does(stores: dict[str, TokenStore]) -> None:
+    """The same window has the same inputs, segments and positions; only the EOS, which is no text, is not asked for."""
+    for across in (True, False):
+        loader = make_loader(stores, across=across)
+        for row in range(6):
+            place, batch = loader.place(0, row), loader.batch(0, slice(row, row + 1))
+            store = stores[place.task]
+            window = np.array([place.start // L])
+            (found,) = evaluation_batches(store, 1, L, attend_across_documents=across, windows=window)
+            for name in ("tokens_BL", "targets_BL", "segment_ids_BL", "positions_BL"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(batch, name), err_msg=name)
+            text = ~store.window_ends(window * L + 1, L)
+            np.testing.assert_array_equal(found.loss_weights_BL, batch.loss_weights_BL * text)
+
+
+@given(windows=st.integers(1, 5000), chosen=st.integers(1, 600))
+def test_a_draw_of_windows_is_even(windows: int, chosen: int) -> None:
+    """Neighbours are as far apart as any others, to one window, and so are the ends from the text's ends, by half of
+    it."""
+    drawn = spread_windows(windows, chosen)
+    assert len(set(drawn.tolist())) == len(drawn) == min(windows, chosen)
+    span = windows / len(drawn)
+    np.testing.assert_allclose(drawn, (np.arange(len(drawn)) + 0.5) * span, atol=1, rtol=0)
+    assert drawn[0] >= 0
+    assert drawn[-1] < windows
 
 
 @settings(deadline=None, max_examples=30)

@@ -106,6 +106,30 @@ def test_tensorboard_has_the_curves_of_metrics_jsonl(observed):
     assert {"train/tokens_per_second_per_chip", "bits_per_byte/sample_en"} <= set(events.Tags()["tensors"])
 
 
+def test_quick_and_complete_evaluations_are_curves_of_their_own(base, observed):
+    """In TensorBoard, where a stop and a resume write nothing twice; W&B has the same names."""
+    events = EventAccumulator(str(observed[0] / "tensorboard"))
+    events.Reload()
+    rows = [row for row in read_metrics(observed[0] / "metrics.jsonl") if "evaluation" in row]
+    assert [(row["step"], row["complete"]) for row in rows] == [(0, False), (0, True), (4, False), (4, True)]
+    for name, complete in (("bits_per_byte/sample_fi", True), ("bits_per_byte_of_2_windows/sample_fi", False)):
+        expected = [(row["step"], row["evaluation"]["sample_fi"]["bits_per_byte"]) for row in rows if row["complete"] == complete]
+        drawn = [(tensor.step, float(tensor.tensor_proto.float_val[0])) for tensor in events.Tensors(name)]
+        assert drawn == [(step, pytest.approx(value)) for step, value in expected]
+        assert [step for step, scalars in observed[1].logged if name in scalars] == [0, 4]
+
+
+def test_the_console_tells_quick_from_complete_and_shows_the_change(base, tmp_path, capsys):
+    train(replace(base, output=tmp_path / "run"))
+    said = " ".join(capsys.readouterr().out.split())
+    rows = {row["complete"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "evaluation" in row and row["step"] == 4}
+    before = {row["complete"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "evaluation" in row and row["step"] == 0}
+    for complete, name in ((False, "quick, 2 windows a task, of 32 tokens"), (True, "all held-out text, of 32 tokens")):
+        values = [each[complete]["evaluation"]["sample_en"]["bits_per_byte"] for each in (before, rows)]
+        assert f"start step 0 bits per byte ({name}): en {values[0]:.3f} fi" in said
+        assert f"cap step 4 bits per byte ({name}): en {values[1]:.3f} ({values[1] / values[0] - 1:+.1%})" in said
+
+
 def test_traces_lie_where_tensorboard_looks_and_have_the_steps(observed):
     """Steps 1 and 2, of which the second belongs to the process that resumed."""
     files = sorted((observed[0] / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))

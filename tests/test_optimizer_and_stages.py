@@ -1,6 +1,8 @@
 """AdamW against PyTorch's, learning rates against closed forms."""
 
 import math
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +127,51 @@ def test_a_stage_without_a_schedule_rides_on_the_one_before():
 def test_a_schedule_that_does_not_fit_is_refused(stages, said):
     with pytest.raises(InputError, match=said):
         learning_rate_schedule(stages)
+
+
+COSINE = LearningRate(peak=1.0, warmup_steps=2)
+SHORT = LearningRate(peak=1.0, warmup_steps=2, decay_steps=12)
+STABLE = LearningRate(peak=1.0, warmup_steps=2, shape="warmup_stable_decay", decay_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("stages", "at_zero", "said"),
+    [
+        ((Stage("one", "m", 10, COSINE), Stage("two", "m", 5)), 5, "5 of the 5 steps of stage 'two'.*'one'.*decay_steps=13"),
+        ((Stage("one", "m", 10, COSINE), Stage("two", "m", 5, COSINE), Stage("three", "m", 3)), 3, "'three'.*'two'.*decay_steps=6"),
+        ((Stage("one", "m", 10, SHORT), Stage("two", "m", 9)), 5, "5 of the 9 steps of stage 'two'.*decay_steps=17"),
+        ((Stage("one", "m", 10, SHORT), Stage("two", "m", 4), Stage("three", "m", 1)), 1, "1 of the 1 steps of stage 'three'"),
+        ((Stage("one", "m", 20, SHORT),), 6, "6 of the 20 steps of stage 'one'.*decay_steps=18"),
+        ((Stage("one", "m", 10, STABLE), Stage("two", "m", 2)), 2, "2 of the 2 steps of stage 'two'.*final=RATE"),
+    ],
+)
+def test_steps_at_a_rate_of_zero_are_refused(stages, at_zero, said):
+    """As many as optax's own schedules give; what the message says to write is then taken, and trains every step."""
+    owner = max((stage for stage in stages if stage.learning_rate), key=stages.index)
+    decay = owner.learning_rate.schedule(owner.steps)
+    reach = sum(stage.steps for stage in stages[stages.index(owner) :])
+    assert sum(float(decay(step)) == 0 for step in range(reach)) == at_zero
+    with pytest.raises(InputError, match=said) as refused:
+        learning_rate_schedule(stages)
+    advice = re.search(r"decay_steps=(\d+)", str(refused.value))
+    written = {"decay_steps": int(advice[1])} if advice else {"final": 0.1}
+    mended = replace(owner, learning_rate=replace(owner.learning_rate, **written))
+    found = rates(*(mended if stage is owner else stage for stage in stages))
+    assert min(found) > 0
+    if advice:
+        assert found[-1] < 0.1  # the decay ends with the steps, not long after
+
+
+@pytest.mark.parametrize("shape", ["cosine", "warmup_stable_decay"])
+def test_a_stage_may_ride_at_a_final_rate(shape):
+    """And a cosine that ends with its stage is not one that ends before: its last steps are small, not 0."""
+    rate = LearningRate(peak=1.0, warmup_steps=2, shape=shape, final=0.25)
+    assert rates(Stage("one", "m", 10, rate), Stage("two", "m", 3))[-3:] == [0.25] * 3
+    assert min(rates(Stage("one", "m", 12, SHORT), Stage("two", "m", 2))) > 0
+    learning_rate_schedule([Stage("long", "m", 120_000, LearningRate(peak=1e-4, warmup_steps=2_000))])  # the last round to 0 in fp32
+
+
+@pytest.mark.parametrize("wrong", [{"peak": 0.0}, {"peak": -1.0}, {"final": -0.1}, {"warmup_steps": -1}, {"decay_steps": 0}])
+def test_rates_that_are_none_are_refused(wrong):
+    with pytest.raises(InputError, match="learning rate"):
+        LearningRate(**{"peak": 1.0, **wrong})

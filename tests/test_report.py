@@ -8,7 +8,15 @@ import pytest
 
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
-from aurora_jax.evaluate.report import LanguageChange, before_after, check_expectations, summary, write_report
+from aurora_jax.evaluate.report import (
+    LanguageChange,
+    _evaluation_curves,
+    before_after,
+    check_expectations,
+    not_compared,
+    summary,
+    write_report,
+)
 
 LANGUAGES = ("en", "code", "fi", "hi", "ja", "vi")
 BEFORE = dict(zip(LANGUAGES, (2.0, 1.5, 6.0, 4.0, 9.0, 8.0), strict=True))
@@ -48,6 +56,95 @@ def test_before_and_after_are_the_complete_evaluations(run):
     assert {language: change.after for language, change in changes.items()} == AFTER
     assert changes["fi"].stages == {"cap": 3.5, "cat": 3.0}
     assert changes["fi"].change == pytest.approx(-0.5)
+
+
+def settings(windows: int | None = None, **other) -> dict:
+    alike = {"sequence_length": 64, "attend_across_documents": True, "tokenizer_sha256": "t" * 64, "windows": windows}
+    precision = {"compute_dtype": "float32", "activation_dtype": "float32"}
+    return alike | precision | {"texts": {f"sample_{language}": "x" for language in LANGUAGES}} | other
+
+
+def rewritten(run: Path, change) -> Path:
+    """The rows of a run after `change`, which takes and gives a list."""
+    rows = change(read_metrics(run / "metrics.jsonl"))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_the_end_of_a_stage_does_not_stand_for_the_start(run):
+    """The first rows are gone: there is no before, and page and command say so."""
+    rewritten(run, lambda rows: rows[1:])
+    assert before_after(read_metrics(run / "metrics.jsonl")) == []
+    (said,) = write_report(run, run / "report.html")
+    assert "lacks the evaluation of all held-out text before the first step (step 0), and that of step 6, after stage cap, cannot" in said
+    page = (run / "report.html").read_text()
+    assert said in page
+    assert "<table>" not in page
+    assert not (run / "before_after.png").exists()
+    assert "Finnish was not evaluated before and after." in check_expectations(before_after(read_metrics(run / "metrics.jsonl")))
+
+
+def test_steps_that_are_gone_are_missed(run):
+    rewritten(run, lambda rows: [row for row in rows if row["step"] != 4])
+    write_report(run, run / "report.html")
+    assert "8 of 9 steps: metrics.jsonl lacks the others" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows + rows, "line 14: complete evaluation after step 0 comes after 9"),
+        (lambda rows: rows + rows[1:2], "line 14: step 0 comes after 8"),
+        (lambda rows: rows[:4] + rows[3:], "line 5: step 2 comes after 2"),
+        (lambda rows: [*rows, evaluation(9, "cat", AFTER)], "line 14: complete evaluation after step 9 comes after 9"),
+    ],
+)
+def test_rows_of_two_runs_are_refused(run, change, said):
+    rewritten(run, change)
+    with pytest.raises(InputError, match=said):
+        write_report(run, run / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sequence_length": 32}, "sequence_length 64 there, 32 here"),
+        ({"attend_across_documents": False}, "attend_across_documents True there, False here"),
+        ({"tokenizer_sha256": "u" * 64}, "tokenizer_sha256 "),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype float32 there, bfloat16 here"),
+        ({"texts": {f"sample_{language}": "x" if language != "fi" else "y" for language in LANGUAGES}}, "text x there, y here"),
+    ],
+)
+def test_figures_of_other_settings_are_not_compared(run, changed, said):
+    """Those of the last stage: its column is empty for the languages concerned, and it is said why."""
+
+    def change(rows):
+        rows[0]["settings"], rows[8]["settings"], rows[-1]["settings"] = settings(), settings(), settings(**changed)
+        return rows
+
+    rewritten(run, change)
+    found = {change.language: change.stages for change in before_after(read_metrics(run / "metrics.jsonl"))}
+    alone = ("fi",) if "texts" in changed else LANGUAGES
+    assert all(("cat" in stages) == (language not in alone) for language, stages in found.items())
+    missing = not_compared(read_metrics(run / "metrics.jsonl"))
+    assert len(missing) == len(alone)
+    assert all(said in sentence and "step 9" in sentence for sentence in missing)
+
+
+def test_a_curve_has_figures_of_equal_settings_only(run):
+    """Quick evaluations of 2 and of 4 windows are two charts; complete ones are on neither."""
+
+    def change(rows):
+        quick = [evaluation(step, "cap", AFTER, complete=False) | {"settings": settings(2)} for step in (0, 2)]
+        later = [evaluation(step, "cat", AFTER, complete=False) | {"settings": settings(4)} for step in (7, 8)]
+        return quick[:1] + [row for row in rows if row.get("complete", True)] + quick[1:] + later
+
+    rewritten(run, change)
+    curves = _evaluation_curves(read_metrics(run / "metrics.jsonl"))
+    assert [steps for chart in curves.values() for steps, _ in [chart["fi"]]] == [[0, 2], [7, 8]]
+    assert ["2 windows" in curves_of[0] or "4 windows" in curves_of[0] for curves_of in curves.items()] == [True, True]
+    write_report(run, run / "report.html")
+    assert {path.name for path in run.glob("bits*.png")} == {"bits_per_byte.png", "bits_per_byte_2.png"}
 
 
 def test_page_has_the_numbers_and_stands_alone(run, tmp_path):

@@ -49,11 +49,14 @@ def test_the_first_state_takes_no_more_than_itself(name, topology, slices):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize(("name", "topology", "slices"), [V5E, *OTHERS])
-def test_an_evaluation_fits_beside_the_state(name, topology, slices):
+def test_an_evaluation_fits_beside_the_state(name, topology, slices, isolate):
+    """With the masks of training, whichever they are."""
     config, mesh, shapes = on_mesh(name, topology, slices)
     batch = abstract_batch(config.evaluation.batch_size, config.data.sequence_length, mesh)
     with jax.set_mesh(mesh):
-        evaluation = jax.jit(make_sums(structure_of(MODEL, config.compute), config.compute)).lower(shapes.parameters, batch)
+        sums = make_sums(structure_of(MODEL, config.compute), config.compute, isolate_documents=isolate)
+        evaluation = jax.jit(sums).lower(shapes.parameters, batch)
     beside = bytes_a_chip(shapes) - bytes_a_chip(shapes.parameters)
     assert peak(evaluation) + beside < CHIPS[topology.partition(":")[0]].hbm

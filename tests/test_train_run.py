@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight_devices import run_on_eight_devices
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
 
-from aurora_jax.data.tasks import unregister
+from aurora_jax.data.store import TokenStore
+from aurora_jax.data.tasks import mixture_rates, unregister
 from aurora_jax.errors import InputError
+from aurora_jax.evaluate.command import EvalCommand
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
@@ -25,6 +29,7 @@ from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from aurora_jax.train import loop
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.loop import Diverged, train
 from aurora_jax.train.stages import LearningRate, Stage
 from convert.__main__ import main as convert
@@ -79,12 +84,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path, stop_aft
     config = replace(base, output=tmp_path / "run")
     train(replace(config, stop_after=stop_after))
     assert len(losses(config.output)) == stop_after
+    if stop_after != 5:  # as a kill would: the evaluation that follows the checkpoint (the complete one, at a stage's end) is cut off
+        lines = (config.output / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (config.output / "metrics.jsonl").write_text("".join(lines[:-1]))
     state = train(config)
     assert_same_state(state, undisturbed[1])
     assert losses(config.output) == losses(undisturbed[0])
-    complete = {step for step, is_complete in evaluations(config.output) if is_complete}
-    assert complete == {0, 7, 12}
-    assert evaluations(config.output)[12, True] == evaluations(undisturbed[0])[12, True]
+    assert evaluations(config.output) == evaluations(undisturbed[0])
+    assert {step for step, is_complete in evaluations(config.output) if is_complete} == {0, 7, 12}
+    assert {step for step, is_complete in evaluations(config.output) if not is_complete} == {0, 4, 7, 8, 12}  # one curve, from the start
 
 
 def test_dropout_and_micro_batches_resume_bit_for_bit(base, tmp_path):
@@ -101,6 +109,20 @@ def test_it_learns(undisturbed):
     assert found[11][0] < found[0][0] - 0.5
     before, after = evaluations(undisturbed[0])[0, True], evaluations(undisturbed[0])[12, True]
     assert all(after[task]["bits_per_byte"] < before[task]["bits_per_byte"] for task in before)
+
+
+def test_every_figure_says_how_it_was_measured(base, undisturbed):
+    rows = [row for row in read_metrics(undisturbed[0] / "metrics.jsonl") if "evaluation" in row]
+    for row in rows:
+        settings = row["settings"]
+        assert (settings["sequence_length"], settings["attend_across_documents"]) == (32, True)
+        assert (settings["compute_dtype"], settings["activation_dtype"]) == ("float32", "float32")
+        assert settings["tokenizer_sha256"] == checkpoint.read_metadata(undisturbed[0]).tokenizer_sha256
+        assert settings["windows"] == (None if row["complete"] else 2)
+        for task, score in row["evaluation"].items():
+            tokens = len(TokenStore.open(f"{base.data.stores}/{task}/validation"))
+            assert score["windows"] == (-(-(tokens - 1) // 32) if row["complete"] else 2)
+        assert set(settings["texts"]) == set(row["evaluation"])
 
 
 def test_stages_are_kept_with_their_lineage(base, undisturbed, tmp_path):
@@ -133,6 +155,17 @@ def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
     found = losses(tmp_path / "run")
     assert len(found) == 12
     assert found[11][0] < found[0][0] - 0.5
+
+    # `aurora eval` reads the windows and masks of the run, from a stage as from a step, and finds the run's own figures.
+    stores = {"corpus": base.data.corpus, "stores": base.data.stores, "tasks": base.evaluation.tasks}
+    for where in ("run", "run/stages/cat"):
+        EvalCommand(tmp_path / where, **stores, json=tmp_path / "eval.json", compute=base.compute).run()
+        found = json.loads((tmp_path / "eval.json").read_text())
+        (row,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("complete") and row["step"] == 12]
+        assert found["settings"] == row["settings"]
+        assert (row["settings"]["sequence_length"], row["settings"]["attend_across_documents"]) == (32, False)
+        for task, score in row["evaluation"].items():
+            assert found["evaluation"][task] == pytest.approx(score, rel=1e-5)
 
     assert convert(["to-torch", str(tmp_path / "run" / "stages" / "cat"), str(tmp_path / "back")]) == 0
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -223,7 +256,7 @@ def test_the_order_in_which_a_run_looks_for_its_state(base, undisturbed, tmp_pat
     [
         ({"seed": 1}, "seed = 0.*seed = 1"),
         ({"optimizer": OptimizerConfig(beta1=0.5)}, "0.9.*0.5"),
-        ({"stages": (replace(STAGES[0], steps=8), STAGES[1])}, "'steps': 7.*'steps': 8"),
+        ({"stages": (replace(STAGES[0], steps=6), STAGES[1])}, "'steps': 7.*'steps': 6"),
         ({"stages": STAGES[:1]}, "stages"),
         ({"model": replace(MODEL, width=32)}, "width = 16.*width = 32"),
     ],
@@ -237,6 +270,157 @@ def test_another_run_is_not_resumed(base, undisturbed, change, said):
 def test_another_batch_size_is_not_resumed(base, undisturbed):
     with pytest.raises(InputError, match=r"batch_size = 8.*batch_size = 4"):
         train(replace(base, data=replace(base.data, batch_size=4)))
+
+
+def copied(run: Path, to: Path, *, without: str = "") -> Path:
+    shutil.copytree(run, to)
+    if without:
+        shutil.rmtree(to / without)
+    return to
+
+
+def edit_facts(item: Path, change) -> None:
+    """Changes the facts that a checkpoint carries."""
+    facts = json.loads((item / "run" / "metadata").read_text())
+    change(facts)
+    (item / "run" / "metadata").write_text(json.dumps(facts))
+
+
+def swapped(mixture: str) -> tuple[tuple[str, float], ...]:
+    """English and Finnish at each other's rates."""
+    rates = dict(mixture_rates(mixture))
+    if mixture == "nano_cap":
+        rates["sample_en"], rates["sample_fi"] = rates["sample_fi"], rates["sample_en"]
+    return tuple(rates.items())
+
+
+def test_other_rates_under_the_same_name_are_not_resumed(base, undisturbed, monkeypatch):
+    monkeypatch.setattr("aurora_jax.data.tasks.mixture_rates", swapped)
+    with pytest.raises(
+        InputError, match=r"rates of stage cap \{'sample_en': 0.28, 'sample_fi': 0.12\}.*\{'sample_en': 0.12, 'sample_fi': 0.28"
+    ):
+        train(base)
+
+
+def test_a_store_that_appears_or_vanishes_is_not_resumed(base, undisturbed, tmp_path):
+    """With --data.skip-missing it changes the others' rates, and what "consumed" means."""
+    run = copied(undisturbed[0], tmp_path / "run")
+
+    def without_hindi(facts):
+        for stage in facts["stages"][:1]:
+            stage["rates"].pop("sample_hi", None)
+        facts["stores"].pop("sample_hi", None)
+
+    edit_facts(run / "checkpoints" / "12", without_hindi)
+    with pytest.raises(InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began without sample_hi: move the store out"):
+        train(replace(base, output=run))
+    stores = shutil.copytree(base.data.stores, tmp_path / "stores")
+    shutil.rmtree(stores / "sample_hi" / "train")
+    data = replace(base.data, stores=str(stores), skip_missing=True)
+    with pytest.raises(InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began with sample_hi: put the store back"):
+        train(replace(base, data=data))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("stores", "sample_fi", "tokens"), 9, "the store of sample_fi {'tokens': 9}"),
+        (("stores", "sample_fi", "sources"), "x", "the store of sample_fi {'sources': 'x'}"),
+        (("held_out", "sample_fi", "sources"), "x", "the held-out text of sample_fi {'sources': 'x'}"),
+        (("precision", "compute_dtype"), "bfloat16", "precision {'compute_dtype': 'bfloat16'}"),
+        (("initial", "path"), "/elsewhere", "first weights were /elsewhere"),
+        (("stages", 0, "block_size"), 512, "stage cap {'block_size': 512}"),
+    ],
+)
+def test_what_batches_updates_and_figures_follow_from_is_a_fact(base, undisturbed, tmp_path, path, value, said):
+    """The facts are changed in the checkpoint; so would be the data, the precision and the start in the run."""
+    run = copied(undisturbed[0], tmp_path / "run")
+
+    def change(facts):
+        *parents, last = path
+        for name in parents:
+            facts = facts[name]
+        facts[last] = value
+
+    edit_facts(run / "checkpoints" / "12", change)
+    with pytest.raises(InputError, match=re.escape(said)):
+        train(replace(base, output=run))
+
+
+def test_a_stage_that_has_not_begun_may_change(undisturbed):
+    facts = checkpoint.read_run(undisturbed[0])
+    cap, cat = facts["stages"]
+    other = {**facts, "stages": [cap, {**cat, "steps": 9, "mixture": "nano_base", "rates": {"sample_en": 1.0}}]}
+    other["stores"] = {task: store for task, store in facts["stores"].items() if "clean" not in task}
+    assert require_same_run(facts, other, "here", step=7) == []
+    assert require_same_run(facts, {**other, "stages": [cap]}, "here", step=7) == []
+    with pytest.raises(InputError, match=r"stage cat.*'nano_cat'.*'nano_base'"):
+        require_same_run(facts, other, "here", step=8)
+
+
+def test_other_micro_batches_go_on_with_the_run(base, undisturbed, tmp_path, capsys):
+    """The update is the same up to rounding; it is said."""
+    run = copied(undisturbed[0], tmp_path / "run", without="checkpoints/12")
+    train(replace(base, output=run, optimizer=OptimizerConfig(micro_batches=4)))
+    assert "micro_batches 1 -> 4" in capsys.readouterr().out
+    found, expected = (np.array([row[:2] for row in losses(each).values()]) for each in (run, undisturbed[0]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert (found[:8] == expected[:8]).all()
+    assert not (found[8:] == expected[8:]).all()  # otherwise they were not in parts
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(base, undisturbed, tmp_path, capsys):
+    """It has micro-batches among the optimizer's facts, and neither rates nor sizes; that they cannot be compared is
+    said once."""
+    run = copied(undisturbed[0], tmp_path / "run", without="checkpoints/12")
+
+    def as_it_was(facts):
+        for stage in facts["stages"]:
+            del stage["rates"], stage["block_size"]
+        facts["data"] = {task: store["fingerprint"] for task, store in facts.pop("stores").items()}
+        facts["optimizer"]["micro_batches"] = 2
+        for name in ("held_out", "precision", "initial", "layout", "run"):
+            del facts[name]
+
+    edit_facts(run / "checkpoints" / "8", as_it_was)
+    for stage in ("cap", "cat"):  # these had no facts at all
+        shutil.rmtree(run / "stages" / stage / "run")
+    assert_same_state(train(replace(base, output=run)), undisturbed[1])
+    assert capsys.readouterr().out.count("recorded neither rates nor sizes") == 1
+    train(replace(base, output=run))
+    assert "recorded neither" not in capsys.readouterr().out
+
+
+def test_what_an_earlier_run_has_left_is_neither_taken_nor_overwritten(base, undisturbed, tmp_path):
+    run = copied(undisturbed[0], tmp_path / "run", without="checkpoints")
+    config = replace(base, output=run)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"cap \(step 7\), cat \(step 12\) of an earlier run.*mv "):
+        train(config)
+    shutil.rmtree(run / "stages")
+    with pytest.raises(InputError, match=r"12 steps of an earlier run.*seed = 0.*seed = 1.*mv "):
+        train(replace(config, seed=1))
+    (run / "run.json").rename(tmp_path / "run.json")
+    with pytest.raises(InputError, match=r"12 steps of an earlier run.*which run it was"):
+        train(config)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not (run / "checkpoints").exists()
+
+    # The same run may have died before its first checkpoint: it begins again, and no curve has two runs on it.
+    (tmp_path / "run.json").rename(run / "run.json")
+    train(replace(config, stop_after=1))
+    assert list(losses(run)) == [0]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Tensors("train/loss")] == [0]
+    assert [event.step for event in events.Tensors("bits_per_byte/sample_fi")] == [0]
+
+
+def test_a_stage_of_another_run_is_not_taken_for_this_ones(base, undisturbed, tmp_path):
+    run = copied(undisturbed[0], tmp_path / "run", without="checkpoints/12")
+    edit_facts(run / "stages" / "cat", lambda facts: facts.update(run="another"))
+    with pytest.raises(InputError, match=r"stages/cat was written by another run.*'another'.*mv "):
+        train(replace(base, output=run))
 
 
 def test_a_stage_may_be_appended(base, undisturbed, tmp_path):
@@ -293,8 +477,9 @@ for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
     random = states.make_random_state(base.model, base.optimizer, mesh, base.seed)()
     assert_placed(random, mesh)
     assert_placed(states.make_state_around(base.model, base.optimizer, mesh)(random.parameters), mesh)
-    if tensor == 2:
-        train(replace(config, stop_after=2))
+    if tensor == 2:  # begun on another mesh, with another number of micro-batches
+        train(replace(config, stop_after=2, mesh=MeshConfig(1, 4, 1, 1, 2), optimizer=replace(base.optimizer,
+        micro_batches=2)))
     state = train(config)
     assert_placed(state, mesh)
     kernel = state.parameters["layers"]["mlp"]["up"]["kernel"]

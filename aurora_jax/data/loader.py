@@ -3,8 +3,9 @@
 Shape suffixes: B sequences of the batch (or the rows of it that this host asks for), L positions of a sequence.
 
 Window i of a task covers the L + 1 tokens [i * L, (i + 1) * L] of its store: L inputs and, one further, L targets. So every token of the
-store but the first is a target once an epoch. A keyed Feistel permutation orders the windows of each epoch; epochs go on across stages.
-Token values decide nothing: token 0 is real.
+store but the first is a target once an epoch; where documents are isolated, every token but the first of each document,
+which nothing that it may see precedes. A keyed Feistel permutation orders the windows of each epoch; epochs go on
+across stages. Token values decide nothing: token 0 is real.
 """
 
 from collections import deque
@@ -74,7 +75,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens_BL: int32, inputs.
         targets_BL: int32, the token after each input.
-        loss_weights_BL: float32; 0 where there is no target to learn (padding, by position; questions, by the store's mask), else 1.
+        loss_weights_BL: float32; 0 where there is no target to learn (padding, by position; questions, by the store's
+            mask; the next document's first token, where documents are isolated), else 1.
         segment_ids_BL: int32; 0 on padding. Tokens attend within their segment only.
         positions_BL: int32, the position of each token for the model.
         task_ids_B: int32, the place of each sequence's task in `Loader.tasks`.
@@ -86,6 +88,14 @@ class Batch(NamedTuple):
     segment_ids_BL: np.ndarray
     positions_BL: np.ndarray
     task_ids_B: np.ndarray
+
+    def isolation(self, isolate_documents: bool) -> dict[str, Any]:
+        """What the decoder is told besides the tokens, in training and in evaluation alike.
+
+        Without isolation there is nothing to mask: positions are 0 .. L-1, and padding lies right of all that is causal
+        to it.
+        """
+        return {"positions_BL": self.positions_BL, "segment_ids_BL": self.segment_ids_BL} if isolate_documents else {}
 
 
 class Loader:
@@ -117,8 +127,8 @@ class Loader:
             batch_size: B, sequences of the global batch.
             sequence_length: L, tokens.
             seed: keys every permutation.
-            attend_across_documents: True: a sequence is one segment, positions 0 .. L-1. False: each document is a segment and its
-                positions start from 0.
+            attend_across_documents: True: a sequence is one segment, positions 0 .. L-1. False: each document is a
+                segment, its positions start from 0, and no target crosses from one to the next.
         """
         _check(stores, stages, batch_size, sequence_length)
         self.tasks = tuple(sorted({task for stage in stages for task, _ in stage.rates}))
@@ -150,8 +160,6 @@ class Loader:
             here = np.flatnonzero(task_B == task)
             store, starts = self._stores[task], window_B[here] * self._length
             _fill(batch, here, store, starts, self._across)
-            if store.info.masked:
-                batch.loss_weights_BL[here] *= store.window_learn(starts + 1, self._length)
         return batch
 
     def place(self, step: int, row: int) -> Place:
@@ -238,22 +246,36 @@ class _PlacedStage:
         return consumed
 
 
-def evaluation_batches(store: TokenStore, batch_size: int, sequence_length: int) -> Iterator[Batch]:
-    """Every window of a held-out store, in order; the last batch is filled up with rows of padding.
+def evaluation_batches(
+    store: TokenStore, batch_size: int, sequence_length: int, *, attend_across_documents: bool = True, windows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Windows of a held-out store, cut and masked as `Loader` does for training; the last batch is filled up with rows
+    of padding.
 
-    Loss weights are 0 for padding and for the EOS that ends a document (known from the documents' ends, not from its value): what is left
-    are the tokens of the text, so that bits per byte = sum(weight * nll) / ln 2 / store.info.text_bytes. Only the very first token, which
-    nothing precedes, goes uncounted.
+    Loss weights are also 0 for the EOS that ends a document (known from the documents' ends, not from its value), which
+    is no text. What is left are the tokens of the text that a model is asked to predict: not the store's very first,
+    and not the first of any isolated document.
+
+    Args:
+        attend_across_documents: as in `Loader`.
+        windows: numbers of those to read, in this order; all of them, in the store's order, without it.
     """
-    windows = window_count(store, sequence_length)
-    for first in range(0, windows, batch_size):
-        starts = np.arange(first, min(first + batch_size, windows), dtype=np.int64) * sequence_length
+    numbers = np.arange(window_count(store, sequence_length), dtype=np.int64) if windows is None else windows
+    for first in range(0, len(numbers), batch_size):
+        starts = numbers[first : first + batch_size] * sequence_length
         batch = _empty_batch(batch_size, sequence_length)
         rows = np.arange(len(starts))
-        _fill(batch, rows, store, starts, across=True)
+        _fill(batch, rows, store, starts, attend_across_documents)
         if store.info.eos_id is not None:
             batch.loss_weights_BL[rows] *= ~store.window_ends(starts + 1, sequence_length)
         yield batch
+
+
+def spread_windows(windows: int, chosen: int) -> np.ndarray:
+    """An even draw of `chosen` out of `windows` windows, the middles of as many equal spans; all, if there are no more.
+    int64, ascending."""
+    chosen = min(chosen, windows)
+    return (2 * np.arange(chosen, dtype=np.int64) + 1) * windows // (2 * chosen)
 
 
 def window_count(store: TokenStore, sequence_length: int) -> int:
@@ -279,12 +301,17 @@ def _fill(batch: Batch, rows: np.ndarray, store: TokenStore, starts: np.ndarray,
     batch.tokens_BL[rows] = window_BL[:, :-1] * valid_BL
     batch.targets_BL[rows] = window_BL[:, 1:] * valid_BL
     batch.loss_weights_BL[rows] = valid_BL
+    if store.info.masked:
+        batch.loss_weights_BL[rows] *= store.window_learn(starts + 1, length)
     if across:
         batch.segment_ids_BL[rows] = valid_BL
         return
+    ends_BL = store.window_ends(starts, length)
+    # What follows an end belongs to the next document: the end is not asked for it.
+    batch.loss_weights_BL[rows] *= ~ends_BL
     # A document begins after an end, and at the window's first token.
     begins_BL = np.ones_like(valid_BL)
-    begins_BL[:, 1:] = store.window_ends(starts, length)[:, :-1]
+    begins_BL[:, 1:] = ends_BL[:, :-1]
     batch.segment_ids_BL[rows] = np.cumsum(begins_BL, axis=1) * valid_BL
     batch.positions_BL[rows] = place_L[None, :] - np.maximum.accumulate(np.where(begins_BL, place_L[None, :], 0), axis=1)
 

@@ -110,6 +110,8 @@ class ShowCommand:
     """Sequences a step, over all devices."""
     sequence_length: int = 512
     """Tokens a sequence."""
+    attend_across_documents: bool = True
+    """As the run: documents of a sequence see each other, or each is on its own."""
     data_root: str = "corpus"
     """Folder of the sources, where --modules need it."""
     modules: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class ShowCommand:
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             seed=self.seed,
+            attend_across_documents=self.attend_across_documents,
         )
         row = read_row(loader, stores, tokenizer, self.step, self.row)
         print_row(row, console)

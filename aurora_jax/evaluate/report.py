@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.charts import NAMES, before_after_bars, bits_per_byte_curves, learning_rate_curve, loss_curves
+from aurora_jax.evaluate.evaluations import described, differing_settings, require_one_run, settings_groups, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 
 LEARNT, KEPT = ("fi", "hi", "ja", "vi"), ("en", "code")
@@ -81,24 +82,65 @@ class ReportCommand:
     def run(self) -> None:
         """Raises InputError if the folder is not that of a run."""
         output = self.output or self.run_directory / "report.html"
-        write_report(self.run_directory, output, samples=self.samples)
+        for sentence in write_report(self.run_directory, output, samples=self.samples):
+            print(sentence)
         print(f"wrote {output}")
 
 
 def before_after(rows: Sequence[Mapping]) -> list[LanguageChange]:
-    """What complete evaluations say, language by language: the first against those at the stages' ends; [] if there is no such pair."""
-    complete = [row for row in rows if row.get("complete")]
-    if len(complete) < 2:
+    """What complete evaluations say, language by language: that of the start against those at the stages' ends,
+    measured alike.
+
+    Languages without such a pair are left out, all of them where the start is missing; `not_compared` has the reasons.
+    """
+    start = start_of(rows, complete=True)
+    if start is None:
         return []
-    first, *ends = complete
-    return [
+    ends = _ends(rows)
+    changes = [
         LanguageChange(
             language=_language(task),
             before=score["bits_per_byte"],
-            stages={row["stage"]: row["evaluation"][task]["bits_per_byte"] for row in ends if task in row["evaluation"]},
+            stages={
+                row["stage"]: row["evaluation"][task]["bits_per_byte"]
+                for row in ends
+                if task in row["evaluation"] and not differing_settings(start, row, task)
+            },
         )
-        for task, score in first["evaluation"].items()
+        for task, score in start["evaluation"].items()
     ]
+    return [change for change in changes if change.stages]
+
+
+def not_compared(rows: Sequence[Mapping]) -> list[str]:
+    """A sentence for each thing that keeps evaluations of the stages' ends from being held against the start."""
+    start, ends = start_of(rows, complete=True), _ends(rows)
+    if not ends:
+        return []
+    if start is None:
+        return [
+            "There is no before and after: metrics.jsonl lacks the evaluation of all held-out text before the first step (step 0), "
+            f"and that of step {ends[0]['step']}, after stage {ends[0]['stage']}, cannot stand for it."
+        ]
+    said = []
+    for row in ends:
+        for task in row["evaluation"]:
+            what = f"{task} after step {row['step']} is not held against the start"
+            if task not in start["evaluation"]:
+                said.append(f"{what}: it was not measured there.")
+            elif found := differing_settings(start, row, task):
+                values = "; ".join(f"{name} {one} there, {other} here" for name, (one, other) in found.items())
+                said.append(f"{what}: it was measured otherwise ({values}).")
+        said += [
+            f"{task} was not measured after step {row['step']}, as it was at the start."
+            for task in start["evaluation"]
+            if task not in row["evaluation"]
+        ]
+    return said
+
+
+def _ends(rows: Sequence[Mapping]) -> list[Mapping]:
+    return [row for row in rows if row.get("complete") and row["step"] > 0]
 
 
 def check_expectations(
@@ -127,17 +169,21 @@ def check_expectations(
     return missed
 
 
-def write_report(run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()) -> None:
+def write_report(run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()) -> list[str]:
     """Writes the page, and its charts as PNG files beside it.
 
     Args:
         samples: JSON list of {"language", "prompt", "before", "after"}.
         commands: what was typed to make the run; printed for those who want to do it again.
 
+    Returns:
+        What could not be compared, and why; the page says it, too.
+
     Raises:
-        InputError: the folder has no metrics, or the samples cannot be read.
+        InputError: the folder has no metrics, or those of more than one run, or the samples cannot be read.
     """
     rows = read_metrics(run_directory / "metrics.jsonl")
+    require_one_run(rows, run_directory / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise InputError(f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little.")
@@ -158,10 +204,13 @@ def write_report(run_directory: Path, output: Path, *, samples: Path | None = No
             "It can be compared across tokenizers; 8 is what guessing every byte blindly costs.</p>"
         )
         parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
-    curves = _evaluation_curves(rows)
-    if curves:
-        charts["bits_per_byte"] = bits_per_byte_curves(curves, boundaries)
-        parts += ["<h2>While it learnt</h2>", _image(charts["bits_per_byte"], "Bits per byte by language over steps")]
+    missing = not_compared(rows)
+    parts += [f'<p class="bad">{html.escape(sentence)}</p>' for sentence in missing]
+    for number, (measured, curves) in enumerate(_evaluation_curves(rows).items(), start=1):
+        name_of_chart = "bits_per_byte" if number == 1 else f"bits_per_byte_{number}"
+        charts[name_of_chart] = bits_per_byte_curves(curves, boundaries)
+        parts += ["<h2>While it learnt</h2>"] if number == 1 else []
+        parts += [f'<p class="faint">{html.escape(measured)}</p>', _image(charts[name_of_chart], f"Bits per byte over steps: {measured}")]
     charts["loss"] = loss_curves(_loss_curves(steps), boundaries)
     charts["learning_rate"] = learning_rate_curve([row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries)
     parts += ["<h2>Training</h2>", _image(charts["loss"], "Training loss by language"), _image(charts["learning_rate"], "Learning rate")]
@@ -179,6 +228,7 @@ def write_report(run_directory: Path, output: Path, *, samples: Path | None = No
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+    return missing
 
 
 def summary(changes: Sequence[LanguageChange]) -> str:
@@ -202,12 +252,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _table(changes: Sequence[LanguageChange]) -> str:
-    stages = list(changes[0].stages)
+    stages = list(dict.fromkeys(stage for change in changes for stage in change.stages))
     head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "before", *(f"after {stage}" for stage in stages), "change"))
     body = ""
     for change in changes:
         quality = "good" if change.change <= -0.1 else "kept" if change.change <= 0.03 else "bad"
-        cells = [f"{value:.3f}" for value in (change.before, *change.stages.values())]
+        cells = [f"{change.before:.3f}", *(f"{change.stages[stage]:.3f}" if stage in change.stages else "" for stage in stages)]
         body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
         body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -215,8 +265,9 @@ def _table(changes: Sequence[LanguageChange]) -> str:
 
 def _facts(steps: Sequence[Mapping]) -> str:
     tokens = sum(row["tokens"] for row in steps)
+    wanted = steps[-1]["step"] + 1
     facts = [
-        f"{len(steps):,} steps",
+        f"{len(steps):,} steps" if len(steps) == wanted else f"{len(steps):,} of {wanted:,} steps: metrics.jsonl lacks the others",
         f"{tokens:,.0f} tokens",
         f"{steps[-1]['tokens_per_second']:,.0f} tokens/s",
         f"{steps[-1]['skipped']:.0f} updates skipped",
@@ -241,17 +292,18 @@ def _sample(language: str, prompt: str, before: str, after: str) -> str:
     return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
 
 
-def _evaluation_curves(rows: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
-    """Quick evaluations only, if there are some: they read the same text, complete ones read more."""
+def _evaluation_curves(rows: Sequence[Mapping]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """How it was measured -> language -> steps and values: of quick evaluations only, if there are some, which read
+    less text than complete ones. What was measured otherwise is on another chart."""
     evaluations = [row for row in rows if "evaluation" in row]
-    quick = [row for row in evaluations if not row["complete"]]
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for row in quick or evaluations:
-        for task, score in row["evaluation"].items():
-            at, values = curves.setdefault(_language(task), ([], []))
-            at.append(row["step"])
-            values.append(score["bits_per_byte"])
-    return curves
+    drawn = [row for row in evaluations if not row["complete"]] or evaluations
+    charts: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for task in dict.fromkeys(task for row in drawn for task in row["evaluation"]):
+        for number, group in enumerate(settings_groups(drawn, task), start=1):
+            measured = described(group[0]) if number == 1 else f"{described(group[0])} (settings {number})"
+            steps, values = [row["step"] for row in group], [row["evaluation"][task]["bits_per_byte"] for row in group]
+            charts.setdefault(measured, {})[_language(task)] = (steps, values)
+    return charts
 
 
 def _loss_curves(steps: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:

@@ -4,6 +4,7 @@ params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sh
 tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
+run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its stages' ends
 """
 
 import os
@@ -35,7 +36,7 @@ and value of one head, which conversion does not part, may be larger: 14 MiB in 
 PARTIAL_SUFFIX = ".partial"
 """Of folders whose contents are still being written; see `convert/partial.py`."""
 
-PARAMETERS, FILES, METADATA = "params", "tokenizer", "metadata"
+PARAMETERS, FILES, METADATA, RUN = "params", "tokenizer", "metadata", "run"
 
 ARCHITECTURE = (
     "vocabulary_size",
@@ -170,6 +171,12 @@ def read_files(path: Location) -> dict[str, bytes]:
     return decode_files(_read_json(item), item) if item.exists() else {}
 
 
+def read_run(path: Location) -> dict[str, Any] | None:
+    """The facts of the run that wrote a checkpoint; None if none did, or one of a version that left them out. Raises InputError."""
+    item = resolve(path) / RUN
+    return dict(_read_json(item)) if item.exists() else None
+
+
 def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
     """The decoder's parameters, each read straight into its shards: a process reads those of its own devices, some at a time.
 
@@ -286,8 +293,14 @@ def _layer_axes(path: str) -> tuple[int, ...]:
     return (0,) if TABLE[path].letters.startswith("N") else ()
 
 
-def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetadata, files: Mapping[str, bytes] | None = None) -> None:
-    """Writes a complete checkpoint, or nothing at all.
+def save_checkpoint(
+    path: Location,
+    parameters: dict,
+    metadata: CheckpointMetadata,
+    files: Mapping[str, bytes] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a complete checkpoint, or nothing at all; `run` are the facts of the run whose stage it ends.
 
     Raises:
         InputError: the destination exists or cannot be written, or the parameters do not fit the metadata's config or dtype.
@@ -296,7 +309,9 @@ def save_checkpoint(path: Location, parameters: dict, metadata: CheckpointMetada
     for name, leaf in flatten(parameters).items():
         if leaf.dtype != jnp.dtype(metadata.parameter_dtype):
             raise InputError(f"{name} is {leaf.dtype}; the metadata of {path} says parameter_dtype {metadata.parameter_dtype}.")
-    write_checkpoint(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, files or {})
+    write_checkpoint(
+        path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, files or {}, run
+    )
 
 
 def write_checkpoint(
@@ -305,6 +320,7 @@ def write_checkpoint(
     parameters: ocp.args.CheckpointArgs,
     metadata: CheckpointMetadata,
     files: Mapping[str, bytes],
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint whose parameters come from any Orbax handler; what is half-written is removed if anything goes wrong.
 
@@ -316,15 +332,12 @@ def write_checkpoint(
     destination = require_free(path)
     # Directories first: a writer that fails while threads still wait for theirs would leave the process hanging for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    texts = {FILES: encode_files(files), METADATA: metadata.to_json()} | ({} if run is None else {RUN: dict(run)})
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(async_options=options),
-        **{PARAMETERS: parameters_handler, FILES: ocp.JsonCheckpointHandler(), METADATA: ocp.JsonCheckpointHandler()},
+        **{PARAMETERS: parameters_handler, **{name: ocp.JsonCheckpointHandler() for name in texts}},
     )
-    items = {
-        PARAMETERS: parameters,
-        FILES: ocp.args.JsonSave(encode_files(files)),
-        METADATA: ocp.args.JsonSave(metadata.to_json()),
-    }
+    items = {PARAMETERS: parameters, **{name: ocp.args.JsonSave(text) for name, text in texts.items()}}
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with ocp.Checkpointer(handler) as checkpointer:

@@ -1,7 +1,8 @@
 """Checkpoints of a run, and where a run starts from."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,15 @@ import orbax.checkpoint as ocp
 
 from aurora_jax.carried_files import encode_files
 from aurora_jax.errors import InputError
+from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model import checkpoint as format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.facts import require_same_run
+from aurora_jax.train.processes import is_first
 from aurora_jax.train.state import TrainState
 
-OPTIMIZER, RUN = "optimizer", "run"
+OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -34,42 +38,49 @@ def choose_start(config: TrainConfig) -> Start:
     3. Random weights.
 
     Raises:
-        InputError: the checkpoint to start from is not one.
+        InputError: the checkpoint to start from is not one, or the run would begin where the stages of an earlier one
+            are.
     """
     if (newest := RunCheckpoints.newest_step(config.output)) is not None:
         return Start("resume", config.output / "checkpoints" / str(newest))
+    stages = config.output.absolute() / "stages"
+    kept = sorted(entry for entry in stages.iterdir() if format.is_checkpoint(entry)) if stages.is_dir() else []
+    if kept:
+        names = ", ".join(f"{entry.name} (step {format.read_metadata(entry).step})" for entry in kept)
+        raise InputError(
+            f"{stages} has {names} of an earlier run, of which {config.output / 'checkpoints'} has no checkpoint to go on from: this "
+            f"run would begin anew and take them for its own. {_away(config.output)} --initial-checkpoint takes a stage's weights."
+        )
     if config.initial_checkpoint is not None:
         return Start("checkpoint", Path(format.resolve(config.initial_checkpoint)))
     return Start("random")
 
 
-def run_facts(config: TrainConfig, data_fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What must be the same when a run is resumed, so that its steps are those of a run that was never stopped; JSON values."""
-    return {
-        "seed": config.seed,
-        "dropout": config.dropout,
-        "batch_size": config.data.batch_size,
-        "sequence_length": config.data.sequence_length,
-        "attend_across_documents": config.data.attend_across_documents,
-        "optimizer": asdict(config.optimizer),
-        "stages": [asdict(stage) for stage in config.stages],
-        "data": dict(data_fingerprints),
-    }
+def _away(output: Path) -> str:
+    return f"Give another --output, or move the earlier run away: mv {output} {output}.earlier"
 
 
-def require_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path) -> None:
-    """Raises InputError, with both values, where a checkpoint's facts differ from the run's. New stages at the end are welcome."""
-    for name, value in ours.items():
-        before = saved.get(name)
-        if name == "stages":
-            value = value[: len(before or [])]
-        if name == "data":
-            value = {task: fingerprint for task, fingerprint in value.items() if task in (before or {})}
-        if before != value:
-            raise InputError(
-                f"{where} was written by a run with {name} = {before}, this run has {name} = {value}. "
-                "Resuming would not continue it: restore the setting, or start a new run (another --output) from that checkpoint."
-            )
+def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
+    """Of a run that begins: is its folder free of what another run has left there?
+
+    A run that died before its first checkpoint begins again in its folder: its metrics go, as those of steps that are
+    done again always do.
+
+    Raises:
+        InputError: metrics.jsonl has steps of a run with other facts.
+    """
+    metrics = output / "metrics.jsonl"
+    steps = sum("loss" in row for row in read_metrics(metrics)) if metrics.exists() else 0
+    if not steps:
+        return
+    left = f"{metrics} has {steps} steps of an earlier run, of which {output / 'checkpoints'} has no checkpoint to go on from."
+    kept_facts = output / "run.json"
+    if not kept_facts.is_file():
+        raise InputError(f"{left} It does not say which run it was. {_away(output)}")
+    try:
+        require_same_run(json.loads(kept_facts.read_text()), facts, kept_facts)
+    except InputError as error:
+        raise InputError(f"{left} {error} {_away(output)}") from error
 
 
 class RunCheckpoints:
@@ -79,14 +90,16 @@ class RunCheckpoints:
         config: the run; its newest `checkpoint.keep` checkpoints stay.
         metadata: of the run's model; step and stage are filled in at each save.
         files: the tokenizer and what else travels with the model.
-        facts: see `run_facts`.
+        facts: see `facts.run_facts`.
+        run: what tells this run from others in the same folder, if it begins; one that is resumed has its own already.
     """
 
-    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, files: Mapping[str, bytes], facts: Mapping[str, Any]):
+    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, files: Mapping[str, bytes], facts: Mapping[str, Any], run: str):
         self._output = config.output.absolute()
+        self._ends = config.ends
         self._metadata = metadata
         self._files = dict(files)
-        self._facts = dict(facts)
+        self._facts = {**facts, "run": run}
         self._manager = ocp.CheckpointManager(
             self._output / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -119,33 +132,56 @@ class RunCheckpoints:
                     OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
                     format.FILES: ocp.args.JsonSave(encode_files(self._files)),
                     format.METADATA: ocp.args.JsonSave(metadata.to_json()),
-                    RUN: ocp.args.JsonSave(self._facts),
+                    format.RUN: ocp.args.JsonSave(self._facts),
                 }
             ),
         )
 
     def save_stage(self, state: TrainState, stage: str) -> Path:
-        """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it; what is there already stays."""
+        """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it; this run's own that are
+        there stay.
+
+        Raises:
+            InputError: what is there is not this run's.
+        """
         path = self._output / "stages" / stage
         step = int(jax.device_get(state.step))
         entry = {"stage": stage, "step": step, "run": str(self._output)}
         if entry not in self._metadata.lineage:
             self._metadata = replace(self._metadata, lineage=[*self._metadata.lineage, entry])
-        if not format.is_checkpoint(path):
-            format.save_checkpoint(path, state.parameters, replace(self._metadata, step=step, stage=stage), self._files)
+        if format.is_checkpoint(path):
+            self._require_own_stage(path, step)
+        else:
+            # Where a stage is, there is a checkpoint to go on from: one that dies here is not taken for an earlier run.
+            self._manager.wait_until_finished()
+            metadata = replace(self._metadata, step=step, stage=stage)
+            format.save_checkpoint(path, state.parameters, metadata, self._files, self._facts)
         return path
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest complete state, in the shardings of `like` (`state.state_shapes`): each device reads its own part.
 
+        Prints what is to be known of the differences to the earlier start.
+
         Raises:
-            InputError: it was written by a run with other settings or another model.
+            InputError: it was written by a run with other settings or another model, or a stage in the folder is of
+                another run.
         """
         step = self.newest_step(self._output)
         where = self._output / "checkpoints" / str(step)
         found = format.read_metadata(where)
         format.require_same_architecture(found.config, self._metadata.config, where, "this run's model")
+        saved = format.read_run(where)
+        if saved is None:
+            raise InputError(f"{where}: a checkpoint without the facts of its run cannot be resumed; begin from it (--initial-checkpoint).")
+        notes = require_same_run(saved, self._facts, where, step)
+        self._facts["run"] = saved.get("run") or self._facts["run"]
         self._metadata = replace(self._metadata, lineage=found.lineage)
+        for end, stage in self._ends.items():
+            if format.is_checkpoint(self._output / "stages" / stage):
+                self._require_own_stage(self._output / "stages" / stage, end)
+        for note in notes if is_first() else ():
+            print(note, flush=True)
         with format.damage_named(where):
             restored = self._manager.restore(
                 step,
@@ -153,13 +189,39 @@ class RunCheckpoints:
                     **{
                         format.PARAMETERS: ocp.args.StandardRestore(like.parameters),
                         OPTIMIZER: ocp.args.StandardRestore(_without_parameters(like)),
-                        RUN: ocp.args.JsonRestore(),
                     }
                 ),
             )
-        require_same_run(restored[RUN], self._facts, where)
-        rest = restored[OPTIMIZER]
-        return TrainState(restored[format.PARAMETERS], **rest)
+        return TrainState(restored[format.PARAMETERS], **restored[OPTIMIZER])
+
+    def describe(self) -> None:
+        """Writes OUTPUT/run.json, the facts for people, and for a start that finds no checkpoint."""
+        unfinished = self._output / "run.json.partial"
+        unfinished.write_text(json.dumps(self._facts, indent=1) + "\n")
+        unfinished.replace(self._output / "run.json")
+
+    def _require_own_stage(self, path: Path, step: int) -> None:
+        """Was it written by this run, at this step? One of a version that did not name its run is compared by what it
+        says of its data, its first weights and the stages before it.
+
+        Raises:
+            InputError: it was not.
+        """
+        metadata, facts = format.read_metadata(path), format.read_run(path)
+        ours: dict[str, Any] = {"step": step, "run": self._facts["run"]}
+        theirs: dict[str, Any] = {"step": metadata.step, "run": (facts or {}).get("run")}
+        if theirs["run"] is None:
+            common = min(len(metadata.lineage), len(self._metadata.lineage))
+            for each, said in ((ours, self._metadata), (theirs, metadata)):
+                each["data"] = {task: said.data_fingerprints.get(task) for task in metadata.data_fingerprints}
+                each["source"] = said.source
+                each["lineage"] = [(entry["stage"], entry["step"]) for entry in said.lineage[:common]]
+            del ours["run"], theirs["run"]
+        if ours != theirs:
+            raise InputError(
+                f"{path} was written by another run: {theirs}, where this one has {ours}. It is neither taken for this run's nor "
+                f"overwritten: move it away (mv {path} {path}.earlier), and give the same command again."
+            )
 
     def close(self) -> None:
         """Waits for what is being written; raises what went wrong in the background."""

@@ -1,5 +1,6 @@
 """The configuration of a training run: a tree of frozen dataclasses, every field of which is a command-line flag."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,8 @@ class DataConfig:
     sequence_length: int = 512
     """Tokens a sequence."""
     attend_across_documents: bool = True
-    """Packed documents see each other (StarCoder's own practice), or each is on its own with positions from 0."""
+    """Packed documents see each other (StarCoder's own practice), or each is on its own with positions from 0, and the
+    first token of the next is not asked of its end. Evaluations do as training does."""
     prefetch: int = 2
     """Batches that are made in advance."""
 
@@ -50,7 +52,8 @@ class OptimizerConfig:
     z_loss: float = 0.0
     """Weight of log(Z)^2 a token (PaLM, arXiv 2204.02311), which keeps the logits from drifting."""
     micro_batches: int = 1
-    """Parts into which a batch is cut to save memory; the gradient is that of the whole batch."""
+    """Parts into which a batch is cut to save memory; the gradient is that of the whole batch, and a resumed run may
+    change it."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which Adam's two moments are kept between steps; bf16 saves four bytes a parameter where memory is short."""
     spike_factor: float | None = None
@@ -89,10 +92,17 @@ class EvaluationConfig:
 
     tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
     every: int = 100
-    """Steps between quick evaluations; the whole held-out text is evaluated before the first step and at the end of each stage."""
+    """Steps between quick evaluations; the whole held-out text, too, is evaluated before the first step and at the end
+    of each stage."""
     quick_windows: int = 16
-    """Sequences a task in a quick evaluation."""
+    """Sequences a task in a quick evaluation, evenly drawn from its held-out text, the same ones each time."""
     batch_size: int = 16
+    """Sequences that are read at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "quick_windows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"evaluation.{name} is {getattr(self, name)}: give at least 1.")
 
 
 @dataclass(frozen=True)
@@ -161,3 +171,8 @@ class TrainConfig:
     def steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def ends(self) -> dict[int, str]:
+        """The steps after which a stage is done, and its name."""
+        return dict(zip(itertools.accumulate(stage.steps for stage in self.stages), (stage.name for stage in self.stages), strict=True))

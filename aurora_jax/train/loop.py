@@ -1,5 +1,6 @@
 """The training program, in chapters. `train(config)` runs it from wherever the run stands to its end."""
 
+import secrets
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aurora_jax.data.loader import Loader, stage_over
 from aurora_jax.data.loader import Stage as DataStage
@@ -21,11 +21,12 @@ from aurora_jax.model import checkpoint as checkpoint_format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import structure_of
-from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, run_facts
+from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.facts import run_facts
 from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
-from aurora_jax.train.processes import of_first, require_shared, stop_requested
+from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.state import TrainState, make_random_state, make_state_around, shardings_of, state_shapes
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> TrainState:
     """
     if config.wandb_project:
         import_wandb()
+    schedule = learning_rate_schedule(config.stages)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
@@ -68,7 +70,7 @@ def train(config: TrainConfig) -> TrainState:
         raise InputError(
             f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
         )
-    _check_vocabulary(model, stores)
+    _check_vocabulary(model, {**held_out, **stores})
     loader = Loader(
         stores,
         stages,
@@ -92,7 +94,7 @@ def train(config: TrainConfig) -> TrainState:
         compute,
         config.optimizer,
         mesh,
-        learning_rate_schedule(config.stages),
+        schedule,
         isolate_documents=not config.data.attend_across_documents,
         gather=config.mesh.gather,
         dropout=config.dropout,
@@ -103,7 +105,11 @@ def train(config: TrainConfig) -> TrainState:
     # ---------------------------------------------------------------- State
     shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
-    checkpoints = RunCheckpoints(config, metadata, files.contents, run_facts(config, fingerprints))
+    facts = run_facts(config, stages, stores, held_out)
+    if start.kind != "resume":
+        require_no_earlier_run(config.output, facts)
+    run = f"{of_first(secrets.randbits(31)):08x}"
+    checkpoints = RunCheckpoints(config, metadata, files.contents, facts, run)
     if start.kind == "resume":
         state = checkpoints.restore(shapes)
     elif start.path is not None:
@@ -113,17 +119,22 @@ def train(config: TrainConfig) -> TrainState:
     else:
         state = make_random_state(model, config.optimizer, mesh, config.seed)()
     first_step = int(jax.device_get(state.step))
+    wait_for_all("folder found to be this run's")
+    if is_first():
+        checkpoints.describe()
 
     # ---------------------------------------------------------------- Evaluation
     evaluator = Evaluator(
         structure_of(model.with_dropout(0.0), compute),
         compute,
         held_out,
+        files.tokenizer,
         batch_size=config.evaluation.batch_size,
         sequence_length=config.data.sequence_length,
+        attend_across_documents=config.data.attend_across_documents,
         place=place_here,
     )
-    ends = dict(zip(np.cumsum([stage.steps for stage in config.stages]).tolist(), [stage.name for stage in config.stages], strict=True))
+    ends, quick = config.ends, config.evaluation.quick_windows
     last_step = min(config.steps, config.stop_after or config.steps)
     throughput = Throughput.of(
         model,
@@ -142,16 +153,22 @@ def train(config: TrainConfig) -> TrainState:
         jax.transfer_guard("disallow"),
     ):
 
+        def due(step: int) -> list[int | None]:
+            """Windows of the evaluations after so many steps: quick ones also where all text is read, so that they make one curve."""
+            whole = step in ends or step == 0
+            return [*([quick] if whole or step % config.evaluation.every == 0 else []), *([None] if whole else [])] if held_out else []
+
         def evaluate(step: int, stage: str, windows: int | None) -> None:
             begun = time.monotonic()
             scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
-            log.evaluation(step, stage, scores, complete=windows is None, seconds=time.monotonic() - begun)
+            log.evaluation(step, stage, scores, evaluator.settings(windows), seconds=time.monotonic() - begun)
 
-        # What comes after a stage's last checkpoint, a stop may have cut off.
+        # What comes after a checkpoint, a stop may have cut off.
         if first_step in ends:
             checkpoints.save_stage(state, ends[first_step])
-        if held_out and (first_step in ends or first_step == 0) and not of_first(first_step in log.evaluated):
-            evaluate(first_step, ends.get(first_step, "start"), None)
+        for windows in due(first_step):
+            if not of_first((first_step, windows is None) in log.evaluated):
+                evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
         skipped_in_a_row = 0
 
@@ -183,16 +200,16 @@ def train(config: TrainConfig) -> TrainState:
             done = step + 1
             stopping = stops(step)
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
-            evaluates = held_out and (done in ends or done % config.evaluation.every == 0) and not stopping
-            if saves or evaluates:
+            evaluations = [] if stopping else due(done)
+            if saves or evaluations:
                 record(*dispatched)
                 dispatched = None
             if saves:
                 checkpoints.save(state, stage)
             if done in ends:
                 checkpoints.save_stage(state, stage)
-            if evaluates:
-                evaluate(done, stage, None if done in ends else config.evaluation.quick_windows)
+            for windows in evaluations:
+                evaluate(done, stage, windows)
             if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break

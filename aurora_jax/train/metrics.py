@@ -7,8 +7,11 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboard.summary import Writer
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary import DirectoryOutput, Writer
 
+from aurora_jax.evaluate.bits_per_byte import Settings
+from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
 from aurora_jax.train.config import TrainConfig
@@ -24,11 +27,12 @@ class MetricsLog:
     """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard (and Weights & Biases, if a
     project is named), and shows progress.
 
-    Lines at and beyond the step that a resumed run starts from are dropped first: the file has each step once, however often it was done.
-    Of several processes the first writes and shows; the others' logs say nothing.
+    Lines at and beyond the step that a resumed run starts from are dropped first, and TensorBoard is told to forget
+    them: each step is there once, however often it was done. Of several processes the first writes and shows; the
+    others' logs say nothing.
 
     Attributes:
-        evaluated: steps after which all held-out text has been evaluated.
+        evaluated: (step, whether all held-out text was read) of the evaluations that are there.
     """
 
     def __init__(self, config: TrainConfig, throughput: Throughput, *, first_step: int):
@@ -37,9 +41,13 @@ class MetricsLog:
         self.console = Console(quiet=not self._first)
         self._path = output / "metrics.jsonl"
         kept = _drop_from(self._path, first_step) if self._first else []
-        self.evaluated = {row["step"] for row in kept if row.get("complete")}
+        self._evaluations = [row for row in kept if "evaluation" in row]
+        self.evaluated = {(row["step"], row["complete"]) for row in self._evaluations}
         self._file = self._path.open("ab") if self._first else None
-        self._tensorboard = Writer(str(output / "tensorboard")) if self._first else None
+        self._tensorboard = Writer(_EventFiles(str(output / "tensorboard"), first_step)) if self._first else None
+        for row in self._evaluations:
+            if row["step"] == first_step:  # it is done, and forgotten with the steps that are to be done again
+                self._draw(_curves_of(row), first_step)
         self._wandb = WandbRun(config, config.wandb_project) if self._first and config.wandb_project else None
         self._lines = config.log_format == "lines" or not self.console.is_terminal or not self._first
         self._throughput, self._steps, self._first_step = throughput, config.steps, first_step
@@ -96,22 +104,56 @@ class MetricsLog:
                 highlight=False,
             )
 
-    def evaluation(self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], *, complete: bool, seconds: float) -> None:
-        """Records bits per byte by task after `step` steps; `complete` if all held-out text was read."""
+    def evaluation(self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], settings: Settings, *, seconds: float) -> None:
+        """Records scores by task (`Score` as dictionaries) after `step` steps, and how they were measured; shows their
+        change since the start, where the same was measured there."""
         self._paused += seconds
-        row = {"step": step, "stage": stage, "complete": complete, "evaluation": scores}
-        self._write(row, {f"bits_per_byte/{task}": score["bits_per_byte"] for task, score in scores.items()})
-        summary = "  ".join(f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}" for task, score in scores.items())
-        self.console.print(f"{stage} step {step}  bits per byte: {summary}", highlight=False)
+        complete = settings.windows is None
+        row = {"step": step, "stage": stage, "complete": complete, "settings": settings.to_json(), "evaluation": dict(scores)}
+        if not self._evaluations:
+            self.console.print(f"evaluation: {described(row)}", highlight=False)
+        self._evaluations.append(row)
+        self._write(row, _curves_of(row))
+        start = start_of(self._evaluations, complete=complete)
+        changes = {} if start is None or start is row else change_since_start(start, row)
+        summary = "  ".join(
+            f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}" + (f" ({changes[task]:+.1%})" if task in changes else "")
+            for task, score in scores.items()
+        )
+        read = "all held-out text" if complete else f"quick, {settings.windows} windows a task"
+        masks = "" if settings.attend_across_documents else ", documents isolated"
+        self.console.print(
+            f"{stage} step {step}  bits per byte ({read}, of {settings.sequence_length:,} tokens{masks}): {summary}", highlight=False
+        )
 
     def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
-        if self._file and self._tensorboard:
+        if self._file:
             self._file.write(json_lines.line_of(row))
             self._file.flush()
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._draw(scalars, row["step"])
         if self._wandb:
             self._wandb.log(scalars, row["step"])
+
+    def _draw(self, scalars: Mapping[str, float], step: int) -> None:
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+
+class _EventFiles(DirectoryOutput):
+    """TensorBoard's files, which begin by saying that what an earlier process wrote at this step or later does not
+    count."""
+
+    def __init__(self, path: str, first_step: int):
+        super().__init__(path)
+        self._ev_writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+
+def _curves_of(row: Mapping) -> dict[str, float]:
+    """Curves of an evaluation by name: quick ones of another number of windows are others. An earlier version did not
+    say how many."""
+    read = "bits_per_byte" if row["complete"] else f"bits_per_byte_of_{row.get('settings', {}).get('windows', 'first')}_windows"
+    return {f"{read}/{task}": score["bits_per_byte"] for task, score in row["evaluation"].items()}
 
 
 def _drop_from(path: Path, first_step: int) -> list[dict]:

@@ -45,9 +45,9 @@ def make_loss(
             gathered = division.gather(outside, dtype=product_dtype)
             parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
         decoder = merge(structure, parameters)
-        # Without isolation there is nothing to mask: positions are 0 .. L-1, and padding lies right of all that is causal to it.
-        isolation = {"positions_BL": batch.positions_BL, "segment_ids_BL": batch.segment_ids_BL} if isolate_documents else {}
-        hidden_BLD = decoder(batch.tokens_BL, dropout_key=dropout_key, gathered_layers=gathered_layers, **isolation)
+        hidden_BLD = decoder(
+            batch.tokens_BL, dropout_key=dropout_key, gathered_layers=gathered_layers, **batch.isolation(isolate_documents)
+        )
         return cross_entropy(
             division.enter(hidden_BLD),
             decoder.token_embedding.embedding[...],
