@@ -6,7 +6,7 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-for PYTHON in python3 python3.14 python3.13 python3.12 python3.11 python3.10 "$ROOT/.venv/bin/python" "$ROOT/../venv/bin/python"; do
+for PYTHON in "$ROOT/.venv/bin/python" "$ROOT/../venv/bin/python" python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
   if "$PYTHON" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     exec "$PYTHON" -I -S "$ROOT/aurora_jax/launch/__main__.py" "$@"
   fi

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ def say(message: str) -> None:
 
 def quoted(words: Iterable[str]) -> str:
     """A command as it could be typed."""
-    return " ".join(word if PLAIN.fullmatch(word) else shlex.quote(word) for word in words)
+    return " ".join(word if PLAIN.fullmatch(word) else "'" + word.replace("'", r"'\''") + "'" for word in words)
 
 
 @dataclass(frozen=True)

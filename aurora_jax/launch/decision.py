@@ -58,6 +58,7 @@ class Memory:
 
     Attributes:
         begun: has the run been started on, or seen on, the VMs that are there?
+        fruitful: has a new checkpoint been seen since?
         newest: step of the newest checkpoint that was seen.
         lost: starts without a new checkpoint whose hosts cannot tell of them any more, or that did not come about.
         here: such starts by what the hosts say.
@@ -67,6 +68,7 @@ class Memory:
     """
 
     begun: bool = False
+    fruitful: bool = False
     newest: int | None = None
     lost: int = 0
     here: int = 0
@@ -81,11 +83,11 @@ class Memory:
 
     def after_loss(self) -> "Memory":
         """The VMs are gone, and a start with them if there was one."""
-        return Memory(newest=self.newest, lost=self.fruitless + self.begun)
+        return Memory(newest=self.newest, lost=self.fruitless + (self.begun and not self.fruitful))
 
     def after_start(self, *, well: bool) -> "Memory":
-        """The run was started on all hosts, or was not."""
-        return replace(self, begun=True) if well else replace(self, lost=self.lost + 1)
+        """The run was started on all hosts, or was not: that counts once, though the VMs may be found lost next."""
+        return replace(self, begun=well, fruitful=False, lost=self.lost + (not well))
 
 
 def about_cloud(resource: QueuedResource, nodes_there: bool, health: NodeHealth, memory: Memory, limits: Limits) -> CloudAction:
@@ -155,6 +157,7 @@ def _with_progress(hosts: Sequence[HostStatus], memory: Memory) -> Memory:
         memory,
         newest=newest,
         lost=0 if newest != memory.newest or silent else memory.lost,
+        fruitful=memory.fruitful or newest != memory.newest,
         here=max((host.fruitless for host in hosts), default=0),
         silent_since=None,
         known=tuple(host.host for host in hosts),

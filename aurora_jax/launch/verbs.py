@@ -122,10 +122,10 @@ def status(options: Options, commands: Commands) -> int:
     if not options.hosts:
         cloud = Cloud(options, commands)
         resource = cloud.read()
-        there = resource.state is not QueuedResourceState.ABSENT
         reason = f", {resource.reason}" if resource.reason else ""
-        print(f"queued resource {options.name}: {resource.said}{f', {resource.description}' if there else ''}{reason}", flush=True)
-        if not there:
+        request = f", {resource.description}" if resource.accelerator_type else ""
+        print(f"queued resource {options.name}: {resource.said}{request}{reason}", flush=True)
+        if resource.state is QueuedResourceState.ABSENT:
             return 0
         for node in cloud.nodes():
             print(f"TPU VM {node.name}: {node.state}", flush=True)

@@ -12,6 +12,7 @@ from aurora_jax.errors import InputError
 from aurora_jax.model import checkpoint as format
 from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.revision import revision_fact
 from aurora_jax.train.state import TrainState
 
 OPTIMIZER, RUN = "optimizer", "run"
@@ -118,7 +119,7 @@ class RunCheckpoints:
                     OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
                     format.TOKENIZER: ocp.args.JsonSave(self._tokenizer),
                     format.METADATA: ocp.args.JsonSave(metadata.to_json()),
-                    RUN: ocp.args.JsonSave(self._facts),
+                    RUN: ocp.args.JsonSave({**self._facts, **revision_fact()}),
                 }
             ),
         )
