@@ -33,6 +33,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 --package aurora_jax.launch
 
 test: lint
 	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile

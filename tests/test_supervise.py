@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from aurora_jax.supervise import Status, is_locked
+from aurora_jax.launch.supervise import Status, is_locked
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def supervise(action: str, directory: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-S", "-m", "aurora_jax.supervise", action, str(directory), *words]
+    command = [sys.executable, "-S", "-m", "aurora_jax.launch.supervise", action, str(directory), *words]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -23,10 +23,11 @@ from aurora_jax.data.tasks import mixture_rates, unregister
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.command import EvalCommand
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.launch.progress import ITEMS, Newest, newest_checkpoint
 from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
-from aurora_jax.train import loop
+from aurora_jax.train import loop, revision
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.facts import require_same_run
@@ -513,3 +514,24 @@ def test_metrics_file_is_json_lines(undisturbed):
     for line in (undisturbed[0] / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert list((undisturbed[0] / "tensorboard").glob("events*"))
+
+
+def test_the_launcher_reads_the_newest_checkpoint_and_the_code_that_wrote_it(base, tmp_path, monkeypatch):
+    """By itself, in the standard library, what the checkpoint format and Orbax say."""
+    commit = tmp_path / "COMMIT"
+    commit.write_text("0123456789abcdef0123456789abcdef01234567\n")
+    monkeypatch.setattr(revision, "COMMIT", commit)
+    run = tmp_path / "run"
+    assert newest_checkpoint(str(run)) == Newest(None)
+    train(replace(base, output=run, stop_after=1))
+    assert newest_checkpoint(str(run)) == Newest(1, commit.read_text().strip())
+    for item in ITEMS:
+        damaged = run / "checkpoints" / "2"
+        shutil.copytree(run / "checkpoints" / "1", damaged)
+        assert newest_checkpoint(str(run)).step == RunCheckpoints.newest_step(run) == 2
+        shutil.rmtree(damaged / item) if (damaged / item).is_dir() else (damaged / item).unlink()
+        assert newest_checkpoint(str(run)).step == RunCheckpoints.newest_step(run) == 1
+        shutil.rmtree(damaged)
+    commit.write_text("another\n")
+    train(replace(base, output=run, stop_after=2))  # with other code it goes on
+    assert newest_checkpoint(str(run)) == Newest(2, "another")

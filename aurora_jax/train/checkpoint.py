@@ -17,6 +17,7 @@ from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.processes import is_first
+from aurora_jax.train.revision import revision_fact
 from aurora_jax.train.state import TrainState
 
 OPTIMIZER = "optimizer"
@@ -132,7 +133,7 @@ class RunCheckpoints:
                     OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
                     format.FILES: ocp.args.JsonSave(encode_files(self._files)),
                     format.METADATA: ocp.args.JsonSave(metadata.to_json()),
-                    format.RUN: ocp.args.JsonSave(self._facts),
+                    format.RUN: ocp.args.JsonSave({**self._facts, **revision_fact()}),
                 }
             ),
         )
@@ -155,7 +156,7 @@ class RunCheckpoints:
             # Where a stage is, there is a checkpoint to go on from: one that dies here is not taken for an earlier run.
             self._manager.wait_until_finished()
             metadata = replace(self._metadata, step=step, stage=stage)
-            format.save_checkpoint(path, state.parameters, metadata, self._files, self._facts)
+            format.save_checkpoint(path, state.parameters, metadata, self._files, {**self._facts, **revision_fact()})
         return path
 
     def restore(self, like: TrainState) -> TrainState:

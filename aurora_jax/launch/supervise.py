@@ -1,4 +1,4 @@
-"""Keeps one training command running on one host: `python -m aurora_jax.supervise start|run|status|stop DIR`.
+"""Keeps one training command running on one host: `python -m aurora_jax.launch.supervise start|run|status|stop DIR`.
 
 `launch_tpu.sh` runs it on every host of a pod; nothing but the standard library is imported. DIR holds `status.json`, `supervisor.log`,
 `logs/` (one file a start, the newest 30), `log` (a link to the newest) and `lock`, which the supervisor and its command hold as long as
@@ -17,9 +17,12 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
+
+from aurora_jax.launch import progress
 
 LONGEST_PAUSE = 300.0
 """Seconds between two starts, at most; the pause doubles from the first."""
@@ -36,12 +39,16 @@ PR_SET_PDEATHSIG = 1
 class Status:
     """What is known of a run on this host, in DIR/status.json.
 
+    Args:
+        directory: of status and logs.
+        command: look for this one's checkpoints; without it, for those of the command that was started last.
+
     `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by `stop`); interrupted (SIGTERM
     from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock); none (never started); other
     (asked for one command, and another one runs).
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, command: list[str] | None = None):
         self.directory = directory
         # The lock before the file: what ends between the two looks has written its last state by then.
         self.alive = is_locked(directory)
@@ -50,6 +57,9 @@ class Status:
         if not self.alive and self.state in ("running", "waiting"):
             self.alive = is_locked(directory)  # it may have been started between them
             self.values["state"] = self.state if self.alive else "dead"
+        if command and self.values.get("command", command) != command:
+            self.values["state"] = "other" if self.alive else "none"
+        self._output = progress.output_of(command or self.values.get("command", []))
 
     @property
     def state(self) -> str:
@@ -57,23 +67,44 @@ class Status:
 
     def is_done(self, command: list[str]) -> bool:
         """Has this very command, of this very code, come to its end?"""
-        return self.state == "done" and (self.values.get("command"), self.values.get("revision")) == (command, revision())
+        return self.state == "done" and self.is_of(command)
+
+    def is_of(self, command: list[str]) -> bool:
+        """Is it about this very command, of this very code?"""
+        return (self.values.get("command"), self.values.get("revision")) == (command, revision())
 
     def line(self) -> str:
-        """One line for people and for `launch_tpu.sh`: host, state, attempts, exit status, the last line that was logged."""
+        """One line for people and for `launch_tpu.sh` (which reads it with `states.HostStatus`): host, state, start, code, newest
+        checkpoint, starts without a new one, exit status, the last line that was logged."""
         words = [f"aurora-status {socket.gethostname()} {self.state}"]
         if self.state != "none":
             words.append(f"since {self.values['since']}, start {self.values['attempt']}")
+            words.append(f"code {self.values.get('revision', 'unknown')[:12]}")
+        newest = progress.newest_checkpoint(self._output)
+        words.append(str(newest) if newest else "")
+        if self.state != "none":
+            if newest and (count := fruitless_starts(self.values, newest.step)):
+                words.append(f"{count} starts without a new one")
             if self.values["exit"] is not None:
                 words.append(f"last exit status {self.values['exit']}")
             words.append(_last_line(self.directory / "log"))
         return ", ".join(word for word in words if word)
 
 
+def fruitless_starts(values: Mapping[str, Any], newest: int | None) -> int:
+    """How many starts in a row have ended without a new checkpoint, when the newest one is of step `newest` (None: there is none).
+
+    `values` are those of status.json; what an older version wrote counts as no such start.
+    """
+    if values.get("checkpoint") != newest:
+        return 0
+    return values.get("fruitless", 0)
+
+
 def write_status(directory: Path, **values: Any) -> None:
     """Replaces DIR/status.json as a whole, so that no reader sees half of it."""
     partial = directory / "status.partial"
-    partial.write_text(json.dumps({**values, "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")}))
+    partial.write_text(json.dumps({**values, "since": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")}))
     partial.replace(directory / "status.json")
 
 
@@ -120,6 +151,9 @@ class Supervisor:
     def __init__(self, directory: Path, command: list[str], first_pause: float, grace: float):
         self._directory, self._command = directory, command
         self._first_pause, self._grace = first_pause, grace
+        self._output = progress.output_of(command)
+        self._checkpoint: int | None = None
+        self._fruitless = 0
         self._told: str | None = None
         self._process: subprocess.Popen | None = None
 
@@ -133,8 +167,13 @@ class Supervisor:
                     return "running"
                 time.sleep(0.02)
             # Of two that were started together, the second may get here when the first has done all.
-            if Status(self._directory).is_done(self._command) and not again:
+            before = Status(self._directory)
+            if before.is_done(self._command) and not again:
                 return "done"
+            self._checkpoint = self._newest_step()
+            # We hold the lock: what seems to live is what an earlier supervisor left when it was killed.
+            if before.state in ("running", "waiting") and before.is_of(self._command):
+                self._fruitless = fruitless_starts(before.values, self._checkpoint) + (before.state == "running")
             (self._directory / "stop").unlink(missing_ok=True)
             self._status("waiting", 0, None)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -144,10 +183,13 @@ class Supervisor:
                 attempt += 1
                 begun = time.monotonic()
                 code = self._once(attempt, lock.fileno())
+                newest = self._newest_step()
+                self._fruitless = self._fruitless + 1 if newest == self._checkpoint else 0
+                self._checkpoint = newest
                 state = self._state_after(code)
                 self._status(state, attempt, code)
                 pause = self._first_pause if time.monotonic() - begun > SETTLED else pause
-                print(f"{datetime.now(UTC):%F %T} start {attempt} ended with status {code}: {state}", flush=True)
+                print(f"{datetime.now(timezone.utc):%F %T} start {attempt} ended with status {code}: {state}", flush=True)
                 if state == "waiting":
                     end = time.monotonic() + pause
                     while self._told is None and time.monotonic() < end:
@@ -174,13 +216,18 @@ class Supervisor:
             return "done"
         return self._told or ("failed" if code == BAD_INPUT else "waiting")
 
+    def _newest_step(self) -> int | None:
+        newest = progress.newest_checkpoint(self._output)
+        return None if newest is None else newest.step
+
     def _status(self, state: str, attempt: int, code: int | None) -> None:
         process = None if self._process is None else self._process.pid
         facts = {"pid": os.getpid(), "process": process, "command": self._command, "revision": revision()}
-        write_status(self._directory, state=state, attempt=attempt, exit=code, **facts)
+        counted = {"checkpoint": self._checkpoint, "fruitless": self._fruitless}
+        write_status(self._directory, state=state, attempt=attempt, exit=code, **facts, **counted)
 
     def _once(self, attempt: int, lock: int) -> int:
-        log = self._directory / "logs" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{attempt}.log"
+        log = self._directory / "logs" / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{attempt}.log"
         link = self._directory / "log.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(log.relative_to(self._directory))
@@ -204,21 +251,21 @@ class Supervisor:
 
 def revision() -> str:
     """The commit that `launch_tpu.sh setup` put here; part of what makes two commands the same."""
-    return Path("COMMIT").read_text().strip() if Path("COMMIT").is_file() else "unknown"
+    return progress.revision_at(Path()) or "unknown"
 
 
 def start(directory: Path, command: list[str], first_pause: float, grace: float, *, again: bool) -> int:
     """Starts a supervisor that outlives this session, unless one is there; 0 if the command runs (or is done), 3 if another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     status = Status(directory)
-    if status.alive and (status.values.get("command"), status.values.get("revision")) != (command, revision()):
+    if status.alive and not status.is_of(command):
         print(f"{socket.gethostname()}: another run is going on: {shlex.join(status.values.get('command', []))}\nStop it first.")
         return 3
     if not status.alive and (again or not status.is_done(command)):
         with (directory / "supervisor.log").open("a") as log:
             options = ["--pause", str(first_pause), "--grace", str(grace), *(["--again"] if again else [])]
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "aurora_jax.supervise", "run", str(directory), *options, "--", *command],
+                [sys.executable, "-m", "aurora_jax.launch.supervise", "run", str(directory), *options, "--", *command],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -257,7 +304,7 @@ def stop(directory: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "python -m aurora_jax.supervise",
+        "python -m aurora_jax.launch.supervise",
         usage="%(prog)s [options] start|run|status|stop DIR [-- COMMAND ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -286,10 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if state in ("done", "stopped") else 1
     if given.action == "stop":
         return stop(directory)
-    status = Status(directory)
-    if command and status.values.get("command", command) != command:
-        status.values["state"] = "other" if status.alive else "none"
-    print(status.line(), flush=True)
+    print(Status(directory, command).line(), flush=True)
     return 0
 
 
