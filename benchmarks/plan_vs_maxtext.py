@@ -186,7 +186,7 @@ def compile_maxtext(python: Path, topology: str, recorded: MaxText, folder: Path
         done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, check=False)
     if not program.exists():
         raise SystemExit(f"MaxText did not compile for {name}: {done.stderr[-2000:]}")
-    found, facts = read_program(program.read_text()), json.loads(Path(f"{program}.json").read_text())
+    found, facts = read_program(program.read_text(), CHIPS[generation]), json.loads(Path(f"{program}.json").read_text())
     exposed = sum(each.wire_bytes * each.times for each in found.collectives if not each.hidden_cycles) / 1e9
     return replace(recorded, cycles=found.cycles, gigabytes=exposed, peak=facts["peak"] / 1e9, compile_seconds=facts["seconds"])
 
