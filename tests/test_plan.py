@@ -22,6 +22,7 @@ from aurora_jax.cli import load_config, main
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.sharding import TABLE, parameter_shapes
+from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.command import PlanOptions, model_of, run
 from aurora_jax.plan.estimate import BelowPhysics, DoesNotFit, bytes_gathered_once, compile_step, make_plan
 from aurora_jax.plan.program import read_program
@@ -125,6 +126,18 @@ def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
     assert found["all-gather"] == pytest.approx(gathered / 1e9, rel=0.05)
     # An all-reduce of a whole matrix sends twice what a reduce-scatter does: what was not scattered must not have come back as one.
     assert found["reduce-scatter"] + found["all-reduce"] / 2 == pytest.approx(scattered / 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, topology):
+    """Two and five products of the causal triangle in steps of 128 places, by 4 units of 128 x 128; a sequence a chip, forward twice."""
+    generation = topology.split(":")[0]
+    cycles = attention_cycles(generation, 48, 1, 128, 2048, alibi=False)  # those that the plans were made with, not compiled again
+    one_product = 48 * sum(128 * keys for keys in range(128, 2048 + 1, 128)) * 128 // (4 * 128 * 128)
+    assert cycles["forward floor"] == 2 * one_product <= cycles["forward"]
+    assert cycles["backward floor"] == 5 * one_product <= cycles["backward"]
+    cores = CHIPS[generation].clock * CHIPS[generation].cores
+    assert plans[topology].kernel_seconds * cores >= MODEL.layers * (2 * 2 + 5) * one_product
 
 
 # Lines as two generations of the compiler write them; a product runs between the start and the end of each collective.

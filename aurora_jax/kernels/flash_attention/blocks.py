@@ -26,14 +26,16 @@ class Generation:
     cores: int
     """TensorCores of a device (two act as one 'megacore' on v4 and v5p)."""
     matrix_columns: int
-    """Columns of a matrix unit."""
+    """Columns of a matrix unit, and its rows."""
+    matrix_units: int
+    """Of a core."""
 
 
 GENERATIONS = {
-    "v4": Generation(vmem=16 * MIB, cores=2, matrix_columns=128),
-    "v5e": Generation(vmem=128 * MIB, cores=1, matrix_columns=128),
-    "v5p": Generation(vmem=64 * MIB, cores=2, matrix_columns=128),
-    "v6e": Generation(vmem=128 * MIB, cores=1, matrix_columns=256),
+    "v4": Generation(vmem=16 * MIB, cores=2, matrix_columns=128, matrix_units=4),
+    "v5e": Generation(vmem=128 * MIB, cores=1, matrix_columns=128, matrix_units=4),
+    "v5p": Generation(vmem=64 * MIB, cores=2, matrix_columns=128, matrix_units=4),
+    "v6e": Generation(vmem=128 * MIB, cores=1, matrix_columns=256, matrix_units=2),
 }
 
 DEVICE_KINDS = {
