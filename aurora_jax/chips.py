@@ -56,7 +56,10 @@ class Chip:
 
     @property
     def rows_per_cycle(self) -> int:
-        """Rows that a matrix unit takes a cycle at the published peak, each times all of its weights."""
+        """Rows that a matrix unit takes a cycle at the published peak, each times a whole square of weights.
+
+        A product that fills half of the square takes as long as one that fills it.
+        """
         return round(self.flops_per_cycle / self.cores / (2 * self.matrix_units * self.matrix_columns**2))
 
 

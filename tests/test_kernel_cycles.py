@@ -9,15 +9,14 @@ import pytest
 
 from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
-from aurora_jax.kernels.flash_attention.blocks import GENERATIONS
-from aurora_jax.kernels.schedule import basic_blocks, matrix_rows_per_cycle
+from aurora_jax.kernels.schedule import basic_blocks
 
 # Passes in bf16 that a product in fp32 takes at the highest precision.
 PASSES = {"bfloat16": 1, "float32": 6}
 # K = 128 fills half of v6e's 256 x 256 unit and takes as long as K = 256. The five are those of a backward pass for
 # 1,024 x 1,024 scores.
 PRODUCTS = [
-    *({"generation": name, "dtype": dtype, "M": 128, "K": 128, "N": 256, "times": 1} for name in GENERATIONS for dtype in PASSES),
+    *({"generation": name, "dtype": dtype, "M": 128, "K": 128, "N": 256, "times": 1} for name in CHIPS for dtype in PASSES),
     {"generation": "v6e", "dtype": "bfloat16", "M": 256, "K": 256, "N": 256, "times": 1},
     *({"generation": name, "dtype": "bfloat16", "M": 1024, "K": 128, "N": 1024, "times": 5} for name in ("v5e", "v5p")),
 ]
@@ -36,7 +35,7 @@ def compiled() -> list[dict[str, int]]:
 def test_products_take_what_the_published_peak_says(compiled, case):
     product, chip = PRODUCTS[case], CHIPS[PRODUCTS[case]["generation"]]
     flops = PASSES[product["dtype"]] * product["times"] * 2 * product["M"] * product["K"] * product["N"]
-    used = min(product["K"] / GENERATIONS[product["generation"]].matrix_columns, 1.0)
+    used = min(product["K"] / CHIPS[product["generation"]].matrix_columns, 1.0)
     seconds = flops / (chip.peak / chip.cores) / used
     # Published peaks and clocks are rounded: by up to 0.2 %.
     assert compiled[case]["matrix_cycles"] == pytest.approx(seconds * chip.clock, rel=3e-3)
@@ -64,7 +63,7 @@ def test_a_block_takes_its_products_or_its_bundles(tmp_path):
     assert cycles == [[32], [16], [7]]
     (block,) = basic_blocks(bundles(tmp_path / "v6e", "vmatmul.mubr.bf16.gmra.mxu1 %v1"), "v6e")
     assert (block.bundles, block.cycles) == (1, 8)
-    assert [matrix_rows_per_cycle(name) for name in ("v4", "v5e", "v5p", "v6e")] == [1, 1, 1, 2]
+    assert [CHIPS[name].rows_per_cycle for name in ("v4", "v5e", "v5p", "v6e")] == [1, 1, 1, 2]
 
 
 def test_an_unknown_product_is_refused(tmp_path):

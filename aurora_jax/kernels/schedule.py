@@ -13,7 +13,6 @@ from pathlib import Path
 
 from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
-from aurora_jax.kernels.flash_attention.blocks import GENERATIONS
 
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*([> ]*)\{(.*)")
 _BRANCH = re.compile(r"sbr\.rel \((!?)%\w+\) target = \$region(\d+)")
@@ -48,15 +47,6 @@ class BasicBlock:
     def cycles(self) -> int:
         """What it takes at least: neither its bundles nor its products can be faster."""
         return max(self.bundles, self.matrix_cycles)
-
-
-def matrix_rows_per_cycle(generation: str) -> int:
-    """Rows that a matrix unit takes a cycle at the published peak, each times a whole square of weights: 2 on v6e, 1 before.
-
-    A product that fills half of the square takes as long as one that fills it: time, not FLOPs over the peak.
-    """
-    chip, core = CHIPS[generation], GENERATIONS[generation]
-    return round(chip.peak / chip.clock / chip.cores / (2 * core.matrix_units * core.matrix_columns**2))
 
 
 def rows_of_products(text: str) -> Counter[str]:
@@ -95,7 +85,7 @@ def basic_blocks(path: Path, generation: str) -> list[BasicBlock]:
         depth = max(line[2].count(">") for line in lines[start:end])
         guards = sum(place < start and end <= target for place, target in jumps)
         rows = rows_of_products("\n".join(line[3] for line in lines[start:end]))
-        matrix_cycles = -(-max(rows.values(), default=0) // matrix_rows_per_cycle(generation))
+        matrix_cycles = -(-max(rows.values(), default=0) // CHIPS[generation].rows_per_cycle)
         blocks.append(BasicBlock(end - start, depth, guards, operations, matrix_cycles))
     return blocks
 

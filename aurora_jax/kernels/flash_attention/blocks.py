@@ -11,32 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.chips import CHIPS, MIB
 from aurora_jax.kernels.flash_attention.tiles import LANES, Blocks
 
-MIB = 1 << 20
 Direction = Literal["forward", "backward"]
 
-
-@dataclass(frozen=True)
-class Generation:
-    """What tile sizes depend on. Sources: Google Cloud's system architecture pages; `jax.experimental.pallas.tpu.get_tpu_info`."""
-
-    vmem: int
-    """Bytes of vector memory of a core."""
-    cores: int
-    """TensorCores of a device (two act as one 'megacore' on v4 and v5p)."""
-    matrix_columns: int
-    """Columns of a matrix unit, and its rows."""
-    matrix_units: int
-    """Of a core."""
-
-
-GENERATIONS = {
-    "v4": Generation(vmem=16 * MIB, cores=2, matrix_columns=128, matrix_units=4),
-    "v5e": Generation(vmem=128 * MIB, cores=1, matrix_columns=128, matrix_units=4),
-    "v5p": Generation(vmem=64 * MIB, cores=2, matrix_columns=128, matrix_units=4),
-    "v6e": Generation(vmem=128 * MIB, cores=1, matrix_columns=256, matrix_units=2),
-}
 
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -83,9 +62,9 @@ def blocks_for(
     Raises:
         ValueError: an unknown generation.
     """
-    if generation not in GENERATIONS:
-        raise ValueError(f"No tile sizes for TPU generation {generation!r}; there are {', '.join(GENERATIONS)}.")
-    facts = GENERATIONS[generation]
+    if generation not in CHIPS:
+        raise ValueError(f"No tile sizes for TPU generation {generation!r}; there are {', '.join(CHIPS)}.")
+    facts = CHIPS[generation]
     sizes = sizes or SIZES[direction, facts.matrix_columns]
     bytes_each = jnp.dtype(dtype).itemsize
     if bytes_each * head_dim > 2 * LANES:
@@ -132,7 +111,7 @@ def _vmem(direction: Direction, rows: int, head_dim: int, bytes_each: int, cores
 
 
 def cores_of(generation: str) -> int:
-    return GENERATIONS[generation].cores
+    return CHIPS[generation].cores
 
 
 def current_generation(*, interpreted: bool) -> str:
@@ -148,6 +127,6 @@ def current_generation(*, interpreted: bool) -> str:
     if interpreted:
         return "v5e"
     raise ValueError(
-        f"Flash attention has tiles for TPU {', '.join(GENERATIONS)}, and the device is {kind!r}. Elsewhere choose the attention "
+        f"Flash attention has tiles for TPU {', '.join(CHIPS)}, and the device is {kind!r}. Elsewhere choose the attention "
         "implementation 'xla' (or 'flash_interpreted', which is slow and meant for tests)."
     )
