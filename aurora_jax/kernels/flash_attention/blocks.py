@@ -59,9 +59,9 @@ class Sizes:
     keys_at_once: int
 
 
-# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows and keys. A chunk
-# costs some 300 cycles beside its products, until the matrix units are filled and when they run dry: v6e, whose products are fast, takes many
-# rows at a time, though it compiles longer.
+# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows
+# and keys. A chunk costs some 300 cycles beside its products, until the matrix units are full and while they run dry: v6e,
+# whose products are fast, takes many rows at a time, though that compiles longer.
 SIZES: dict[tuple[Direction, int], Sizes] = {
     ("forward", 128): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
     ("forward", 256): Sizes(rows=6144, keys=512, rows_at_once=512, keys_at_once=512),

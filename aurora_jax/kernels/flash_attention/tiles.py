@@ -86,8 +86,8 @@ def visit_chunks(
         first_query: place of the tile's first query.
         first_key: place of the first resident key.
         start_sums: what a tile starts with, for one that has no tail.
-        chunk: chunk(start, width, masked, by_segment, is_first): `width` keys from the resident key `start`, the last `masked` of which need a
-            mask; by_segment says whether segments must be compared, is_first that it is the tile's first.
+        chunk: chunk(start, width, masked, by_segment, is_first): `width` keys from the resident key `start`, the last `masked`
+            of which need a mask; by_segment says whether segments must be compared, is_first that it is the tile's first.
         parts: of which the resident keys are one; of several, each adds to the sums of those before.
         segment_relation: segment_relation(j) -> (some pair of chunk j is of one segment, all pairs are); None without segments.
     """
