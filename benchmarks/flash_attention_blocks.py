@@ -14,7 +14,8 @@ from itertools import product
 from typing import Literal
 
 import tyro
-from flash_attention import Cycles, Job, measure
+from flash_attention import Cycles, measure
+from flash_attention_kernels import Job
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -63,6 +63,8 @@ def test_a_block_takes_its_products_or_its_bundles(tmp_path):
     assert cycles == [[32], [16], [7]]
     (block,) = basic_blocks(bundles(tmp_path / "v6e", "vmatmul.mubr.bf16.gmra.mxu1 %v1"), "v6e")
     assert (block.bundles, block.cycles) == (1, 8)
+    (block,) = basic_blocks(bundles(tmp_path / "lmr", "vmatmul.lmr.bf16.vlgmr.msra.gmra.16.mxu1 %v1"), "v5e")
+    assert block.cycles == 8
     assert [CHIPS[name].rows_per_cycle for name in ("v4", "v5e", "v5p", "v6e")] == [1, 1, 1, 2]
 
 

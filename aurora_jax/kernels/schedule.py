@@ -19,9 +19,10 @@ _BRANCH = re.compile(r"sbr\.rel \((!?)%\w+\) target = \$region(\d+)")
 _REGION_START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _OPERATION = re.compile(r"(?:^|= |;;  |\{ )(v[a-z]+[0-9]*)\b")
 _PRODUCT = re.compile(r"\bvmatmul\S*")
-_PRODUCT_PARTS = re.compile(r"vmatmul(?:\.[a-z]+)*\.(bf16|f32)(?:\.[a-z]+)*\.mxu(\d)")
-_ROWS = {"bf16": 16, "f32": 8}
-"""Of the operand that a vmatmul streams: those of one vector register, 8 sublanes of 32 bits."""
+_PRODUCT_PARTS = re.compile(r"vmatmul\.(?:(?!lmr)[a-z]+\.)*(bf16|f32|lmr\.bf16)(?:\.[a-z0-9]+)*\.mxu(\d)")
+_ROWS = {"bf16": 16, "f32": 8, "lmr.bf16": 8}
+"""Of the operand that a vmatmul streams: those of one vector register, 8 sublanes of 32 bits, and half of that where the operand is
+transposed on the way (v5e). From products of known shapes."""
 
 
 @dataclass

@@ -30,16 +30,22 @@ FLOOR: Measure = attrgetter("matrix_cycles")
 _CYCLES: Measure = attrgetter("cycles")
 
 
-def tile_cycles(blocks: list[BasicBlock], direction: str, measure: Measure = _CYCLES) -> tuple[int, list[int], int, int]:
+def tile_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, measure: Measure = _CYCLES) -> tuple[int, list[int], int, int]:
     """Cycles of a whole chunk, of tails of 1, 2 ... blocks of queries, of the rest of a tile, and of what runs once a key/value head.
 
-    The first basic block with products is a whole chunk, those after it are the tails (`tiles.visit_chunks`). Other blocks run once a tile,
-    except for the long guarded ones of the backward kernel, which start and finish the sums over all tiles.
+    The first basic blocks with products are the tails, the one in a loop is a whole chunk (`tiles.visit_chunks`); what stores between them
+    is for tiles without a tail, of which a causal sequence has none. Other blocks run once a tile, except for the long guarded ones of the
+    backward kernel, which start and finish the sums over all tiles.
     """
-    whole, *tails = [measure(block) for block in blocks if block.products]
-    others = [block for block in blocks if not block.products and block.depth]
+    places = [place for place, block in enumerate(blocks) if block.products]
+    tails, loop = places[: sizes.keys // sizes.queries], max(places, key=lambda place: blocks[place].depth)
+    others = [
+        block
+        for place, block in enumerate(blocks)
+        if block.depth and not block.products and not (tails[-1] < place < loop and "vst" in block.operations)
+    ]
     a_tile = sum(measure(block) for block in others if direction == "forward" or block.guards < 2 or block.bundles < 100)
-    return whole, tails, a_tile, sum(map(measure, others)) - a_tile
+    return measure(blocks[loop]), [measure(blocks[place]) for place in tails], a_tile, sum(map(measure, others)) - a_tile
 
 
 def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads: int, length: int, measure: Measure = _CYCLES) -> int:
@@ -47,7 +53,7 @@ def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads
 
     Keys that are not all resident are visited part by part, each part's tiles from the diagonal on.
     """
-    whole, tails, a_tile, once = tile_cycles(blocks, direction, measure)
+    whole, tails, a_tile, once = tile_cycles(blocks, sizes, direction, measure)
     per_chunk = sizes.keys // sizes.queries
     total = 0
     for first_key in range(0, length, sizes.resident_keys):

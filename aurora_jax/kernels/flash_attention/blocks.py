@@ -38,10 +38,12 @@ class Sizes:
     keys_at_once: int
 
 
-# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows and keys.
+# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows
+# and keys. A chunk costs some 300 cycles beside its products, until the matrix units are full and while they run dry: v6e,
+# whose products are fast, takes many rows at a time, though that compiles longer.
 SIZES: dict[tuple[Direction, int], Sizes] = {
     ("forward", 128): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
-    ("forward", 256): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
+    ("forward", 256): Sizes(rows=6144, keys=512, rows_at_once=512, keys_at_once=512),
     ("backward", 128): Sizes(rows=1024, keys=512, rows_at_once=1024, keys_at_once=256),
     ("backward", 256): Sizes(rows=1024, keys=512, rows_at_once=256, keys_at_once=512),
 }
@@ -76,7 +78,7 @@ def blocks_for(
     step = max(
         places
         for places in (LANES, 2 * LANES)
-        if places == LANES or (length % places == 0 and heads * places <= sizes.rows and places <= sizes.keys // 2)
+        if places == LANES or (length % places == 0 and heads * places <= min(sizes.rows, 2048) and places <= sizes.keys // 2)
     )
     chunk = min(sizes.keys, -(-keys // step) * step)
     chunk -= chunk % step
