@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = PRESETS["starcoderplus"]
 CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/starcoderplus_*.py"))}
 STATED = re.compile(
-    r"Planned \(an estimate of the TPU compiler, \d{4}-\d\d-\d\d\): (?P<memory>[\d.]+) of (?P<capacity>\d+) GiB a chip, "
+    r"Planned \(an estimate of the TPU compiler, [^)]+\): (?P<memory>[\d.]+) of (?P<capacity>\d+) GiB a chip, "
     r"(?P<step>[\d.]+) s a step \((?P<compute>[\d.]+) s compute, (?P<attention>[\d.]+) s attention, "
     r"(?P<exposed>[\d.]+) s of collectives that nothing hides\), MFU at most (?P<mfu>[\d.]+)%, "
     r"(?P<days>[\d.]+) days for 435B tokens\."
