@@ -9,7 +9,7 @@ with loop trip counts at the chip's clock, the attention kernels' scheduled cycl
 products take at the chip's published peak, and what collectives send over the published bandwidth of the links that they
 span, less what runs meanwhile. MaxText's attention is splash attention with its best tiles and fused backward kernel
 (`benchmarks/flash_attention.py`); its model has no biases and RMSNorm, ours has biases and LayerNorm. MaxText's recorded
-cycles are the compiler's alone, from before products were held to the peak: compiled anew they can only grow.
+cycles are the compiler's alone, from before products were held to the peak: holding them to it could only raise them.
 
 What was compiled is kept in `--plans`, and not compiled again. PYTHON is an interpreter, 3.12 or newer, with maxtext[tpu]==0.2.5.
 """
