@@ -14,12 +14,14 @@ from itertools import product
 from typing import Literal
 
 import tyro
-from flash_attention import Cycles, Job, measure
+from flash_attention import Cycles, measure
+from flash_attention_kernels import Job
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from aurora_jax.kernels.flash_attention.blocks import GENERATIONS, SIZES, Sizes
+from aurora_jax.chips import CHIPS
+from aurora_jax.kernels.flash_attention.blocks import SIZES, Sizes
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def main(search: Search) -> None:
     found.sort(key=lambda each: each[0].layer)
     title = f"{search.direction} on {search.generation}, {search.length} tokens; * is in the table"
     table = Table("rows", "keys", "rows at once", "keys at once", "layer, M cycles", "full tile", "compiling, s", title=title)
-    chosen = SIZES[search.direction, GENERATIONS[search.generation].matrix_columns]
+    chosen = SIZES[search.direction, CHIPS[search.generation].matrix_columns]
     for cycles, seconds, sizes in found:
         mark = "*" if Sizes(*sizes) == chosen else ""
         table.add_row(*map(str, sizes), f"{cycles.layer / 1e6:.3f}{mark}", f"{cycles.full:,.0f}", f"{seconds:.0f}")

@@ -3,8 +3,8 @@
     aurora plan configs/starcoderplus_two_v5p_128.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
     aurora train configs/starcoderplus_two_v5p_128.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output /mnt/BUCKET/cap
 
-Planned (an estimate of the TPU compiler, 2026-11-23): 65.2 of 95 GiB a chip, 8.56 s a step (7.34 s compute,
-0.95 s attention, 0.27 s of collectives that nothing hides), MFU at most 87.7%, 10.3 days for 435B tokens.
+Planned (an estimate of the TPU compiler, 2026-11-25): 65.2 of 95 GiB a chip, 8.65 s a step (7.34 s compute,
+1.04 s attention, 0.27 s of collectives that nothing hides), MFU at most 86.8%, 10.4 days for 435B tokens.
 """
 
 from aurora_jax.model.config import ComputeConfig

@@ -3,8 +3,8 @@
     aurora plan configs/starcoderplus_v4_256.py --topology v4:4x4x8 --model starcoderplus
     aurora train configs/starcoderplus_v4_256.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output /mnt/BUCKET/cap
 
-Planned (an estimate of the TPU compiler, 2026-11-23): 24.5 of 32 GiB a chip, 20.75 s a step (16.77 s compute,
-2.25 s attention, 1.73 s of collectives that nothing hides), MFU at most 60.4%, 24.9 days for 435B tokens.
+Planned (an estimate of the TPU compiler, 2026-11-25): 24.5 of 32 GiB a chip, 20.70 s a step (16.77 s compute,
+2.20 s attention, 1.73 s of collectives that nothing hides), MFU at most 60.5%, 24.8 days for 435B tokens.
 """
 
 from aurora_jax.model.config import ComputeConfig

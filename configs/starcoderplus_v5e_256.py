@@ -3,8 +3,8 @@
     aurora plan configs/starcoderplus_v5e_256.py --topology v5e:16x16 --model starcoderplus
     aurora train configs/starcoderplus_v5e_256.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output /mnt/BUCKET/cap
 
-Planned (an estimate of the TPU compiler, 2026-11-23): 12.9 of 16 GiB a chip, 12.04 s a step (10.14 s compute,
-1.49 s attention, 0.41 s of collectives that nothing hides), MFU at most 72.6%, 14.5 days for 435B tokens.
+Planned (an estimate of the TPU compiler, 2026-11-25): 12.9 of 16 GiB a chip, 12.12 s a step (10.14 s compute,
+1.57 s attention, 0.41 s of collectives that nothing hides), MFU at most 72.2%, 14.5 days for 435B tokens.
 """
 
 from aurora_jax.model.config import ComputeConfig

@@ -3,8 +3,8 @@
     aurora plan configs/starcoderplus_v6e_256_2k.py --topology v6e:16x16 --model starcoderplus
     aurora train configs/starcoderplus_v6e_256_2k.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output /mnt/BUCKET/cap
 
-Planned (an estimate of the TPU compiler, 2026-11-23): 21.2 of 32 GiB a chip, 3.02 s a step (2.82 s compute,
-0.16 s attention, 0.04 s of collectives that nothing hides), MFU at most 56.8%, 3.6 days for 435B tokens.
+Planned (an estimate of the TPU compiler, 2026-11-25): 21.2 of 32 GiB a chip, 3.00 s a step (2.82 s compute,
+0.14 s attention, 0.04 s of collectives that nothing hides), MFU at most 57.1%, 3.6 days for 435B tokens.
 """
 
 from aurora_jax.train.config import TrainConfig

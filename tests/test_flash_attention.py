@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.data.loader import Batch
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
-from aurora_jax.kernels.flash_attention.blocks import GENERATIONS, blocks_for
+from aurora_jax.kernels.flash_attention.blocks import blocks_for
 from aurora_jax.kernels.flash_attention.reference import reference_attention
 from aurora_jax.model.attention import attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
@@ -83,7 +84,7 @@ def assert_equal(found, expected, tolerance: float):
     C=st.sampled_from([64, 80, 96, 128, 256]),
     is_packed=st.booleans(),
     alibi=st.booleans(),
-    generation=st.sampled_from(list(GENERATIONS)),
+    generation=st.sampled_from(list(CHIPS)),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
     B=st.integers(1, 2),
 )
@@ -291,7 +292,7 @@ def test_a_cpu_is_told_what_to_do():
 
 @given(
     direction=st.sampled_from(["forward", "backward"]),
-    generation=st.sampled_from(list(GENERATIONS)),
+    generation=st.sampled_from(list(CHIPS)),
     dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
     head_dim=st.sampled_from([128, 256]),
     group=st.integers(1, 128),
@@ -305,7 +306,7 @@ def test_blocks_fit_together_and_into_memory(direction, generation, dtype, head_
     assert blocks.resident_keys % blocks.keys == 0
     assert blocks.rows % blocks.rows_at_once == 0
     assert blocks.rows_at_once % blocks.queries == 0 or blocks.queries % blocks.rows_at_once == 0
-    assert blocks.vmem_limit <= GENERATIONS[generation].vmem
+    assert blocks.vmem_limit <= CHIPS[generation].vmem
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
-from aurora_jax.kernels.flash_attention.blocks import GENERATIONS
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.plan.step import lower_train_step
 from aurora_jax.plan.topology import tpu_topology
@@ -48,7 +48,7 @@ def kernels_of(
     return {name for name in KERNELS if name in text}
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", CHIPS)
 def test_accepted(generation):
     assert kernels_of(generation, 2048, packed=False, alibi=False) == KERNELS
 
@@ -58,13 +58,13 @@ def test_packed_with_alibi_is_accepted():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("generation", "L", "packed", "alibi"), list(product(GENERATIONS, (2048, 8192), (False, True), (False, True))))
+@pytest.mark.parametrize(("generation", "L", "packed", "alibi"), list(product(CHIPS, (2048, 8192), (False, True), (False, True))))
 def test_all_features_are_accepted(generation, L, packed, alibi):
     assert kernels_of(generation, L, packed=packed, alibi=alibi) == KERNELS
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", CHIPS)
 @pytest.mark.parametrize(("H", "K", "C"), [(16, 16, 64), (12, 12, 96), (8, 2, 80), (71, 1, 64), (8, 8, 256), (4, 4, 128)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_other_shapes_are_accepted(generation, H, K, C, dtype):

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from aurora_jax.cli import load_config, main
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.sharding import TABLE, parameter_shapes
+from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.command import PlanOptions, model_of, run
-from aurora_jax.plan.estimate import DoesNotFit, bytes_gathered_once, compile_step, make_plan
+from aurora_jax.plan.estimate import BelowPhysics, DoesNotFit, bytes_gathered_once, compile_step, make_plan
 from aurora_jax.plan.program import read_program
 from aurora_jax.plan.search import least_memory, print_ranking, search, write_config
 from aurora_jax.plan.topology import tpu_topology
@@ -58,9 +60,49 @@ def test_a_loop_counts_as_often_as_it_runs():
     sizes = ((4096, 1024), (6, 1024, 8192), (6, 8192, 1024))
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in sizes]
     scanned, unrolled = (
-        read_program(jax.jit(layers, static_argnums=3).lower(*shapes, unroll).compile().as_text()).cycles for unroll in (1, 6)
+        read_program(jax.jit(layers, static_argnums=3).lower(*shapes, unroll).compile().as_text(), CHIPS["v5e"]).cycles for unroll in (1, 6)
     )
     assert scanned == pytest.approx(unrolled, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "product", ["bld,df->blf", "bld,dhc->bhlc", "bhlc,hcd->bld", "bhqc,bhkc->bhqk", "bqhc,bkhc->bhqk", "bld,blhc->dhc"]
+)
+def test_products_of_a_compiled_program_are_counted_exactly(product):
+    """Against arithmetic: the compiler writes heads and batches as windows with padding. No instruction is faster than
+    its products at the chip's peak, whatever the compiler estimates."""
+    sizes = dict(zip("bldhcfqk", (2, 256, 384, 4, 128, 512, 256, 256), strict=True))
+    left, right = product.partition("->")[0].split(",")
+    here = NamedSharding(Mesh(np.array(tpu_topology("v5e:2x2").devices)[:1], ("x",)), PartitionSpec())
+    shapes = [jax.ShapeDtypeStruct([sizes[axis] for axis in operand], jnp.bfloat16, sharding=here) for operand in (left, right)]
+    text = jax.jit(lambda left, right: jnp.einsum(product, left, right)).lower(*shapes).compile().as_text()
+    flops = 2 * math.prod(sizes[axis] for axis in set(left + right))
+    as_if_free = re.sub(r'"estimated_cycles":"\d+"', '"estimated_cycles":"1"', text)
+    least = flops / (CHIPS["v5e"].peak / CHIPS["v5e"].clock)
+    assert read_program(as_if_free, CHIPS["v5e"]).cycles == pytest.approx(least, abs=20)
+    slow = re.sub(r'"estimated_cycles":"\d+"', '"estimated_cycles":"1000000"', text)
+    assert read_program(slow, CHIPS["v5e"]).cycles >= 1_000_000
+
+
+def test_no_plan_computes_faster_than_the_chips_can(monkeypatch):
+    """A program that reads as nearly nothing (a new compiler's, say) is refused; an MFU above 1 is not printed."""
+
+    class Compiled:
+        def as_text(self):
+            return "ENTRY %main () -> f32[8] {\n" + PRODUCT.format(0, 1000) + "\n}"
+
+        def memory_analysis(self):
+            return SimpleNamespace(peak_memory_in_bytes=GIB)
+
+    monkeypatch.setattr("aurora_jax.plan.estimate.compile_step", lambda *_: Compiled())
+    with pytest.raises(BelowPhysics, match="published peak"):
+        make_plan(CONFIG, MODEL, "v5e:2x2")
+
+
+def test_a_product_that_is_written_in_another_way_is_not_taken_for_free():
+    line = "ENTRY %main () -> bf16[8,8] {\n  %p = bf16[8,8]{1,0} convolution(bf16[8,8] %a, bf16[8,8] %b), dim_labels=bf_io->bf\n}"
+    with pytest.raises(InputError, match="product of the compiled program cannot be read"):
+        read_program(line, CHIPS["v5e"])
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +128,20 @@ def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
     assert found["reduce-scatter"] + found["all-reduce"] / 2 == pytest.approx(scattered / 1e9, rel=0.05)
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, topology):
+    """Two and five products of the causal triangle in steps of 128 places, by 4 units of 128 x 128; a sequence a chip, forward twice."""
+    generation = topology.split(":")[0]
+    cycles = attention_cycles(generation, 48, 1, 128, 2048, alibi=False)  # those that the plans were made with, not compiled again
+    one_product = 48 * sum(128 * keys for keys in range(128, 2048 + 1, 128)) * 128 // (4 * 128 * 128)
+    assert cycles["forward floor"] == 2 * one_product <= cycles["forward"]
+    assert cycles["backward floor"] == 5 * one_product <= cycles["backward"]
+    cores = CHIPS[generation].clock * CHIPS[generation].cores
+    assert plans[topology].kernel_seconds * cores >= MODEL.layers * (2 * 2 + 5) * one_product
+
+
 # Lines as two generations of the compiler write them; a product runs between the start and the end of each collective.
-PRODUCT = (
-    '  %p{0} = bf16[64]{{0}} convolution(%a, %b), dim_labels=bf_io->bf, backend_config={{"window_config":{{"estimated_cycles":"{1}"}}}}'
-)
+PRODUCT = '  %p{0} = bf16[64]{{0}} fusion(%a, %b), kind=kOutput, backend_config={{"window_config":{{"estimated_cycles":"{1}"}}}}'
 SPARSE = """
 %called.1 (param.0: bf16[1024], param.1: token[]) -> bf16[128] {{
   ROOT %rs = bf16[128]{{0}} reduce-scatter(%param.0), channel_id=1, replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}
@@ -110,7 +162,7 @@ ENTRY %main (a: bf16[64]) -> bf16[64] {{
 
 def test_collectives_in_flight_together_share_what_hides_them():
     products = [PRODUCT.format(place, cycles) for place, cycles in enumerate((100, 1000, 10))]
-    program = read_program(SPARSE.format(*products))
+    program = read_program(SPARSE.format(*products), CHIPS["v6e"])
     assert program.cycles == 1110
     scatter, reduction, gather = sorted(program.collectives, key=lambda each: each.kind, reverse=True)
     assert (scatter.kind, scatter.group, scatter.bytes) == ("reduce-scatter", 8, 2048)
@@ -133,7 +185,7 @@ def test_no_gradient_of_a_matrix_is_all_reduced_on_a_pod(topology, fsdp, inner):
     """The meshes of our configs, on which the compiler makes reduce-scatters; over one flat axis it would all-reduce whole matrices."""
     config = replace(CONFIG, data=replace(CONFIG.data, batch_size=fsdp * inner), mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner))
     compiled = compile_step(config, MODEL, make_mesh(config.mesh, tpu_topology(topology).devices))
-    program = read_program(compiled.as_text())
+    program = read_program(compiled.as_text(), CHIPS[topology.partition(":")[0]])
     matrix = MODEL.width * MODEL.width * 2
     in_layers = [each for each in program.collectives if each.times > 1]
     assert [each for each in in_layers if each.kind == "all-reduce" and each.bytes >= matrix] == []
@@ -181,7 +233,7 @@ def test_weights_that_are_gathered_once_are_told_apart(tensor):
 )
 def test_groups_in_every_way_of_writing_them(written, members):
     line = f"ENTRY %main () -> f32[8] {{\n  %a = f32[8]{{0}} all-reduce(%b), replica_groups={written}, to_apply=%add\n}}"
-    assert read_program(line).collectives[0].members == members
+    assert read_program(line, CHIPS["v5e"]).collectives[0].members == members
 
 
 def test_two_slices_add_up_gradients_over_the_network():

@@ -3,7 +3,8 @@ libtpu dumps only what it was told to dump when it started.
 
     python -m aurora_jax.plan.attention_cycles '{"generation": "v5p", "heads": 48, "kv_heads": 1, "head_dim": 128, "length": 8192}'
 
-prints the cycles of a kernel's call for one causal sequence on one TensorCore, forward and backward.
+prints the cycles of a kernel's call for one causal sequence on one TensorCore, forward and backward, and those of their
+products alone at the published peak ("forward floor").
 """
 
 import functools
@@ -12,6 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 from aurora_jax.errors import InputError
@@ -21,24 +24,36 @@ from aurora_jax.kernels.schedule import BasicBlock, dumped_kernels
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
-def tile_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str) -> tuple[int, list[int], int, int]:
+Measure = Callable[[BasicBlock], int]
+"""What is added up: `BasicBlock.cycles`, or its products alone, or its bundles alone."""
+FLOOR: Measure = attrgetter("matrix_cycles")
+_CYCLES: Measure = attrgetter("cycles")
+
+
+def tile_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, measure: Measure = _CYCLES) -> tuple[int, list[int], int, int]:
     """Cycles of a whole chunk, of tails of 1, 2 ... blocks of queries, of the rest of a tile, and of what runs once a key/value head.
 
-    The first basic block with products is a whole chunk, those after it are the tails (`tiles.visit_chunks`). Other blocks run once a tile,
-    except for the long guarded ones of the backward kernel, which start and finish the sums over all tiles.
+    The first basic blocks with products are the tails, the one in a loop is a whole chunk (`tiles.visit_chunks`); what stores between them
+    is for tiles without a tail, of which a causal sequence has none. Other blocks run once a tile, except for the long guarded ones of the
+    backward kernel, which start and finish the sums over all tiles.
     """
-    whole, *tails = [block.bundles for block in blocks if block.products]
-    others = [block for block in blocks if not block.products and block.depth]
-    a_tile = sum(block.bundles for block in others if direction == "forward" or block.guards < 2 or block.bundles < 100)
-    return whole, tails, a_tile, sum(block.bundles for block in others) - a_tile
+    places = [place for place, block in enumerate(blocks) if block.products]
+    tails, loop = places[: sizes.keys // sizes.queries], max(places, key=lambda place: blocks[place].depth)
+    others = [
+        block
+        for place, block in enumerate(blocks)
+        if block.depth and not block.products and not (tails[-1] < place < loop and "vst" in block.operations)
+    ]
+    a_tile = sum(measure(block) for block in others if direction == "forward" or block.guards < 2 or block.bundles < 100)
+    return measure(blocks[loop]), [measure(blocks[place]) for place in tails], a_tile, sum(map(measure, others)) - a_tile
 
 
-def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads: int, length: int) -> int:
+def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads: int, length: int, measure: Measure = _CYCLES) -> int:
     """Cycles of one causal sequence: all tiles of `heads` query heads that share a key/value head.
 
     Keys that are not all resident are visited part by part, each part's tiles from the diagonal on.
     """
-    whole, tails, a_tile, once = tile_cycles(blocks, sizes, direction)
+    whole, tails, a_tile, once = tile_cycles(blocks, sizes, direction, measure)
     per_chunk = sizes.keys // sizes.queries
     total = 0
     for first_key in range(0, length, sizes.resident_keys):
@@ -52,9 +67,10 @@ def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads
 
 @functools.cache
 def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, length: int, *, alibi: bool = False) -> dict[str, int]:
-    """Cycles of a call for one causal sequence in bf16, forward and backward, on one TensorCore; compiles both kernels (half a minute).
+    """Cycles of a call for one causal sequence in bf16 on one TensorCore; compiles both kernels (half a minute).
 
-    A backward pass is several calls where VMEM does not hold all keys at once (v4).
+    Keys are "forward" and "backward", and "forward floor" and "backward floor": what their products alone take at the
+    published peak. A backward pass is several calls where VMEM does not hold all keys at once (v4).
     """
     given = {"generation": generation, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": length, "alibi": alibi}
     command = [sys.executable, "-m", "aurora_jax.plan.attention_cycles", json.dumps(given)]
@@ -87,16 +103,16 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int,
             return flash_attention(q, k, v, alibi_slopes=slopes_H, generation=generation).astype(jnp.float32).sum()
 
         jax.jit(jax.grad(loss, (0, 1, 2))).lower(struct(heads), struct(kv_heads), struct(kv_heads)).compile()
-        kernels = dumped_kernels(Path(folder))
+        kernels = dumped_kernels(Path(folder), generation)
         cycles = {}
         for direction in ("forward", "backward"):
             wide = -(-head_dim // 128) * 128
             sizes = blocks_for(direction, generation, jnp.bfloat16, wide, heads // kv_heads, length, length)
             blocks = next(blocks for name, blocks in kernels.items() if f"flash_attention_{direction}" in name)
-            cycles[direction] = kv_heads * causal_cycles(blocks, sizes, direction, heads // kv_heads, length)
-            if direction == "backward":
-                # One call for each part of the keys that stays in VMEM (`ops.py`).
-                cycles[direction] //= -(-length // sizes.resident_keys)
+            # A backward pass is one call for each part of the keys that stays in VMEM (`ops.py`).
+            calls = -(-length // sizes.resident_keys) if direction == "backward" else 1
+            for name, measure in ((direction, _CYCLES), (f"{direction} floor", FLOOR)):
+                cycles[name] = kv_heads * causal_cycles(blocks, sizes, direction, heads // kv_heads, length, measure) // calls
         print(json.dumps(cycles))
 
 

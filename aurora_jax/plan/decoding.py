@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aurora_jax.chips import CHIPS
+from aurora_jax.chips import CHIPS, Chip
 from aurora_jax.generate.generator import ROWS_AXIS, Programs, Settings, make_inference_mesh, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.plan.estimate import bytes_a_chip
-from aurora_jax.plan.program import array_bytes, computations_of, own_cycles
+from aurora_jax.plan.program import Module, array_bytes
 from aurora_jax.plan.topology import tpu_topology
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -76,8 +76,8 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None
-    read, cycles = one_trip(text)
     chip = CHIPS[topology.partition(":")[0]]
+    read, cycles = one_trip(text, chip)
     return DecodingPlan(
         weight_bytes=bytes_a_chip(parameters),
         cache_bytes=bytes_a_chip((state.keys, state.values)),
@@ -88,19 +88,20 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
     )
 
 
-def one_trip(text: str) -> tuple[int, int]:
+def one_trip(text: str, chip: Chip) -> tuple[int, int]:
     """Bytes that one trip of a program's only loop reads from HBM, and its estimated cycles.
 
     An operand that is in fast memory is not counted, what is fetched into it is; of an array that is only looked up, the rows are.
     """
-    computations, entry = computations_of(text)
-    (loop,) = (line for line in computations[entry] if " while(" in line)
+    module = Module(text, chip)
+    computations = module.computations
+    (loop,) = (line for line in computations[module.entry] if " while(" in line)
     found = re.search(r"body=%?([\w.\-]+)", loop)
     assert found is not None
     body = found[1]
     here = _instructions(computations[body])
     read = sum(_read_bytes(computations, here, instruction) for instruction in here.values())
-    return read, sum(map(own_cycles, computations[body]))
+    return read, sum(module.cycles(body))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,17 @@ class DoesNotFit(InputError):
         )
 
 
+class BelowPhysics(InputError):
+    """A step was read to compute faster than the chips can."""
+
+    def __init__(self, topology: str, seconds: float, least: float):
+        super().__init__(
+            f"{topology}: no plan. The compiled step reads as {seconds:.3g} s of computing, and the model's products alone "
+            f"take {least:.3g} s at the chips' published peak: the program is not written as `aurora plan` reads it. "
+            "Install the libtpu that requirements.txt pins, or report it."
+        )
+
+
 @dataclass(frozen=True)
 class CollectiveRow:
     """One kind of collective over one group of devices, all of a step together."""
@@ -72,7 +83,7 @@ class Plan:
     memory_activations: int
     """Activations and the compiler's temporaries: what is left of the peak."""
     cycles: int
-    """The compiler's, without kernels and collectives."""
+    """The compiler's, without kernels and collectives; no instruction below what its products take at the peak."""
     compute_seconds: float
     kernel_seconds: float
     exposed_seconds: float
@@ -140,6 +151,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     Raises:
         InputError: unknown topology, or sizes that the mesh does not divide.
         DoesNotFit: more memory than a chip has.
+        BelowPhysics: less time for computing than the model's products take at the chips' peak.
     """
     generation = topology.partition(":")[0]
     if generation not in CHIPS:
@@ -150,7 +162,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     begun = time.monotonic()
     compiled = compile_step(config, model, mesh)
     compile_seconds = time.monotonic() - begun
-    program = read_program(compiled.as_text() or "", slices)
+    program = read_program(compiled.as_text() or "", chip, slices)
     state = state_shapes(model, config.optimizer, mesh)
     of_parameters, of_optimizer = (bytes_a_chip(tree) for tree in (state.parameters, state.moments))
     memory = compiled.memory_analysis()
@@ -163,6 +175,10 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     kernels = _kernel_seconds(program, config, model, mesh, generation, chip)
     exposed = sum(row.exposed_seconds for row in rows)
     seconds = compute + kernels + exposed
+    # Each part is held to its own products before; this catches a program that was not read as it is meant.
+    least = flops_per_token(model, config.data.sequence_length) * tokens / (mesh.size * chip.peak)
+    if compute + kernels < least:
+        raise BelowPhysics(topology, compute + kernels, least)
     return Plan(
         topology=topology,
         slices=slices,
@@ -182,7 +198,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
         kernel_seconds=kernels,
         exposed_seconds=exposed,
         collectives=tuple(rows),
-        mfu=flops_per_token(model, config.data.sequence_length) * tokens / (seconds * mesh.size * chip.peak),
+        mfu=least / seconds,
         compile_seconds=compile_seconds,
     )
 

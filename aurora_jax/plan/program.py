@@ -1,7 +1,8 @@
 """What a compiled TPU program does in one run: cycles, collectives and kernels, read from its optimized HLO with loop trip counts.
 
-The compiler writes its own estimate of cycles beside each instruction, except for collectives and custom calls. A loop body stands once in
-the text; here it counts as often as it runs.
+The compiler writes its own estimate of cycles beside each instruction, except for collectives and custom calls. An
+estimate can lie below the time that the instruction's matrix products take at the chip's published peak (it does for
+one of v6e's): the longer of the two counts. A loop body stands once in the text; here it counts as often as it runs.
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from aurora_jax.chips import Chip
 from aurora_jax.errors import InputError
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -23,6 +25,9 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?/(\w+)/pallas_call"')
 _BETWEEN_SLICES = re.compile(r' send\(.*_xla_host_transfer_rendezvous="([^"]+)".*_xla_megascale_transfer_type="([A-Z_]+)"')
+_CONVOLUTION = re.compile(r"%?([\w.\-]+) = \S+ convolution\(%?([\w.\-]+), %?([\w.\-]+)\).*dim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"\b(stride|pad|lhs_dilate|rhs_dilate)=([-\d_x]+)")
+_FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
 _UNKNOWN = 1 << 50
 """Estimates above this are the compiler's way of saying that it has none."""
@@ -64,7 +69,7 @@ class Program:
     """The work of one run on one chip."""
 
     cycles: int = 0
-    """The compiler's estimate for everything but collectives and kernels."""
+    """The compiler's estimate for everything but collectives and kernels, no instruction below its products' time."""
     collectives: list[Collective] = field(default_factory=list)
     kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """How often each Pallas kernel runs."""
@@ -74,46 +79,98 @@ class Program:
         return sum(each.wire_bytes * each.times for each in self.collectives if not kinds or each.kind in kinds)
 
 
-def read_program(text: str, slices: int = 1) -> Program:
+class Module:
+    """An optimized HLO module (`compiled.as_text()`), compiled for a chip. Raises InputError if it has no entry."""
+
+    def __init__(self, text: str, chip: Chip):
+        self.computations: dict[str, list[str]] = {}
+        """Lines by the name of the computation."""
+        self.entry = name = ""
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                name = header[2]
+                self.computations[name] = []
+                self.entry = name if header[1] else self.entry
+            elif name and " = " in line:
+                self.computations[name].append(line)
+        if not self.entry:
+            raise InputError("This is no HLO module: it has no ENTRY computation.")
+        self._chip = chip
+        self._multiply_adds: dict[str, int] = {}
+
+    def cycles(self, name: str) -> list[int]:
+        """Of each instruction of a computation itself, without what it calls.
+
+        The compiler's estimate (0 where it has none), or what its matrix products take at the peak if that is more.
+        """
+        found = []
+        for line in self.computations[name]:
+            fused = _FUSION.search(line)
+            products = self.multiply_adds(fused[1]) if fused else self._of_convolution(name, line)
+            found.append(max(_estimate(line), math.ceil(2 * products / self._chip.flops_per_cycle)))
+        return found
+
+    def multiply_adds(self, name: str) -> int:
+        """Of a fused computation's matrix products."""
+        if name not in self._multiply_adds:
+            self._multiply_adds[name] = sum(
+                self.multiply_adds(fused[1]) if (fused := _FUSION.search(line)) else self._of_convolution(name, line)
+                for line in self.computations[name]
+            )
+        return self._multiply_adds[name]
+
+    def _of_convolution(self, name: str, line: str) -> int:
+        """Multiply-adds of a line that is a convolution, as the TPU compiler writes every matrix product; else 0.
+
+        Heads, groups and batches of a product are dimensions of its window. What falls into padding is not counted.
+        Raises InputError for a convolution that is not written as known.
+        """
+        if " convolution(" not in line:
+            return 0
+        convolution, lines = _CONVOLUTION.search(line), self.computations[name]
+        sizes = [_dimensions(each, lines) for each in convolution.groups()[:3]] if convolution else []
+        if convolution is None or not all(sizes):
+            raise InputError(f"A matrix product of the compiled program cannot be read: {line.strip()[:120]}")
+        left, right, result = (
+            dict(zip(*each, strict=True)) for each in zip(convolution.groups()[3:], (sizes[1], sizes[2], sizes[0]), strict=True)
+        )
+        window = {what: value.split("x") for what, value in _WINDOW.findall(line)}
+        products = result["b"] * result["f"] * right["i"]
+        for label in filter(str.isdigit, left):
+            stride, dilated, spread = (
+                int(window[what][int(label)]) if what in window else 1 for what in ("stride", "lhs_dilate", "rhs_dilate")
+            )
+            pad = int(window["pad"][int(label)].split("_")[0]) if "pad" in window else 0
+            starts = np.arange(result[label]) * stride - pad
+            last = (left[label] - 1) * dilated
+            places = (starts + step * spread for step in range(right[label]))
+            products *= sum(int(((at >= 0) & (at <= last) & (at % dilated == 0)).sum()) for at in places)
+        return products
+
+
+def read_program(text: str, chip: Chip, slices: int = 1) -> Program:
     """Reads an optimized HLO module (`compiled.as_text()`).
 
     Args:
+        chip: that it was compiled for.
         slices: that it was compiled for; what they exchange is written as sends to a host.
 
     Raises:
-        InputError: a loop whose trip count is not a constant of its condition.
+        InputError: no module, a product that cannot be read, or a loop whose trip count is not a constant of its condition.
     """
-    computations, entry = computations_of(text)
-    program = Program()
-    _walk(computations, entry, 1, program, slices)
+    module, program = Module(text, chip), Program()
+    _walk(module, module.entry, 1, program, slices)
     return program
 
 
-def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of an HLO module by its name, and the name of the entry. Raises InputError if it has none."""
-    computations: dict[str, list[str]] = {}
-    entry = name = None
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            computations[name] = []
-            entry = name if header[1] else entry
-        elif name and " = " in line:
-            computations[name].append(line)
-    if entry is None:
-        raise InputError("This is no HLO module: it has no ENTRY computation.")
-    return computations, entry
-
-
-def _walk(computations: dict[str, list[str]], name: str, times: int, program: Program, slices: int) -> None:
-    lines = computations[name]
-    cycles = [own_cycles(line) for line in lines]
+def _walk(module: Module, name: str, times: int, program: Program, slices: int) -> None:
+    computations, lines, cycles = module.computations, module.computations[name], module.cycles(name)
     program.cycles += times * sum(cycles)
     spans = _merged(computations, lines, times)
     for place, line in enumerate(lines):
         if " while(" in line:
             trips = _trips(computations, line)
-            _walk(computations, _named(line, "body"), times * trips, program, slices)
+            _walk(module, _named(line, "body"), times * trips, program, slices)
         elif " call-start(" in line:
             # Given to the SparseCores, which work beside the TensorCores.
             for inner in computations[_named(line, "to_apply")]:
@@ -121,7 +178,7 @@ def _walk(computations: dict[str, list[str]], name: str, times: int, program: Pr
                     spans.append((place, _end(lines, place, "call-done"), _collective(inner, found, times)))
         elif re.search(r" (call|conditional)\(", line):
             for branch in _CALLED.findall(line):
-                _walk(computations, branch, times, program, slices)
+                _walk(module, branch, times, program, slices)
         elif kernel := _KERNEL.search(line):
             program.kernels[kernel[1]] += times
         elif sent := _BETWEEN_SLICES.search(line):
@@ -138,7 +195,7 @@ def _merged(computations: dict[str, list[str]], lines: list[str], times: int) ->
     """Collectives that the compiler merges with computation: they stand in several fusions, from start to end, under one channel."""
     places: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for place, line in enumerate(lines):
-        called = re.search(r" fusion\(.*calls=%?([\w.\-]+)", line)
+        called = _FUSION.search(line)
         for inner in computations[called[1]] if called else ():
             if _COLLECTIVE.search(inner) and (channel := re.search(r"channel_id=(\d+)", inner)):
                 places[channel[1]].append((place, inner))
@@ -177,8 +234,8 @@ def _end(lines: list[str], place: int, done: str) -> int:
     return next((later for later in range(place + 1, len(lines)) if f"{done}({name})" in lines[later]), place)
 
 
-def own_cycles(line: str) -> int:
-    """The compiler's estimate for an instruction itself, without what it calls; 0 where it has none."""
+def _estimate(line: str) -> int:
+    """The compiler's estimate for an instruction itself; 0 where it has none."""
     estimate = _ESTIMATE.search(line)
     return int(estimate[1]) if estimate and int(estimate[1]) < _UNKNOWN else 0
 
@@ -221,6 +278,13 @@ def array_bytes(array: tuple[str, str]) -> int:
     for dimension in dimensions.split(","):
         count *= int(dimension) if dimension else 1
     return count * each
+
+
+def _dimensions(name: str, lines: list[str]) -> tuple[int, ...]:
+    """Of the array that an instruction makes; empty if it is not there."""
+    written = re.compile(rf"[\s%]{re.escape(name)} = {_ARRAY.pattern}")
+    found = next(filter(None, map(written.search, lines)), None)
+    return tuple(int(size) for size in found[2].split(",") if size) if found else ()
 
 
 def _named(line: str, what: str) -> str:

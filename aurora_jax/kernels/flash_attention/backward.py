@@ -133,7 +133,8 @@ def _kernel(call: Call, batches: int, *refs):
         d_v_sum_ref[...] = jnp.zeros_like(d_v_sum_ref)
         k_transposed_ref[...] = k_ref[0, 0].T
 
-    d_q_sum_ref[...] = jnp.zeros_like(d_q_sum_ref)
+    def start_sums():
+        d_q_sum_ref[...] = jnp.zeros_like(d_q_sum_ref)
 
     def by_lane(ref, row):
         """The statistics [1, rows_at_once] of those rows, from a block [heads, 1, queries]."""
@@ -148,7 +149,7 @@ def _kernel(call: Call, batches: int, *refs):
         correction_HQ = alibi_of_places(slopes_ref[0, heads], blocks.queries)[:, :, row % blocks.queries : row % blocks.queries + places]
         return logsumexp_1R + jnp.concatenate([correction_HQ[head] for head in range(rows_at_once // places)], axis=1)
 
-    def chunk(start, width, masked, by_segment):
+    def chunk(start, width, masked, by_segment, is_first):
         def first_products(row, key, count):
             keys, contract = pl.ds(start + key, count), (((1,), (1,)), ((), ()))
             scores_WR = dot(k_ref[0, 0, keys], rows_of(q_ref, row, rows_at_once), contract) * (call.scale * LOG2_E)
@@ -205,10 +206,12 @@ def _kernel(call: Call, batches: int, *refs):
             keys = pl.ds(start + key, count)
             add_to_keys(d_v_sum_ref, keys, weights_WR.astype(query_dtype), rows_of(d_context_ref, row, rows_at_once))
             add_to_keys(d_k_sum_ref, keys, d_scores_WR, rows_of(q_ref, row, rows_at_once))
-            d_q_sum_ref[:, pl.ds(row, rows_at_once)] += dot(k_transposed_ref[:, keys], d_scores_WR, (((1,), (0,)), ((), ())))
+            rows = pl.ds(row, rows_at_once)
+            d_q_sum_CR = dot(k_transposed_ref[:, keys], d_scores_WR, (((1,), (0,)), ((), ())))
+            d_q_sum_ref[:, rows] = d_q_sum_CR if is_first and key == 0 else d_q_sum_ref[:, rows] + d_q_sum_CR
 
     relation = segment_relation(spans, batch, batches, tile, 0) if call.segments else None
-    visit_chunks(call, first_query, 0, chunk, relation)
+    visit_chunks(call, first_query, 0, start_sums, chunk, relation)
     d_q_ref[0, 0] = (d_q_sum_ref[...].T * call.scale).astype(d_q_ref.dtype).reshape(d_q_ref.shape[2:])
 
     @pl.when((group == pl.num_programs(3) - 1) & (tile == pl.num_programs(4) - 1))

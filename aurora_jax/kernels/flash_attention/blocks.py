@@ -11,30 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from aurora_jax.chips import CHIPS, MIB
 from aurora_jax.kernels.flash_attention.tiles import LANES, Blocks
 
-MIB = 1 << 20
 Direction = Literal["forward", "backward"]
 
-
-@dataclass(frozen=True)
-class Generation:
-    """What tile sizes depend on. Sources: Google Cloud's system architecture pages; `jax.experimental.pallas.tpu.get_tpu_info`."""
-
-    vmem: int
-    """Bytes of vector memory of a core."""
-    cores: int
-    """TensorCores of a device (two act as one 'megacore' on v4 and v5p)."""
-    matrix_columns: int
-    """Columns of a matrix unit."""
-
-
-GENERATIONS = {
-    "v4": Generation(vmem=16 * MIB, cores=2, matrix_columns=128),
-    "v5e": Generation(vmem=128 * MIB, cores=1, matrix_columns=128),
-    "v5p": Generation(vmem=64 * MIB, cores=2, matrix_columns=128),
-    "v6e": Generation(vmem=128 * MIB, cores=1, matrix_columns=256),
-}
 
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -57,10 +38,12 @@ class Sizes:
     keys_at_once: int
 
 
-# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows and keys.
+# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows
+# and keys. A chunk costs some 300 cycles beside its products, until the matrix units are full and while they run dry: v6e,
+# whose products are fast, takes many rows at a time, though that compiles longer.
 SIZES: dict[tuple[Direction, int], Sizes] = {
     ("forward", 128): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
-    ("forward", 256): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
+    ("forward", 256): Sizes(rows=6144, keys=512, rows_at_once=512, keys_at_once=512),
     ("backward", 128): Sizes(rows=1024, keys=512, rows_at_once=1024, keys_at_once=256),
     ("backward", 256): Sizes(rows=1024, keys=512, rows_at_once=256, keys_at_once=512),
 }
@@ -81,9 +64,9 @@ def blocks_for(
     Raises:
         ValueError: an unknown generation.
     """
-    if generation not in GENERATIONS:
-        raise ValueError(f"No tile sizes for TPU generation {generation!r}; there are {', '.join(GENERATIONS)}.")
-    facts = GENERATIONS[generation]
+    if generation not in CHIPS:
+        raise ValueError(f"No tile sizes for TPU generation {generation!r}; there are {', '.join(CHIPS)}.")
+    facts = CHIPS[generation]
     sizes = sizes or SIZES[direction, facts.matrix_columns]
     bytes_each = jnp.dtype(dtype).itemsize
     if bytes_each * head_dim > 2 * LANES:
@@ -95,7 +78,7 @@ def blocks_for(
     step = max(
         places
         for places in (LANES, 2 * LANES)
-        if places == LANES or (length % places == 0 and heads * places <= sizes.rows and places <= sizes.keys // 2)
+        if places == LANES or (length % places == 0 and heads * places <= min(sizes.rows, 2048) and places <= sizes.keys // 2)
     )
     chunk = min(sizes.keys, -(-keys // step) * step)
     chunk -= chunk % step
@@ -130,7 +113,7 @@ def _vmem(direction: Direction, rows: int, head_dim: int, bytes_each: int, cores
 
 
 def cores_of(generation: str) -> int:
-    return GENERATIONS[generation].cores
+    return CHIPS[generation].cores
 
 
 def current_generation(*, interpreted: bool) -> str:
@@ -146,6 +129,6 @@ def current_generation(*, interpreted: bool) -> str:
     if interpreted:
         return "v5e"
     raise ValueError(
-        f"Flash attention has tiles for TPU {', '.join(GENERATIONS)}, and the device is {kind!r}. Elsewhere choose the attention "
+        f"Flash attention has tiles for TPU {', '.join(CHIPS)}, and the device is {kind!r}. Elsewhere choose the attention "
         "implementation 'xla' (or 'flash_interpreted', which is slow and meant for tests)."
     )

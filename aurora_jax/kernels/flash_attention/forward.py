@@ -73,7 +73,7 @@ def forward(
         arguments.append(slopes_by_lane(slopes_KG))
     pairs = L * call.length * (0.5 if call.causal and call.length <= L else 1)
     return pl.pallas_call(
-        partial(_kernel, call, B),
+        partial(_kernel, call, B, grid[-1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=grid,
@@ -97,7 +97,7 @@ def forward(
     )(*scalars, *arguments)
 
 
-def _kernel(call: Call, batches: int, *refs):
+def _kernel(call: Call, batches: int, parts: int, *refs):
     blocks = call.blocks
     given: list[Any] = list(refs)
     offset_ref = given.pop(0)
@@ -113,13 +113,12 @@ def _kernel(call: Call, batches: int, *refs):
     first_key = part * blocks.resident_keys
     dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=call.precision)
 
-    @pl.when(part == 0)
-    def _():
+    def start_sums():
         largest_ref[...] = jnp.full_like(largest_ref, LOWEST)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def chunk(start, width, masked, by_segment):
+    def chunk(start, width, masked, by_segment, is_first):
         def scores(row, key, count):
             # Scaled here, in fp32: scaled queries would be rounded once more, and the vector units have the time.
             query_RC, key_WC = rows_of(q_ref, row, rows_at_once), k_ref[0, 0, pl.ds(start + key, count)]
@@ -161,9 +160,9 @@ def _kernel(call: Call, batches: int, *refs):
                 ahead = scores(*plan[place + 1])
             scores_RW = with_bias_and_mask(scores_RW, row, key, count)
             rows = pl.ds(row, rows_at_once)
-            before_R = largest_ref[rows]
-            largest_R = jnp.maximum(before_R, scores_RW.max(axis=1, keepdims=True))
-            decay_R = jnp.exp2(before_R - largest_R)
+            starts_sums = is_first and key == 0
+            before_R = LOWEST if starts_sums else largest_ref[rows]
+            largest_R = jnp.broadcast_to(jnp.maximum(before_R, scores_RW.max(axis=1, keepdims=True)), (rows_at_once, LANES))
             largest_ref[rows] = largest_R
             weights_RW = jnp.exp2(scores_RW - jnp.tile(largest_R, (1, count // LANES)))
             value_WC = v_ref[0, 0, pl.ds(start + key, count)]
@@ -173,36 +172,46 @@ def _kernel(call: Call, batches: int, *refs):
             # By the idle half of the matrix unit, or lane by lane: the 128 partial sums of a row are then added up once, at the end.
             by_lane = (weights_RW[:, lane : lane + LANES] for lane in range(0, count, LANES))
             total_R = sum_RC[:, C:] if blocks.wide_matrix_unit else sum(by_lane)
-            total_ref[rows] = total_ref[rows] * decay_R + total_R
-            sum_ref[rows] = sum_ref[rows] * jnp.tile(decay_R, (1, C // LANES)) + sum_RC[:, :C]
+            if starts_sums:
+                total_ref[rows], sum_ref[rows] = total_R, sum_RC[:, :C]
+            else:
+                decay_R = jnp.exp2(before_R - largest_R)
+                total_ref[rows] = total_ref[rows] * decay_R + total_R
+                sum_ref[rows] = sum_ref[rows] * jnp.tile(decay_R, (1, C // LANES)) + sum_RC[:, :C]
 
     relation = None
     if call.segments:
         relation = segment_relation(spans, batch, batches, tile, part * (blocks.resident_keys // blocks.keys))
-    visit_chunks(call, first_query, first_key, chunk, relation)
+    visit_chunks(call, first_query, first_key, start_sums, chunk, relation, parts=parts)
 
     @pl.when(part == pl.num_programs(4) - 1)
     def _():
-        total_R = total_ref[...]
-        if not blocks.wide_matrix_unit:
-            total_R = jnp.broadcast_to(total_R.sum(axis=1, keepdims=True), total_R.shape)
-        # A row that sees nothing has sums of 0; its context becomes 0 too. All other totals are about 1 or more.
-        divisor_R = jnp.maximum(total_R, 1e-30)
-        inverse_R = pl.reciprocal(divisor_R, approx=True)
-        for _ in range(2):  # Newton's steps: cheaper than a division, and exact to fp32 from 8 bits on
-            inverse_R *= 2 - divisor_R * inverse_R
-        context_RC = sum_ref[...] * jnp.tile(inverse_R, (1, C // LANES))
-        context_ref[0, 0] = context_RC.astype(context_ref.dtype).reshape(context_ref.shape[2:])
-        largest_HQ, total_HQ = (rows_to_lanes(column_R, blocks) for column_R in (largest_ref[...], total_R))
-        logsumexp_HQ = jnp.where(total_HQ == 0, jnp.inf, largest_HQ + jnp.log2(total_HQ))
-        if call.alibi:
-            logsumexp_HQ -= alibi_of_places(slopes_ref[0], blocks.queries)
-        logsumexp_ref[0, 0] = logsumexp_HQ
+        for row in range(0, blocks.rows, LANES):
+            rows, head, places = pl.ds(row, LANES), row // blocks.queries, pl.ds(row % blocks.queries, LANES)
+            total_R = total_ref[rows]
+            if not blocks.wide_matrix_unit:
+                total_R = jnp.broadcast_to(total_R.sum(axis=1, keepdims=True), total_R.shape)
+            # A row that sees nothing has sums of 0; its context becomes 0 too. All other totals are about 1 or more.
+            divisor_R = jnp.maximum(total_R, 1e-30)
+            inverse_R = pl.reciprocal(divisor_R, approx=True)
+            # Newton's steps: cheaper than a division; from 8 bits on, one gives twice as many as bf16 has, two are exact to fp32.
+            for _ in range(1 if context_ref.dtype == jnp.bfloat16 else 2):
+                inverse_R *= 2 - divisor_R * inverse_R
+            context_RC = sum_ref[rows] * jnp.tile(inverse_R, (1, C // LANES))
+            context_ref[0, 0, head, places] = context_RC.astype(context_ref.dtype)
+            total_1R, largest_1R = rows_to_lanes(total_R, largest_ref[rows], blocks)
+            logsumexp_1R = jnp.where(total_1R == 0, jnp.inf, largest_1R + jnp.log2(total_1R))
+            if call.alibi:
+                bias_1Q = alibi_of_places(slopes_ref[0, head : head + 1], blocks.queries)[0]
+                logsumexp_1R -= bias_1Q[:, row % blocks.queries : row % blocks.queries + LANES]
+            logsumexp_ref[0, 0, head, :, places] = logsumexp_1R
 
 
-def rows_to_lanes(column_R: jax.Array, blocks: Blocks) -> jax.Array:
-    """[heads, 1, queries] from a column [R, 128] that is repeated over the lanes: its diagonal blocks, summed over sublanes."""
-    shape = (LANES, LANES)
-    diagonal = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    pieces = [jnp.where(diagonal, column_R[row : row + LANES], 0.0).sum(axis=0, keepdims=True) for row in range(0, blocks.rows, LANES)]
-    return jnp.concatenate(pieces, axis=1).reshape(blocks.heads, 1, blocks.queries)
+def rows_to_lanes(one_R: jax.Array, other_R: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """Two columns [128, 128] that are repeated over the lanes, as [1, 128] each: what is faster differs with the generation."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    if blocks.wide_matrix_unit:
+        both = jnp.where(lane == 0, one_R, other_R).T
+        return both[:1], both[1:2]
+    one_1R, other_1R = (jnp.where(row == lane, column_R, 0.0).sum(axis=0, keepdims=True) for column_R in (one_R, other_R))
+    return one_1R, other_1R

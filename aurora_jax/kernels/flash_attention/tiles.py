@@ -1,8 +1,9 @@
 """What the forward and the backward kernel share: the static facts of a call, which keys a tile of queries visits, and which it masks.
 
 A tile has R = heads x queries rows: `heads` query heads that share a key/value head, at `queries` consecutive places; row h queries + l is
-head h at place l. It visits keys in chunks of `keys`, which are whole and wholly visible, and then one tail of 1 to a few blocks of
-`queries` keys, whose last blocks alone the diagonal (or the end of the keys) crosses: masking work is done there and nowhere else.
+head h at place l. Its keys are chunks of `keys`, which are whole and wholly visible, and behind them one tail of 1 to a few blocks of
+`queries` keys, whose last blocks alone the diagonal (or the end of the keys) crosses: masking work is done there and nowhere else. The tail
+is visited first: nearly every tile has one, and what it finds need not be added to sums that were set to zero before.
 """
 
 from collections.abc import Callable
@@ -70,15 +71,24 @@ class Call:
 
 
 def visit_chunks(
-    call: Call, first_query: jax.Array, first_key: jax.Array | int, chunk: Callable, segment_relation: Callable | None
+    call: Call,
+    first_query: jax.Array,
+    first_key: jax.Array | int,
+    start_sums: Callable[[], None],
+    chunk: Callable,
+    segment_relation: Callable | None,
+    *,
+    parts: int = 1,
 ) -> None:
-    """Runs `chunk` for every chunk of the resident keys that a tile sees.
+    """Runs `chunk` for every chunk of the resident keys that a tile sees, the tail before the others.
 
     Args:
         first_query: place of the tile's first query.
         first_key: place of the first resident key.
-        chunk: chunk(start, width, masked, by_segment): `width` keys from the resident key `start`, the last `masked` of which need a mask;
-            by_segment says whether segments must be compared.
+        start_sums: what a tile starts with, for one that has no tail.
+        chunk: chunk(start, width, masked, by_segment, is_first): `width` keys from the resident key `start`, the last `masked`
+            of which need a mask; by_segment says whether segments must be compared, is_first that it is the tile's first.
+        parts: of which the resident keys are one; of several, each adds to the sums of those before.
         segment_relation: segment_relation(j) -> (some pair of chunk j is of one segment, all pairs are); None without segments.
     """
     blocks = call.blocks
@@ -90,21 +100,26 @@ def visit_chunks(
     whole = jax.lax.div(jnp.maximum(visible - call.diagonal, 0), jnp.int32(per_chunk))
     tail = visible - whole * per_chunk
 
-    @pl.loop(0, whole)
-    def _(j):
-        start = pl.multiple_of(j * blocks.keys, blocks.keys)
-        if segment_relation is None:
-            chunk(start, blocks.keys, 0, False)
-        else:
-            some, every = segment_relation(j)
-            pl.when(every)(partial(chunk, start, blocks.keys, 0, False))
-            pl.when(some & ~every)(partial(chunk, start, blocks.keys, 0, True))
-
+    if parts > 1:
+        pl.when(first_key == 0)(start_sums)
     tail_start = pl.multiple_of(whole * blocks.keys, blocks.keys)
     for count in range(1, per_chunk + call.diagonal):
         if count > resident:
             break
-        pl.when(tail == count)(partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments))
+        pl.when(tail == count)(partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments, parts == 1))
+
+    if parts == 1:
+        pl.when(tail == 0)(start_sums)
+
+    @pl.loop(0, whole)
+    def _(j):
+        start = pl.multiple_of(j * blocks.keys, blocks.keys)
+        if segment_relation is None:
+            chunk(start, blocks.keys, 0, False, False)
+        else:
+            some, every = segment_relation(j)
+            pl.when(every)(partial(chunk, start, blocks.keys, 0, False, False))
+            pl.when(some & ~every)(partial(chunk, start, blocks.keys, 0, True, False))
 
 
 def products(blocks: Blocks, width: int) -> list[tuple[int, int, int]]:
