@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_jax.launch.command_line import divide
+from aurora_jax.launch.command_line import divide, read
 from aurora_jax.launch.commands import Commands, Stop
 from aurora_jax.launch.decision import CloudAction, HostsAction, Limits, Memory, about_cloud, about_hosts
 from aurora_jax.launch.progress import Newest
@@ -167,6 +167,9 @@ def test_words_after_the_config_are_not_ours():
     for wrong in (["up", "--spto"], ["up", "--spot=1"], ["up", "--zone"], ["upp"]):
         with pytest.raises(Stop):
             divide(wrong)
+    assert read("stop", ["--hosts=a,me@b"], []).hosts == ("a", "me@b")
+    with pytest.raises(Stop, match="a is there twice"):
+        read("stop", ["--hosts=a,b,a"], [])
 
 
 def test_a_command_that_hangs_is_ended_with_what_it_has_started():

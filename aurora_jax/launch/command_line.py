@@ -137,16 +137,19 @@ def read(verb: str, words: Sequence[str], train: Sequence[str]) -> Options:
     require(given["unreachable"], SECONDS, f"--unreachable {given['unreachable']}: seconds, such as 1800; 0 for never")
     if verb in WITHOUT_WORDS and train:
         raise Stop(f"{verb} takes no '{' '.join(train)}'")
+    hosts = [host for host in given["hosts"].split(",") if host]
+    if twice := [host for host in hosts if hosts.count(host) > 1]:
+        raise Stop(f"--hosts {given['hosts']}: {twice[0]} is there twice")
     place = {name: given.pop(name) for name in ("zone", "project")}
     given.update(
         poll=float(given["poll"]),
         num_slices=int(given["num_slices"]),
         fruitless_starts=int(given["fruitless_starts"]),
         unreachable=float(given["unreachable"]),
-        hosts=tuple(host for host in given["hosts"].split(",") if host),
+        hosts=tuple(hosts),
         ssh_options=tuple(given["ssh_options"].split()),
         bucket=given["bucket"].removeprefix("gs://"),
-        extras=given["extras"] or ("none" if given["hosts"] else "tpu"),
+        extras=given["extras"] or ("none" if hosts else "tpu"),
         create_flags=tuple(given["create_flags"]),
         env=tuple(given["env"]),
     )
