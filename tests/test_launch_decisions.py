@@ -119,6 +119,11 @@ def test_a_start_that_does_not_come_about_counts():
     assert look(host("none"), memory=memory, limits=Limits(fruitless_starts=3))[0] is HostsAction.NO_PROGRESS
     # Of a pod that is being taken away the hosts may go before the cloud says so.
     assert Memory().after_start(well=True).after_start(well=False).after_loss().fruitless == 1
+    # The start before has made a checkpoint: it was for something, and the one after it is not blamed for the loss of the pod.
+    _, memory = look(host("none"), host("running", step=50), memory=Memory(newest=40, lost=1).after_start(well=True))
+    memory = memory.after_start(well=False)
+    assert memory.after_loss().fruitless == 0
+    assert memory.after_start(well=False).after_loss().fruitless == 1
 
 
 def test_hosts_that_cannot_say_where_the_run_is_are_not_counted_while_it_runs():

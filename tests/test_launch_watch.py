@@ -68,8 +68,8 @@ class Watched(Launcher):
     def looked(self) -> int:
         return sum("on-host status" in str(command) for command in self.commands())
 
-    def wait_for_looks(self, watch: subprocess.Popen, count: int = 2) -> None:
-        """A look that was under way may have seen less than what is there now; the one after it has not."""
+    def wait_for_looks(self, watch: subprocess.Popen, count: int = 4) -> None:
+        """Two that a start takes for itself, one that was under way and may have seen less than what is there now, and one that has not."""
         looked = self.looked()
         self.wait(watch, lambda: self.looked() >= looked + count)
 

@@ -86,8 +86,12 @@ class Memory:
         return Memory(newest=self.newest, lost=self.fruitless + (self.begun and not self.fruitful))
 
     def after_start(self, *, well: bool) -> "Memory":
-        """The run was started on all hosts, or was not: that counts once, though the VMs may be found lost next."""
-        return replace(self, begun=well, fruitful=False, lost=self.lost + (not well))
+        """The run was started on all hosts, or was not.
+
+        A start that did not come about counts once, though the VMs may be found lost next; after a new checkpoint it does not: it is the
+        end of a start that was worth its money.
+        """
+        return replace(self, begun=well, fruitful=False, lost=self.lost + (not well and not self.fruitful))
 
 
 def about_cloud(resource: QueuedResource, nodes_there: bool, health: NodeHealth, memory: Memory, limits: Limits) -> CloudAction:
