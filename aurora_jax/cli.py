@@ -92,7 +92,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if "--list" in arguments:
-        from aurora_jax.plan.command import list_topologies
+        from aurora_jax.plan.plan_command import list_topologies
 
         return list_topologies(Console())
     if not arguments or arguments[0].startswith("-"):
@@ -100,18 +100,18 @@ def _plan(arguments: Sequence[str]) -> None:
         if arguments and arguments[0] in ("-h", "--help"):
             return None
         raise InputError("aurora plan needs a config file first, such as configs/starcoderplus_v5p_128.py.")
-    from aurora_jax.plan.command import main
+    from aurora_jax.plan.plan_command import main
 
     return main(load_config(Path(arguments[0])), list(arguments[1:]), f"aurora plan {arguments[0]}")
 
 
 DATA_COMMANDS = {
-    "sample": "aurora_jax.data.sample:SampleCommand",
-    "tokenizer": "aurora_jax.data.tokenizer_training:TrainTokenizerCommand",
-    "curate": "aurora_jax.data.curation.command:CurateCommand",
-    "describe": "aurora_jax.data.describe:DescribeCommand",
-    "build": "aurora_jax.data.build_command:BuildCommand",
-    "show": "aurora_jax.data.show:ShowCommand",
+    "sample": "aurora_jax.sample_corpus:SampleCommand",
+    "tokenizer": "aurora_jax.sample_corpus.tokenizer_training:TrainTokenizerCommand",
+    "curate": "aurora_jax.data.curation.curate_command:CurateCommand",
+    "describe": "aurora_jax.data.look.describe:DescribeCommand",
+    "build": "aurora_jax.data.build.build_command:BuildCommand",
+    "show": "aurora_jax.data.look.show:ShowCommand",
 }
 
 
@@ -133,9 +133,9 @@ def _data(arguments: Sequence[str]) -> None:
 
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
-    from aurora_jax.carried_files import write_files
-    from aurora_jax.data.show import ShowCommand
-    from aurora_jax.model import checkpoint
+    from aurora_jax.checkpoints import format as checkpoint
+    from aurora_jax.checkpoints.carried_files import write_files
+    from aurora_jax.data.look.show import ShowCommand
     from aurora_jax.train.checkpoint import RunCheckpoints
 
     config = load_config(path)
@@ -164,13 +164,13 @@ def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
 
 
 def _eval(arguments: Sequence[str]) -> None:
-    from aurora_jax.evaluate.command import EvalCommand
+    from aurora_jax.evaluate.eval_command import EvalCommand
 
     tyro.cli(EvalCommand, args=list(arguments), prog="aurora eval").run()
 
 
 def _generate(arguments: Sequence[str]) -> None:
-    from aurora_jax.generate.command import GenerateCommand
+    from aurora_jax.generate.generate_command import GenerateCommand
 
     tyro.cli(GenerateCommand, args=list(arguments), prog="aurora generate").run()
 

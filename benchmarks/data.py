@@ -58,10 +58,10 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def build_ours(folder: str, tokenizer: str, work: str) -> float:
-    from aurora_jax.data.build_command import build_stores
-    from aurora_jax.data.recipe import Recipe
-    from aurora_jax.data.sources import Source
-    from aurora_jax.data.tokenizer import tokenizer_from
+    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.text.recipe import Recipe
+    from aurora_jax.data.text.sources import Source
+    from aurora_jax.data.text.tokenizer import tokenizer_from
 
     recipe = Recipe("all", "train", Source({"train": (f"{folder}/*.jsonl",)}, "jsonl"), (), tokenizer_from(tokenizer), True)
     with tempfile.TemporaryDirectory(dir=work) as output:
@@ -99,8 +99,8 @@ def load_peer(corpus: str, tokenizer: str, work: str) -> float:
     import seqio
     import tensorflow as tf
 
-    from aurora_jax.data.sample_tasks import MIXTURES
-    from aurora_jax.data.vocabulary import vocabulary_from
+    from aurora_jax.data.corpora.sample_tasks import MIXTURES
+    from aurora_jax.data.registry.vocabulary import vocabulary_from
 
     vocabulary = vocabulary_from(tokenizer)
     for language in LANGUAGES:
@@ -148,8 +148,8 @@ def step_seconds(corpus: str, tokenizer: str, work: str) -> float:
 def seek(corpus: str, tokenizer: str, work: str) -> float:
     """Seconds from closed stores to the batch of step 1,000,000; imports do not count."""
     open_loader(corpus, tokenizer, work)
-    from aurora_jax.data.loader import Loader, Stage
-    from aurora_jax.data.store import TokenStore
+    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.store import TokenStore
 
     begun = time.perf_counter()
     stores = {language: TokenStore.open(f"{work}/stores/{language}/train") for language in LANGUAGES}
@@ -160,8 +160,8 @@ def seek(corpus: str, tokenizer: str, work: str) -> float:
 
 def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
     """Bytes of the process's peak."""
-    from aurora_jax.data.loader import Loader, Stage
-    from aurora_jax.data.store import TokenStore
+    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.store import TokenStore
 
     stores = {"random": TokenStore.open(f"{work}/random-{tokens}")}
     loader = Loader(stores, [Stage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0)
@@ -172,11 +172,11 @@ def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
 
 def open_loader(corpus: str, tokenizer: str, work: str):
     """The sample corpus's stores (built once) in equal shares."""
-    from aurora_jax.data.build_command import build_stores
-    from aurora_jax.data.loader import Loader, Stage
-    from aurora_jax.data.recipe import Recipe
-    from aurora_jax.data.sources import Source
-    from aurora_jax.data.tokenizer import tokenizer_from
+    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.text.recipe import Recipe
+    from aurora_jax.data.text.sources import Source
+    from aurora_jax.data.text.tokenizer import tokenizer_from
 
     made = tokenizer_from(tokenizer)
     recipes = [
@@ -192,7 +192,7 @@ def write_random_store(directory: str, tokens: int) -> None:
     """A store of random tokens in documents of 1,000."""
     import numpy as np
 
-    from aurora_jax.data import store
+    from aurora_jax.data.batches import store
 
     rng = np.random.default_rng(0)
     store.create_arrays(directory, 49_152, tokens, tokens // 1_000, masked=False)

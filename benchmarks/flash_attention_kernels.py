@@ -132,7 +132,7 @@ def main(jobs: list[Job]) -> None:
         os.environ.update(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")
         import jax
 
-        from aurora_jax.kernels.schedule import dumped_kernels
+        from aurora_jax.plan.schedule import dumped_kernels
 
         for job in jobs:
             for dumped in Path(folder).iterdir():

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding
 
-from aurora_jax.model.checkpoint import read_metadata, restore_parameters
+from aurora_jax.checkpoints.format import read_metadata, restore_parameters
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.model.sharding import flatten, nest, rows_of
 from aurora_jax.train.config import MeshConfig
-from aurora_jax.train.mesh import make_mesh
 
 
 def figure(file: str, name: str) -> int:

@@ -55,9 +55,9 @@ def ours(precision: str) -> float:
     import jax
     import numpy as np
 
-    from aurora_jax.data.loader import Batch
+    from aurora_jax.data.batches.loader import Batch
     from aurora_jax.model.config import ModelConfig
-    from aurora_jax.train.mesh import make_mesh, place
+    from aurora_jax.model.mesh import make_mesh, place
     from aurora_jax.train.state import make_random_state
     from aurora_jax.train.step import train_step_on_mesh
     from configs.nano_aurora import config as nano_aurora

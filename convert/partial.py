@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aurora_jax.checkpoints.format import PARTIAL_SUFFIX
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import PARTIAL_SUFFIX
 
 
 class Partial:

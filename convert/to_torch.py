@@ -15,9 +15,8 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.carried_files import write_files
-from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import (
+from aurora_jax.checkpoints.carried_files import write_files
+from aurora_jax.checkpoints.format import (
     CheckpointMetadata,
     damage_named,
     open_parameters,
@@ -25,6 +24,7 @@ from aurora_jax.model.checkpoint import (
     read_metadata,
     resolve,
 )
+from aurora_jax.errors import InputError
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output

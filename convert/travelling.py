@@ -7,7 +7,7 @@ is read, kept as JSON and written anew.
 
 from pathlib import Path
 
-from aurora_jax.data.tokenizer_files import CHAT_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
+from aurora_jax.data.text.tokenizer_files import CHAT_TEMPLATES, TOKENIZER_FILES, is_tokenizer_file
 from aurora_jax.errors import InputError
 
 LARGEST_TEXT = 4 * 2**20

@@ -14,10 +14,10 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
-from aurora_jax.data.tokenizer import tokenizer_of
-from aurora_jax.data.tokenizer_files import gpt2_tokenizer_json, kind_of, tokenizer_sha256
+from aurora_jax.checkpoints.format import is_checkpoint, read_files, read_metadata, restore_parameters
+from aurora_jax.data.text.tokenizer import tokenizer_of
+from aurora_jax.data.text.tokenizer_files import gpt2_tokenizer_json, kind_of, tokenizer_sha256
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import is_checkpoint, read_files, read_metadata, restore_parameters
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from convert.from_torch import check_tensors, check_tied_head
 from convert.source import HuggingFaceFolder, read_folder

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from aurora_jax.model.checkpoint import CHUNK_BYTES
+from aurora_jax.checkpoints.format import CHUNK_BYTES
 from aurora_jax.model.config import Family, ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, dimensions, rows_of
 

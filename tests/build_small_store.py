@@ -2,12 +2,14 @@
 
 import sys
 
-from aurora_jax.data import build, sources, store
-from aurora_jax.data.build_command import build_stores
-from aurora_jax.data.documents import FillInTheMiddle
-from aurora_jax.data.recipe import Recipe
-from aurora_jax.data.sources import Source
-from aurora_jax.data.tokenizer import tokenizer_from
+from aurora_jax.data.batches import store
+from aurora_jax.data.build import pipeline as build
+from aurora_jax.data.build.build_command import build_stores
+from aurora_jax.data.text import sources
+from aurora_jax.data.text.documents import FillInTheMiddle
+from aurora_jax.data.text.recipe import Recipe
+from aurora_jax.data.text.sources import Source
+from aurora_jax.data.text.tokenizer import tokenizer_from
 
 if __name__ == "__main__":
     source, tokenizer, output, workers = sys.argv[1:]

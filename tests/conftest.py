@@ -32,8 +32,8 @@ SENTENCES = {
 def no_registered_tasks() -> Iterator[None]:
     """SeqIO's registry is the process's: each file of tests begins with no tasks of ours in it."""
     yield
-    if "aurora_jax.data.tasks" in sys.modules:
-        sys.modules["aurora_jax.data.tasks"].unregister()
+    if "aurora_jax.data.registry.tasks" in sys.modules:
+        sys.modules["aurora_jax.data.registry.tasks"].unregister()
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def mini_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mini_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level BPE tokenizer in StarCoder's layout, trained on the miniature corpus."""
-    from aurora_jax.data.tokenizer_training import save_tokenizer, train_tokenizer
+    from aurora_jax.sample_corpus.tokenizer_training import save_tokenizer, train_tokenizer
 
     directory = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     save_tokenizer(train_tokenizer(list(SENTENCES.values()) * 5, 400), directory)

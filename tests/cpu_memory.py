@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.plan.step import abstract_batch, lower_train_step
 from aurora_jax.train.config import MeshConfig, OptimizerConfig
-from aurora_jax.train.mesh import make_mesh
 from aurora_jax.train.state import state_shapes
 
 MODEL = ModelConfig(512, 1024, 256, 6, 4, 1024).with_dropout(0.0)

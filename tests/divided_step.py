@@ -6,13 +6,13 @@ import sys
 import jax
 import numpy as np
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import BLOOM, ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.division import WHOLE, Division
+from aurora_jax.model.mesh import make_mesh, place
 from aurora_jax.model.sharding import MESH_AXES, flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
-from aurora_jax.train.mesh import make_mesh, place
 from aurora_jax.train.step import make_gradient, make_loss
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

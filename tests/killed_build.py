@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aurora_jax.data import build, sources, store
-from aurora_jax.data.build_command import build_stores
-from aurora_jax.data.documents import FillInTheMiddle, Instruction
-from aurora_jax.data.recipe import Recipe
-from aurora_jax.data.sources import Source
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from
+from aurora_jax.data.batches import store
+from aurora_jax.data.batches.store import TokenStore
+from aurora_jax.data.build import pipeline as build
+from aurora_jax.data.build.build_command import build_stores
+from aurora_jax.data.text import sources
+from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
+from aurora_jax.data.text.recipe import Recipe
+from aurora_jax.data.text.sources import Source
+from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 
 SIZES = ((sources, "PART_BYTES", 2000), (store, "SHARD_ELEMENTS", 2048), (store, "CHUNK_ELEMENTS", 128), (build, "CHUNK_TOKENS", 300))
 

@@ -20,8 +20,8 @@ def main(cases: list[dict]) -> None:
         from jax.experimental import pallas as pl
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        from aurora_jax.kernels.schedule import dumped_kernels
         from aurora_jax.plan.attention_cycles import SMALLEST
+        from aurora_jax.plan.schedule import dumped_kernels
         from aurora_jax.plan.topology import tpu_topology
 
         found = []

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_jax.data import store as store_format
-from aurora_jax.data.store import StoreInfo, TokenStore, create_arrays, finish, write_range
+from aurora_jax.data.batches import store as store_format
+from aurora_jax.data.batches.store import StoreInfo, TokenStore, create_arrays, finish, write_range
 
 
 def write_store(

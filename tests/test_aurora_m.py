@@ -13,15 +13,15 @@ import pytest
 from pyarrow import parquet
 
 from aurora_jax.cli import main
-from aurora_jax.data.aurora_m.rates import MIXTURES, MOST_EPOCHS, SHARES, TOKENS
-from aurora_jax.data.aurora_m.tasks import ENTRIES, aurora_m_tasks
-from aurora_jax.data.catalogue import task_specs
-from aurora_jax.data.documents import Document, Piece, Rejected
-from aurora_jax.data.loader import stage_over
-from aurora_jax.data.mixture import BlockMixture, block_size_for, left_out
-from aurora_jax.data.reshaping import BestReplies, Transcript
-from aurora_jax.data.sources import Bad, Source
-from aurora_jax.data.store import read_info
+from aurora_jax.data.batches.loader import stage_over
+from aurora_jax.data.batches.mixture import BlockMixture, block_size_for, left_out
+from aurora_jax.data.batches.store import read_info
+from aurora_jax.data.corpora.aurora_m.rates import MIXTURES, MOST_EPOCHS, SHARES, TOKENS
+from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES, aurora_m_tasks
+from aurora_jax.data.corpora.catalogue import task_specs
+from aurora_jax.data.text.documents import Document, Piece, Rejected
+from aurora_jax.data.text.reshaping import BestReplies, Transcript
+from aurora_jax.data.text.sources import Bad, Source
 from aurora_jax.errors import InputError
 
 # The model card's 24 data set tags, as it has them.
@@ -462,9 +462,9 @@ def test_nothing_is_read_too_often_and_groups_keep_their_shares():
 def test_seqios_registry_has_the_mixtures(tmp_path):
     import seqio
 
-    from aurora_jax.data.describe import rates_of
-    from aurora_jax.data.tasks import mixture_rates, recipe_of, register, unregister
-    from aurora_jax.data.vocabulary import vocabulary_from
+    from aurora_jax.data.look.describe import rates_of
+    from aurora_jax.data.registry.tasks import mixture_rates, recipe_of, register, unregister
+    from aurora_jax.data.registry.vocabulary import vocabulary_from
 
     register(tmp_path / "nowhere", vocabulary_from("bytes"))
     try:
@@ -489,7 +489,7 @@ def test_seqios_registry_has_the_mixtures(tmp_path):
 @pytest.fixture
 def registry():
     yield
-    from aurora_jax.data.tasks import unregister
+    from aurora_jax.data.registry.tasks import unregister
 
     unregister()
 

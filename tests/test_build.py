@@ -23,14 +23,16 @@ from conftest import SENTENCES
 from rich.console import Console
 
 from aurora_jax.cli import main
-from aurora_jax.data import build, sources, store
-from aurora_jax.data.build import jobs_for, pipeline
-from aurora_jax.data.build_command import build_stores, summary
-from aurora_jax.data.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Piece, Rejected
-from aurora_jax.data.recipe import Dropped, Preparation, Recipe
-from aurora_jax.data.sources import Source
-from aurora_jax.data.store import TokenStore, read_info
-from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from aurora_jax.data.batches import store
+from aurora_jax.data.batches.store import TokenStore, read_info
+from aurora_jax.data.build import pipeline as build
+from aurora_jax.data.build.build_command import build_stores, summary
+from aurora_jax.data.build.pipeline import jobs_for, pipeline
+from aurora_jax.data.text import sources
+from aurora_jax.data.text.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Piece, Rejected
+from aurora_jax.data.text.recipe import Dropped, Preparation, Recipe
+from aurora_jax.data.text.sources import Source
+from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from aurora_jax.errors import InputError
 
 HERE = Path(__file__).parent

@@ -11,10 +11,10 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from aurora_jax.carried_files import write_files
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.carried_files import write_files
+from aurora_jax.checkpoints.format import CheckpointMetadata
 from aurora_jax.errors import InputError
-from aurora_jax.model import checkpoint
-from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.model.sharding import flatten, nest

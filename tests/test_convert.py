@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from aurora_jax.model import checkpoint
+from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.model.sharding import flatten
 from convert import weight_map
 from convert.__main__ import main

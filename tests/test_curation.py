@@ -22,7 +22,6 @@ from conftest import SENTENCES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_jax.data import sources
 from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import CHARACTERS, WORDS, EvaluationIndex, read_items
 from aurora_jax.data.curation.documents import JSON_LINES, InputPart, read_part
@@ -30,8 +29,9 @@ from aurora_jax.data.curation.filters import identify, language_rejection, measu
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import THRESHOLDS, load_thresholds
 from aurora_jax.data.curation.units import hash_ngrams, hash_units, normalize, split_units
-from aurora_jax.data.files import find
+from aurora_jax.data.text import sources
 from aurora_jax.errors import InputError
+from aurora_jax.storage.files import find
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = Path(os.environ.get("AURORA_SHARED") or ROOT.parent / "shared") / "data" / "evaluation"
@@ -716,7 +716,7 @@ def test_files_of_one_name_are_told_apart(raw, tmp_path, monkeypatch, capsys):
 
 def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
     """A hook turns documents away, shards part the rest without loss, and where a file is cut into parts changes nothing."""
-    from aurora_jax.data.curation.command import CurateCommand, curate
+    from aurora_jax.data.curation.curate_command import CurateCommand, curate
 
     def outcome(name: str, shards: int) -> list[bytes]:
         inputs = (f"web={raw}/web.jsonl", f"books={raw}/books.jsonl")

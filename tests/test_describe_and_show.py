@@ -16,14 +16,14 @@ from rich.console import Console
 from stores import write_store
 
 from aurora_jax.cli import main
-from aurora_jax.data.aurora_m.tasks import ENTRIES
-from aurora_jax.data.catalogue import MIXTURES
-from aurora_jax.data.describe import markdown, rates_of, shares, task_rows
-from aurora_jax.data.loader import Loader, Stage, stage_over
-from aurora_jax.data.show import PARTIAL, print_row, read_row, runs_of
-from aurora_jax.data.show_page import harmless
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from aurora_jax.data.batches.loader import Loader, Stage, stage_over
+from aurora_jax.data.batches.store import TokenStore
+from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES
+from aurora_jax.data.corpora.catalogue import MIXTURES
+from aurora_jax.data.look.describe import markdown, rates_of, shares, task_rows
+from aurora_jax.data.look.show import PARTIAL, print_row, read_row, runs_of
+from aurora_jax.data.look.show_page import harmless
+from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from aurora_jax.errors import InputError
 
 TEXTS = {
@@ -137,9 +137,9 @@ def test_the_document_holds_the_tables():
 MODULE = """
 import seqio
 import tensorflow as tf
-from aurora_jax.data.sources import Source
-from aurora_jax.data.tasks import FileSource, Prepare
-from aurora_jax.data.vocabulary import vocabulary_from
+from aurora_jax.data.text.sources import Source
+from aurora_jax.data.registry.tasks import FileSource, Prepare
+from aurora_jax.data.registry.vocabulary import vocabulary_from
 
 features = {"targets": seqio.Feature(vocabulary_from("bytes"), add_eos=True, dtype=tf.int32)}
 source = Source({"train": ("FOLDER/*.jsonl",)}, "jsonl", language="et", license="CC0")
@@ -157,7 +157,7 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "160")
     import seqio
 
-    from aurora_jax.data.tasks import unregister
+    from aurora_jax.data.registry.tasks import unregister
 
     unregister()
     try:
@@ -254,7 +254,7 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer):
 def test_sentencepiece_keeps_its_spaces(tmp_path):
     import sentencepiece
 
-    from aurora_jax.data.tokenizer import SentencePieceTokenizer
+    from aurora_jax.data.text.tokenizer import SentencePieceTokenizer
 
     text = "the quick brown fox jumps over the lazy dog"
     (tmp_path / "text").write_text((text + "\n") * 50)

@@ -15,7 +15,7 @@ import tyro
 
 from aurora_jax.cli import COMMANDS, DATA_COMMANDS
 from aurora_jax.cli import main as aurora
-from aurora_jax.plan.command import PlanOptions
+from aurora_jax.plan.plan_command import PlanOptions
 from convert.__main__ import main as convert
 
 ROOT = Path(__file__).resolve().parents[1]

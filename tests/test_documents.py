@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from aurora_jax.data.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Instruction, MostSymbols, Piece, Rejected
-from aurora_jax.data.recipe import Dropped, Outcome, Preparation, Tokenized
-from aurora_jax.data.sources import Bad
-from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from aurora_jax.data.text.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Instruction, MostSymbols, Piece, Rejected
+from aurora_jax.data.text.recipe import Dropped, Outcome, Preparation, Tokenized
+from aurora_jax.data.text.sources import Bad
+from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
 
 SHARED = Path(os.environ.get("AURORA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -189,7 +189,7 @@ def test_impossible_rates_are_refused(rates: tuple[float, float]) -> None:
 
 
 DETERMINED = """
-from aurora_jax.data.documents import CodeFormat, Document, FillInTheMiddle, Piece
+from aurora_jax.data.text.documents import CodeFormat, Document, FillInTheMiddle, Piece
 for number in {numbers}:
     made = Document((Piece(f"document {{number}} 日本語 𝒳"),), {{"repository": "a/b", "path": "c.py", "stars": number}})
     for step in (CodeFormat(rate=0.5, seed=3), FillInTheMiddle(seed=3)):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from aurora_jax.data.tokenizer import tokenizer_from
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.data.text.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
-from aurora_jax.generate.command import GenerateCommand
 from aurora_jax.generate.end_of_text import end_of_text_ids
-from aurora_jax.model import checkpoint
-from aurora_jax.model.checkpoint import CheckpointMetadata
+from aurora_jax.generate.generate_command import GenerateCommand
 from aurora_jax.model.config import ModelConfig
 from convert.__main__ import main
 

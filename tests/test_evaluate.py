@@ -10,11 +10,11 @@ import pytest
 from conftest import SENTENCES
 from stores import write_store
 
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.data.batches.store import TokenStore
+from aurora_jax.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator, Score
-from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from convert.__main__ import main as convert

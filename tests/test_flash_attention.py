@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from aurora_jax.chips import CHIPS
-from aurora_jax.data.loader import Batch
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
 from aurora_jax.kernels.flash_attention.blocks import blocks_for

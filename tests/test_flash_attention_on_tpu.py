@@ -15,10 +15,10 @@ from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
 from aurora_jax.model.config import PRESETS, ComputeConfig
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.plan.step import lower_train_step
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import MeshConfig, OptimizerConfig
-from aurora_jax.train.mesh import make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 

@@ -17,15 +17,15 @@ from eight_devices import run_on_eight_devices
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.cli import main
-from aurora_jax.data.documents import Document, Instruction
-from aurora_jax.data.tokenizer import tokenizer_from
+from aurora_jax.data.text.documents import Document, Instruction
+from aurora_jax.data.text.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding, prompts
 from aurora_jax.generate.generator import Completion, Generator, make_inference_mesh, prompt_slots, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling, candidates, choose
 from aurora_jax.generate.streaming import TextStream
-from aurora_jax.model import checkpoint
 from aurora_jax.model.config import BLOOM, PRESETS, ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, merge_unstacked, structure_of
 from convert.__main__ import main as convert

@@ -15,7 +15,7 @@ import pytest
 from killed_conversion import CHUNK_BYTES
 from test_convert import make_model
 
-from aurora_jax.model.checkpoint import is_checkpoint
+from aurora_jax.checkpoints.format import is_checkpoint
 from convert import weight_map
 from convert.__main__ import main
 from convert.partial import Partial, folder_of

@@ -9,7 +9,7 @@ import pytest
 
 from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
-from aurora_jax.kernels.schedule import basic_blocks
+from aurora_jax.plan.schedule import basic_blocks
 
 # Passes in bf16 that a product in fp32 takes at the highest precision.
 PASSES = {"bfloat16": 1, "float32": 6}

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from aurora_jax.data.loader import Batch, Loader, Stage, evaluation_batches, spread_windows
-from aurora_jax.data.mixture import BlockMixture
-from aurora_jax.data.permutation import Permutation, permute
-from aurora_jax.data.store import TokenStore
+from aurora_jax.data.batches.loader import Batch, Loader, Stage, evaluation_batches, spread_windows
+from aurora_jax.data.batches.mixture import BlockMixture
+from aurora_jax.data.batches.permutation import Permutation, permute
+from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError
 
 # --- permutations

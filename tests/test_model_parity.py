@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.errors import InputError
-from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import gelu, initial_parameters, merge, structure_of
 from aurora_jax.model.loss import cross_entropy

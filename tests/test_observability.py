@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aurora_jax.chips import CHIPS
-from aurora_jax.data.tasks import unregister
+from aurora_jax.data.registry.tasks import unregister
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model.config import PRESETS, ComputeConfig, ModelConfig

@@ -15,9 +15,10 @@ import pytest
 from eight_devices import run_on_eight_devices
 from jax.sharding import AbstractMesh, NamedSharding
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.errors import InputError
-from aurora_jax.model import checkpoint, loss
+from aurora_jax.model import loss
 from aurora_jax.model.config import PRESETS, ComputeConfig, ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from aurora_jax.model.sharding import MESH_AXES, TABLE, flatten, parameter_shapes, rows_of
@@ -158,10 +159,10 @@ def test_padding_is_removed_on_export(tmp_path, hf, monkeypatch, divisor):
 RESTORED = """
 import sys
 import jax, numpy as np
-from aurora_jax.model.checkpoint import read_metadata, restore_parameters
+from aurora_jax.checkpoints.format import read_metadata, restore_parameters
 from aurora_jax.model.sharding import flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
-from aurora_jax.train.mesh import make_mesh
+from aurora_jax.model.mesh import make_mesh
 mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
 shardings = parameter_shardings(read_metadata(sys.argv[1]).config, mesh)
 expected = flatten(restore_parameters(sys.argv[1]))

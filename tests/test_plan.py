@@ -21,15 +21,15 @@ from aurora_jax.chips import CHIPS, GIB
 from aurora_jax.cli import load_config, main
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.model.sharding import TABLE, parameter_shapes
 from aurora_jax.plan.attention_cycles import attention_cycles
-from aurora_jax.plan.command import PlanOptions, model_of, run
 from aurora_jax.plan.estimate import BelowPhysics, DoesNotFit, bytes_gathered_once, compile_step, make_plan
+from aurora_jax.plan.plan_command import PlanOptions, model_of, run
 from aurora_jax.plan.program import read_program
 from aurora_jax.plan.search import least_memory, print_ranking, search, write_config
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from aurora_jax.train.mesh import make_mesh
 from aurora_jax.train.stages import LearningRate, Stage
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")

@@ -10,10 +10,10 @@ from aurora_jax.cli import load_config
 from aurora_jax.evaluate.bits_per_byte import make_sums
 from aurora_jax.model.config import PRESETS
 from aurora_jax.model.decoder import structure_of
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.plan.estimate import bytes_a_chip
 from aurora_jax.plan.step import abstract_batch
 from aurora_jax.plan.topology import tpu_topology
-from aurora_jax.train.mesh import make_mesh
 from aurora_jax.train.state import make_random_state, make_state_around, state_shapes
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")

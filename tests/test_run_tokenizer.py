@@ -9,14 +9,14 @@ import pytest
 import sentencepiece
 from conftest import SENTENCES
 
-from aurora_jax.data.tasks import unregister
-from aurora_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_from
-from aurora_jax.data.tokenizer_files import read_tokenizer_files
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.data.registry.tasks import unregister
+from aurora_jax.data.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_from
+from aurora_jax.data.text.tokenizer_files import read_tokenizer_files
 from aurora_jax.errors import InputError
-from aurora_jax.evaluate.command import EvalCommand
-from aurora_jax.generate.command import GenerateCommand
-from aurora_jax.model import checkpoint
-from aurora_jax.model.checkpoint import CheckpointMetadata
+from aurora_jax.evaluate.eval_command import EvalCommand
+from aurora_jax.generate.generate_command import GenerateCommand
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.train.config import DataConfig, EvaluationConfig, TrainConfig

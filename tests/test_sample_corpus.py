@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from aurora_jax.data.sample import build_sample_corpus, extract, heldout
-from aurora_jax.data.sample.build import Manifest, build
-from aurora_jax.data.sample.clean import Deduplicator, clean_line, fingerprint, is_language, prose
-from aurora_jax.data.sample.code import CodeFile, is_well_documented, npm, standard_library
-from aurora_jax.data.sample.packages import Package, read_members
-from aurora_jax.data.sample.sources import LANGUAGES, PARTS, Collection, Source
 from aurora_jax.errors import InputError
+from aurora_jax.sample_corpus import build_sample_corpus, extract, heldout
+from aurora_jax.sample_corpus.build import Manifest, build
+from aurora_jax.sample_corpus.clean import Deduplicator, clean_line, fingerprint, is_language, prose
+from aurora_jax.sample_corpus.code import CodeFile, is_well_documented, npm, standard_library
+from aurora_jax.sample_corpus.packages import Package, read_members
+from aurora_jax.sample_corpus.packages_table import LANGUAGES, PARTS, Collection, Source
 
 SENTENCES = {
     "en": "The document number {} was saved before the window was closed.",

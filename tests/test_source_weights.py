@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_convert import assert_refused, make_model, rewrite, save_bin
 
-from aurora_jax.model import checkpoint
+from aurora_jax.checkpoints import format as checkpoint
 from convert.__main__ import main
 
 torch = pytest.importorskip("torch")

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from aurora_jax.data import sources
-from aurora_jax.data.build_command import build_stores
-from aurora_jax.data.documents import CodeFormat, Document
-from aurora_jax.data.files import find, open_file, open_stream
-from aurora_jax.data.recipe import Recipe
-from aurora_jax.data.sources import Bad, Source
-from aurora_jax.data.tokenizer import ByteTokenizer
+from aurora_jax.data.build.build_command import build_stores
+from aurora_jax.data.text import sources
+from aurora_jax.data.text.documents import CodeFormat, Document
+from aurora_jax.data.text.recipe import Recipe
+from aurora_jax.data.text.sources import Bad, Source
+from aurora_jax.data.text.tokenizer import ByteTokenizer
 from aurora_jax.errors import InputError
+from aurora_jax.storage.files import find, open_file, open_stream
 
 RECORDS = [
     {
@@ -627,7 +627,7 @@ def test_s3_goes_to_the_endpoint(s3_server: tuple[str, list[str]]) -> None:
     """In a process of its own: pyarrow's S3 does not like to be started twice."""
     endpoint, requests = s3_server
     code = (
-        "from aurora_jax.data.sources import Source\n"
+        "from aurora_jax.data.text.sources import Source\n"
         "source = Source({'train': ('s3://bucket/folder/a.jsonl',)}, 'jsonl')\n"
         "(file,) = source.files('train')\n"
         "print(file.url, file.size, *(document.text for part in source.parts(file) for document in source.read(part)), sep='|')\n"

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from aurora_jax.data import store as store_module
-from aurora_jax.data.store import TokenStore, read_info
+from aurora_jax.data.batches import store as store_module
+from aurora_jax.data.batches.store import TokenStore, read_info
 from aurora_jax.errors import InputError
 
 
@@ -112,7 +112,8 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 def test_import_is_light() -> None:
     """The loader runs on every host of a pod; TensorFlow must not come with it."""
-    code = "import sys, aurora_jax.data.loader, aurora_jax.data.store; sys.exit('tensorflow' in sys.modules or 'seqio' in sys.modules)"
+    modules = "aurora_jax.data.batches.loader, aurora_jax.data.batches.store"
+    code = f"import sys, {modules}; sys.exit('tensorflow' in sys.modules or 'seqio' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 

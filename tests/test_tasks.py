@@ -15,14 +15,14 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from aurora_jax.data.build_command import build_stores
-from aurora_jax.data.documents import FillInTheMiddle, Instruction
-from aurora_jax.data.opening import open_stores
-from aurora_jax.data.sample_tasks import LANGUAGES, MIXTURES
-from aurora_jax.data.sources import Source
-from aurora_jax.data.store import TokenStore, read_info
-from aurora_jax.data.tasks import FileSource, Prepare, mixture_rates, recipe_of, register, unregister
-from aurora_jax.data.vocabulary import Vocabulary, vocabulary_from
+from aurora_jax.data.batches.store import TokenStore, read_info
+from aurora_jax.data.build.build_command import build_stores
+from aurora_jax.data.build.opening import open_stores
+from aurora_jax.data.corpora.sample_tasks import LANGUAGES, MIXTURES
+from aurora_jax.data.registry.tasks import FileSource, Prepare, mixture_rates, recipe_of, register, unregister
+from aurora_jax.data.registry.vocabulary import Vocabulary, vocabulary_from
+from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
+from aurora_jax.data.text.sources import Source
 from aurora_jax.errors import InputError
 
 DOCUMENTS = {

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from aurora_jax.data.documents import CodeFormat, Document, FillInTheMiddle, Instruction, MostSymbols, Piece
-from aurora_jax.data.recipe import Preparation, Recipe, Tokenized
-from aurora_jax.data.tokenizer import Tokenizer, tokenizer_from
+from aurora_jax.data.text.documents import CodeFormat, Document, FillInTheMiddle, Instruction, MostSymbols, Piece
+from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized
+from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate import prompts
 from aurora_jax.generate.streaming import TextStream

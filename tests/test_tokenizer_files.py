@@ -10,10 +10,10 @@ import sentencepiece
 from conftest import SENTENCES
 from stores import write_store
 
-from aurora_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_from, tokenizer_of
-from aurora_jax.data.tokenizer_files import read_tokenizer_files, require_tokenizer_of_stores, tokenizer_sha256
+from aurora_jax.checkpoints.format import CheckpointMetadata, save_checkpoint
+from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_from, tokenizer_of
+from aurora_jax.data.text.tokenizer_files import read_tokenizer_files, require_tokenizer_of_stores, tokenizer_sha256
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import CheckpointMetadata, save_checkpoint
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import initial_parameters
 

@@ -18,13 +18,13 @@ import pytest
 from eight_devices import run_on_eight_devices
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
 
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tasks import mixture_rates, unregister
+from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.data.batches.store import TokenStore
+from aurora_jax.data.registry.tasks import mixture_rates, unregister
 from aurora_jax.errors import InputError
-from aurora_jax.evaluate.command import EvalCommand
+from aurora_jax.evaluate.eval_command import EvalCommand
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.launch.progress import ITEMS, Newest, newest_checkpoint
-from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from aurora_jax.train import loop, revision
@@ -296,7 +296,7 @@ def swapped(mixture: str) -> tuple[tuple[str, float], ...]:
 
 
 def test_other_rates_under_the_same_name_are_not_resumed(base, undisturbed, monkeypatch):
-    monkeypatch.setattr("aurora_jax.data.tasks.mixture_rates", swapped)
+    monkeypatch.setattr("aurora_jax.data.registry.tasks.mixture_rates", swapped)
     with pytest.raises(
         InputError, match=r"rates of stage cap \{'sample_en': 0.28, 'sample_fi': 0.12\}.*\{'sample_en': 0.12, 'sample_fi': 0.28"
     ):
@@ -461,7 +461,7 @@ from aurora_jax.cli import load_config
 from aurora_jax.train import state as states
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.loop import train
-from aurora_jax.train.mesh import make_mesh
+from aurora_jax.model.mesh import make_mesh
 from pathlib import Path
 
 def assert_placed(state, mesh):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.sharding import flatten

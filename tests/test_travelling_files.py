@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from test_convert import assert_refused, make_model
 
-from aurora_jax.model import checkpoint
+from aurora_jax.checkpoints import format as checkpoint
 from convert import travelling
 from convert.__main__ import main
 

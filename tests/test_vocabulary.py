@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_jax.data.tokenizer import ByteTokenizer, tokenizer_from
-from aurora_jax.data.vocabulary import Vocabulary, vocabulary_from
+from aurora_jax.data.registry.vocabulary import Vocabulary, vocabulary_from
+from aurora_jax.data.text.tokenizer import ByteTokenizer, tokenizer_from
 from aurora_jax.errors import InputError
 
 SHARED = Path(os.environ.get("AURORA_SHARED", Path(__file__).parents[2] / "shared"))

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aurora_jax.data.loader import Batch, evaluation_batches, spread_windows, window_count
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.data.batches.loader import Batch, evaluation_batches, spread_windows, window_count
+from aurora_jax.data.batches.store import TokenStore
+from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.decoder import merge

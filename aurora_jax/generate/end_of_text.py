@@ -3,9 +3,9 @@
 import json
 from collections.abc import Mapping
 
-from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.checkpoints.format import CheckpointMetadata, Location
+from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
-from aurora_jax.model.checkpoint import CheckpointMetadata, Location
 from aurora_jax.model.config import eos_token_id
 
 GENERATION_CONFIG = "generation_config.json"

@@ -14,11 +14,11 @@ import numpy as np
 from jax import stages
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding
 from aurora_jax.generate.decoding import DecodingState
 from aurora_jax.generate.sampling import Sampling
-from aurora_jax.model import checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.division import Division

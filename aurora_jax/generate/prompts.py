@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aurora_jax.data.documents import INSTRUCTION, RESPONSE
-from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.data.text.documents import INSTRUCTION, RESPONSE
+from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 
 FILL_IN_THE_MIDDLE = (

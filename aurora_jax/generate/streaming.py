@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Sequence
 
-from aurora_jax.data.tokenizer import Tokenizer
+from aurora_jax.data.text.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"
 """What decoders write for bytes that are no whole character (yet)."""

@@ -1,6 +1,6 @@
 """How far a run has come, read from its files: the newest complete checkpoint, and the code that wrote it.
 
-`aurora_jax/model/checkpoint.py` and `aurora_jax/train/checkpoint.py` say the same with libraries that only the run's own environment
+`aurora_jax/checkpoints/format.py` and `aurora_jax/train/checkpoint.py` say the same with libraries that only the run's own environment
 has; a test compares.
 """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention.tiles import Blocks
-from aurora_jax.kernels.schedule import BasicBlock, dumped_kernels
+from aurora_jax.plan.schedule import BasicBlock, dumped_kernels
 
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

@@ -16,13 +16,13 @@ from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig
 from aurora_jax.model.flops import flops_per_token
+from aurora_jax.model.mesh import make_mesh
 from aurora_jax.model.sharding import FSDP_AXES, MESH_AXES, TENSOR_AXIS, parameter_count, parameter_shapes, rows_of
 from aurora_jax.plan.attention_cycles import attention_cycles
 from aurora_jax.plan.program import Collective, Program, read_program
 from aurora_jax.plan.step import lower_train_step
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.mesh import make_mesh
 from aurora_jax.train.state import state_shapes
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS
 from aurora_jax.train.config import OptimizerConfig

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from aurora_jax.carried_files import encode_files
+from aurora_jax.checkpoints import format
+from aurora_jax.checkpoints.carried_files import encode_files
+from aurora_jax.checkpoints.format import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
-from aurora_jax.model import checkpoint as format
-from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.processes import is_first

@@ -7,6 +7,7 @@ from typing import Literal
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.mesh import MeshConfig
 from aurora_jax.train.stages import Stage
 
 
@@ -65,25 +66,6 @@ class OptimizerConfig:
                 f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step changes an average by less than "
                 "bf16's rounding, and it would stand still. Keep the moments in float32, or lower the beta."
             )
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
-
-    data: int = 1
-    """Across slices: everything is replicated, gradients are added up over the data-center network."""
-    fsdp: int = -1
-    """Weights are stored in parts and gathered where they are used."""
-    fsdp_inner: int = 1
-    """A second axis of the same kind: two that follow the torus (16 x 16 on v5e, 4 x 16 on 64 v5p) let the compiler reduce-scatter."""
-    sequence: int = 1
-    """Divides the places of a sequence; keys and values are gathered along it."""
-    tensor: int = 1
-    """Divides heads, feed-forward columns and the vocabulary."""
-    gather: Literal["layer", "step"] = "layer"
-    """When weights are gathered along fsdp: by each layer, each time it is computed; or all once a step, kept whole in the precision of the
-    products (2 bytes a parameter on every chip) for all micro-batches."""
 
 
 @dataclass(frozen=True)

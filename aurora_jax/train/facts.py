@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from aurora_jax.data.loader import Stage as DataStage
-from aurora_jax.data.loader import window_count
-from aurora_jax.data.mixture import NAMED
-from aurora_jax.data.store import TokenStore
+from aurora_jax.checkpoints import format
+from aurora_jax.data.batches.loader import Stage as DataStage
+from aurora_jax.data.batches.loader import window_count
+from aurora_jax.data.batches.mixture import NAMED
+from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError
-from aurora_jax.model import checkpoint as format
 from aurora_jax.train.config import TrainConfig
 
 PLAIN = ("seed", "dropout", "batch_size", "sequence_length", "attend_across_documents")

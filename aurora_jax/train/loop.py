@@ -9,22 +9,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from aurora_jax.data.loader import Loader, stage_over
-from aurora_jax.data.loader import Stage as DataStage
-from aurora_jax.data.mixture import left_out
-from aurora_jax.data.opening import open_stores, store_directory
-from aurora_jax.data.store import TokenStore
-from aurora_jax.data.tokenizer_files import require_tokenizer_of_stores
+from aurora_jax.checkpoints import format as checkpoint_format
+from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.data.batches.loader import Loader, stage_over
+from aurora_jax.data.batches.loader import Stage as DataStage
+from aurora_jax.data.batches.mixture import left_out
+from aurora_jax.data.batches.store import TokenStore, store_directory
+from aurora_jax.data.build.opening import open_stores
+from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
-from aurora_jax.model import checkpoint as checkpoint_format
-from aurora_jax.model.checkpoint import CheckpointMetadata
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import structure_of
+from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import run_facts
-from aurora_jax.train.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
@@ -239,8 +239,8 @@ def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig
 def _open_data(config: TrainConfig, files: RunFiles) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
     """The stage table with its rates, the training stores and the held-out stores: all made with the run's tokenizer."""
     # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
-    from aurora_jax.data.tasks import mixture_rates, register
-    from aurora_jax.data.vocabulary import Vocabulary
+    from aurora_jax.data.registry.tasks import mixture_rates, register
+    from aurora_jax.data.registry.vocabulary import Vocabulary
 
     register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}

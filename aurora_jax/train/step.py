@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aurora_jax.data.loader import Batch
+from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import merge, structure_of
 from aurora_jax.model.division import WHOLE, Division

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from aurora_jax.data.tokenizer import Tokenizer, tokenizer_of
-from aurora_jax.data.tokenizer_files import Files, is_tokenizer_file, read_tokenizer_files, tokenizer_sha256
+from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_of
+from aurora_jax.data.text.tokenizer_files import Files, is_tokenizer_file, read_tokenizer_files, tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.train.config import DataConfig

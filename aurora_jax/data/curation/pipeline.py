@@ -20,6 +20,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
+from aurora_jax.data.batches.store import kvstore_at
 from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import EvaluationIndex, read_items
 from aurora_jax.data.curation.documents import Document, InputPart, read_part
@@ -27,10 +28,9 @@ from aurora_jax.data.curation.filters import LANGUAGE, language_rejection, measu
 from aurora_jax.data.curation.hooks import Hook
 from aurora_jax.data.curation.thresholds import Thresholds
 from aurora_jax.data.curation.units import hash_units, normalize, split_units
-from aurora_jax.data.files import open_stream
-from aurora_jax.data.sources import Bad
-from aurora_jax.data.store import kvstore_at
+from aurora_jax.data.text.sources import Bad
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.files import open_stream
 
 CONTAMINATION = "contamination"
 EXACT_DUPLICATES = "exact_duplicates"

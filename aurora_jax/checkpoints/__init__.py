@@ -1,0 +1,1 @@
+"""Checkpoints: their format, and what can be done with one."""

@@ -1,0 +1,1 @@
+"""Tokenizing a task once, with Apache Beam, into a store."""

@@ -1,0 +1,1 @@
+"""SeqIO and TensorFlow, behind one door."""
