@@ -10,7 +10,8 @@ Sources: the pages of Google Cloud's TPU documentation on v4, v5e, v5p and v6e (
   800 GiB in another; v6e's is 1,638 in the newest, 1,640 in an older one.
 - The clock is that at which the matrix units give the published peak: a row a cycle for each of them, two on v6e.
 
-From memory, and to be overridden: prices (on-demand list prices in US regions), and v4's share of the data-center network.
+From memory, and to be overridden: prices (on-demand list prices in US regions), and v4's share of the
+data-center network.
 """
 
 from dataclasses import dataclass

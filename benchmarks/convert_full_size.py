@@ -1,12 +1,15 @@
-"""Conversion and restoring at the real size: memory of a 15.5B checkpoint, time of a 3B one against `cp`, what a mesh reads of it.
+"""Conversion and restoring at the real size: memory of a 15.5B checkpoint, time of a 3B one against `cp`,
+what a mesh reads of it.
 
     python benchmarks/convert_full_size.py --workdir /tmp --json convert_full_size.json
 
 size      a checkpoint of starcoderplus' shape in the layout of the hub (15,517,456,384 parameters, 14 fp32 shards; sparse files, in which
-          vectors and some rows of each matrix are random) becomes a bf16 checkpoint of ours and comes back, and is compared, every tensor
-          bit by bit. Peak memory is the kernel's, of each conversion's whole process: below 3 GB.
+          vectors and some rows of each matrix are random) becomes a bf16 checkpoint of ours and comes back,
+          and is compared, every tensor bit by bit. Peak memory is the kernel's, of each conversion's whole
+          process: below 3 GB.
 speed     3B, random bf16 numbers: `from-torch` and `to-torch` against `cp` of the same bytes on the same disk, in turns. Every time starts
-          with a cold source (its pages are evicted) and ends when all is on the disk (`sync`). At least 0.4 times as fast as `cp`.
+          with a cold source (its pages are evicted) and ends when all is on the disk (`sync`). At least 0.4
+          times as fast as `cp`.
 restore   that checkpoint onto eight CPU devices, fsdp 8 and fsdp 4 x tensor 2: bytes that the process reads, against those of the
           parameters, and its peak memory beyond them, against the largest parameter.
 
@@ -79,7 +82,12 @@ def main(arguments: Arguments) -> int:
                 rows += restore(ours)
     table = Table("measurement", "ours", "peer", "ratio", "target", "met", title="conversion at full size")
     for row in rows:
-        cells = (row["name"], f"{row['ours']:,.2f} {row['unit']}", f"{row['peer']:,.2f} {row['unit']}", f"{row['ratio']:.3f}")
+        cells = (
+            row["name"],
+            f"{row['ours']:,.2f} {row['unit']}",
+            f"{row['peer']:,.2f} {row['unit']}",
+            f"{row['ratio']:.3f}",
+        )
         table.add_row(*cells, row["target"], "yes" if row["met"] else "NO")
     Console().print(table)
     if arguments.json:
@@ -87,7 +95,9 @@ def main(arguments: Arguments) -> int:
     return 0 if all(row["met"] for row in rows) else 1
 
 
-def figure(name: str, ours: float, peer: float, unit: str, target: str, met: bool, ratio: float | None = None) -> dict[str, Any]:
+def figure(
+    name: str, ours: float, peer: float, unit: str, target: str, met: bool, ratio: float | None = None
+) -> dict[str, Any]:
     ratio = ours / peer if ratio is None else ratio
     return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target, "met": met}
 
@@ -99,24 +109,38 @@ def size(folder: Path) -> list[dict[str, Any]]:
     source, ours, back = (folder / f"15b{name}" for name in ("", "_ours", "_back"))
     make_checkpoint(source, FULL, "F32")
     opened = read_folder(source)
-    assert sum(math.prod(tensor.shape) for tensor in opened.tensors.values()) == parameter_count(PRESETS[FULL]) == PARAMETERS
-    assert [file.name for file in opened.files] == [f"model-{n:05d}-of-{SHARDS:05d}.safetensors" for n in range(1, SHARDS + 1)]
+    assert (
+        sum(math.prod(tensor.shape) for tensor in opened.tensors.values())
+        == parameter_count(PRESETS[FULL])
+        == PARAMETERS
+    )
+    assert [file.name for file in opened.files] == [
+        f"model-{n:05d}-of-{SHARDS:05d}.safetensors" for n in range(1, SHARDS + 1)
+    ]
     rows = []
     gigabytes = PARAMETERS * 2 / 1e9
-    for direction, start, end, options in (("from-torch", source, ours, ("--dtype", "bfloat16")), ("to-torch", ours, back, ())):
+    for direction, start, end, options in (
+        ("from-torch", source, ours, ("--dtype", "bfloat16")),
+        ("to-torch", ours, back, ()),
+    ):
         peak, seconds = convert(direction, start, end, *options)
         name = f"{direction} {FULL} ({PARAMETERS:,} parameters, {seconds:.0f} s), peak memory / bf16 weights"
         rows.append(figure(name, peak, gigabytes, "GB", f"< {MEMORY_GB:g} GB", peak < MEMORY_GB))
     equal = count_equal(source, back)
     tensors = len(opened.tensors)
-    rows.append(figure("tensors that came back bit-equal (fp32 rounded to bf16) / all", equal, tensors, "", "all", equal == tensors))
+    rows.append(
+        figure(
+            "tensors that came back bit-equal (fp32 rounded to bf16) / all", equal, tensors, "", "all", equal == tensors
+        )
+    )
     for path in (source, ours, back):
         shutil.rmtree(path)
     return rows
 
 
 def make_checkpoint(folder: Path, model: str, dtype: Literal["F32", "BF16"]) -> None:
-    """A Hugging Face folder of a model's shape: all random in bf16; in fp32 sparse, with random vectors and some random rows."""
+    """A Hugging Face folder of a model's shape: all random in bf16; in fp32 sparse, with random vectors and
+    some random rows."""
     folder.mkdir()
     config = PRESETS[model]
     tensors = hf_tensors(config)
@@ -197,7 +221,9 @@ def speed(source: Path, ours: Path, folder: Path, rounds: int) -> list[dict[str,
                 read, written = (source, copy) if side == "cp" else (start, end)
                 shutil.rmtree(written, ignore_errors=True)
                 evict(read)
-                peak, elapsed = run(["cp", "-r", str(read), str(written)]) if side == "cp" else convert(side, read, written)
+                peak, elapsed = (
+                    run(["cp", "-r", str(read), str(written)]) if side == "cp" else convert(side, read, written)
+                )
                 seconds[side].append(elapsed)
                 peaks[side] = max(peak, peaks.get(side, 0.0))
                 print(f"{side}: {elapsed:.1f} s", file=sys.stderr)
@@ -236,7 +262,9 @@ def restore(ours: Path) -> list[dict[str, Any]]:
         worker = Path(__file__).with_name("restore_shards.py")
         environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, str(worker), str(ours), json.dumps(mesh)]
-        found = json.loads(subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+        found = json.loads(
+            subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, check=True).stdout
+        )
         label = " x ".join(f"{axis} {devices}" for axis, devices in mesh.items())
         read, parameters, beyond = (found[key] / 1e9 for key in ("read", "parameters", "beyond"))
         name = f"restore onto {label} ({found['seconds']:.0f} s), bytes read / parameters"

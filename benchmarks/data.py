@@ -3,7 +3,8 @@
     python benchmarks/data.py [--corpus DIR] [--rounds 3] [--json FILE]
 
     build    `aurora data build` of the sample corpus (several times over), tokenizer and files as in use, against the `tokenizers` library
-             encoding the same texts in batches on all cores: seconds of both from the first text to the last token, workers started
+             encoding the same texts in batches on all cores: seconds of both from the first text to the last
+             token, workers started
     load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on the way
     share    a batch, as the train loop gets it, against a step of configs/nano_aurora.py
     seek     opening the stores and making the batch of step 1,000,000
@@ -63,7 +64,9 @@ def build_ours(folder: str, tokenizer: str, work: str) -> float:
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
 
-    recipe = Recipe("all", "train", Source({"train": (f"{folder}/*.jsonl",)}, "jsonl"), (), tokenizer_from(tokenizer), True)
+    recipe = Recipe(
+        "all", "train", Source({"train": (f"{folder}/*.jsonl",)}, "jsonl"), (), tokenizer_from(tokenizer), True
+    )
     with tempfile.TemporaryDirectory(dir=work) as output:
         begun = time.perf_counter()
         build_stores([recipe], output, workers=2)
@@ -95,7 +98,8 @@ def load_ours(corpus: str, tokenizer: str, work: str) -> float:
 
 
 def load_peer(corpus: str, tokenizer: str, work: str) -> float:
-    """Tokens a second of SeqIO with its own preprocessors, mixture and packing; texts as tf.train.Examples in TFRecords."""
+    """Tokens a second of SeqIO with its own preprocessors, mixture and packing; texts as tf.train.Examples in
+    TFRecords."""
     import seqio
     import tensorflow as tf
 
@@ -108,7 +112,9 @@ def load_peer(corpus: str, tokenizer: str, work: str) -> float:
         with tf.io.TFRecordWriter(path) as writer:
             for text in texts_of(Path(corpus, "train", f"{language}.jsonl")):
                 value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
-                writer.write(tf.train.Example(features=tf.train.Features(feature={"targets": value})).SerializeToString())
+                writer.write(
+                    tf.train.Example(features=tf.train.Features(feature={"targets": value})).SerializeToString()
+                )
         seqio.TaskRegistry.add(
             f"sample_{language}",
             source=seqio.TFExampleDataSource({"train": path}, {"targets": tf.io.FixedLenFeature([], tf.string)}),
@@ -201,11 +207,14 @@ def write_random_store(directory: str, tokens: int) -> None:
         store.write_range(directory, "tokens", start, rng.integers(49_152, size=count).astype(np.uint16))
         store.write_range(directory, "ends", start, (np.arange(start, start + count) % 1_000) == 999)
     store.write_range(directory, "offsets", 0, np.arange(0, tokens + 1, 1_000, dtype=np.uint64))
-    store.finish(directory, store.StoreInfo("random", "train", "", "", "", 49_152, 0, "und", tokens // 1_000, tokens, tokens))
+    store.finish(
+        directory, store.StoreInfo("random", "train", "", "", "", 49_152, 0, "und", tokens // 1_000, tokens, tokens)
+    )
 
 
 MEASUREMENTS = {
-    function.__name__: function for function in (build_ours, build_peer, load_ours, load_peer, batch_seconds, step_seconds, seek, memory)
+    function.__name__: function
+    for function in (build_ours, build_peer, load_ours, load_peer, batch_seconds, step_seconds, seek, memory)
 }
 
 
@@ -218,7 +227,10 @@ def main(benchmark: Benchmark) -> None:
     from aurora_jax.storage import json_lines
 
     if not (benchmark.corpus / "train" / "en.jsonl").is_file():
-        raise InputError(f"{benchmark.corpus}: no sample corpus; make it with `aurora data sample {benchmark.corpus}`, or give --corpus")
+        raise InputError(
+            f"{benchmark.corpus}: no sample corpus; make it with `aurora data sample {benchmark.corpus}`, or "
+            "give --corpus"
+        )
     console = Console()
     figures: list[dict] = []
     with tempfile.TemporaryDirectory() as work:
@@ -246,7 +258,17 @@ def main(benchmark: Benchmark) -> None:
             return statistics.median(found[ours]), statistics.median(found[peer])
 
         def figure(name: str, ours: float, peer: float, unit: str, target: float, met: bool) -> None:
-            figures.append({"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer, "target": target, "met": met})
+            figures.append(
+                {
+                    "name": name,
+                    "ours": ours,
+                    "peer": peer,
+                    "unit": unit,
+                    "ratio": ours / peer,
+                    "target": target,
+                    "met": met,
+                }
+            )
             console.print(f"{name}: {ours:.4g} against {peer:.4g} {unit}", highlight=False)
 
         with console.status("building"):
@@ -265,11 +287,23 @@ def main(benchmark: Benchmark) -> None:
         with console.status("memory"):
             for tokens in STORE_TOKENS:
                 write_random_store(f"{work}/random-{tokens}", tokens)
-            runs = {tokens: [measure("memory", benchmark.corpus, str(tokens)) for _ in range(benchmark.rounds)] for tokens in STORE_TOKENS}
+            runs = {
+                tokens: [measure("memory", benchmark.corpus, str(tokens)) for _ in range(benchmark.rounds)]
+                for tokens in STORE_TOKENS
+            }
             small, large = map(statistics.median, runs.values())
         figure("memory with 20 times the store", large / 1e6, small / 1e6, "MB", 1.1, large <= 1.1 * small)
 
-    table = Table("what", "ours", "peer", "unit", "ratio", "target", "met", title=f"the data road, {megabytes:.0f} MB of text to build")
+    table = Table(
+        "what",
+        "ours",
+        "peer",
+        "unit",
+        "ratio",
+        "target",
+        "met",
+        title=f"the data road, {megabytes:.0f} MB of text to build",
+    )
     for each in figures:
         table.add_row(
             each["name"], f"{each['ours']:,.4g}", f"{each['peer']:,.4g}", each["unit"], f"{each['ratio']:.3g}x", f"{each['target']}x",

@@ -1,16 +1,20 @@
-"""Cycles of our flash attention, of tokamax's and JAX's splash attention and of JAX's flash attention, by the TPU compiler's schedules.
+"""Cycles of our flash attention, of tokamax's and JAX's splash attention and of JAX's flash attention, by the
+TPU compiler's schedules.
 
     python benchmarks/flash_attention.py [--generations v5e v5p v6e] [--lengths 2048 8192] [--json FILE]
     python benchmarks/flash_attention.py --tokamax-python PYTHON      # tokamax compiled anew, not taken from the table
 
-One causal layer of StarCoder: 48 query heads, one key/value head, head dimension 128, bf16, one sequence, one TensorCore. No TPU is needed:
-`libtpu` compiles each kernel and dumps its final bundles. A basic block counts its bundles, a cycle each, or what its products take at the
-published peak of the matrix units, whichever is more; "floor" is the latter alone. What runs how often is counted from the kernels' grids
-(each function below says how). Left out, for all alike: stalls on DMA, and what XLA does around the kernels.
+One causal layer of StarCoder: 48 query heads, one key/value head, head dimension 128, bf16, one sequence, one
+TensorCore. No TPU is needed:
+`libtpu` compiles each kernel and dumps its final bundles. A basic block counts its bundles, a cycle each, or
+what its products take at the published peak of the matrix units, whichever is more; "floor" is the latter
+alone. What runs how often is counted from the kernels' grids (each function below says how). Left out, for
+all alike: stalls on DMA, and what XLA does around the kernels.
 
-The peers take the best of several tile sizes, for each generation, length and direction by itself: candidates are compiled at the shortest
-length, the best again at the others. JAX's flash attention refuses multi-query attention and gets keys and values repeated 48 times. PYTHON
-is an interpreter with tokamax==0.0.12 and jax[tpu]==0.10.2. Takes about a quarter of an hour on two cores, with tokamax half an hour.
+The peers take the best of several tile sizes, for each generation, length and direction by itself: candidates
+are compiled at the shortest length, the best again at the others. JAX's flash attention refuses multi-query
+attention and gets keys and values repeated 48 times. PYTHON is an interpreter with tokamax==0.0.12 and
+jax[tpu]==0.10.2. Takes about a quarter of an hour on two cores, with tokamax half an hour.
 """
 
 import json
@@ -36,7 +40,15 @@ from aurora_jax.plan.attention_cycles import causal_cycles, tile_cycles
 from aurora_jax.plan.schedule import BasicBlock
 
 SPLASH_TILES = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024), (2048, 1024, 512), (1024, 2048, 512))
-TOKAMAX_TILES = (*SPLASH_TILES, (256, 512, 512), (512, 1024, 512), (512, 1024, 1024), (1024, 512, 512), (2048, 512, 512), (2048, 2048, 512))
+TOKAMAX_TILES = (
+    *SPLASH_TILES,
+    (256, 512, 512),
+    (512, 1024, 512),
+    (512, 1024, 1024),
+    (1024, 512, 512),
+    (2048, 512, 512),
+    (2048, 2048, 512),
+)
 TOKAMAX_OPTIONS = {"forward": ((), ("scheduler",)), "backward": ((),)}
 """Its scheduler is of its forward kernel."""
 FLASH_TILES = (512, 1024)
@@ -52,7 +64,8 @@ KEYS_ONCE = 2 * HEAD_DIM * 2
 
 @dataclass(frozen=True)
 class Cycles:
-    """Cycles of 1,024 x 1,024 scores of a head, far from the diagonal and on it, and of the layer; bytes to and from HBM."""
+    """Cycles of 1,024 x 1,024 scores of a head, far from the diagonal and on it, and of the layer; bytes to
+    and from HBM."""
 
     full: float
     diagonal: float
@@ -68,10 +81,12 @@ class Cycles:
 
 
 RECORDED: dict[tuple[str, int, str], tuple[tuple[int, ...], tuple[str, ...], Cycles]] = {}
-"""Tokamax 0.0.12 at its best tiles and options, as `--tokamax-python` found them on 2026-11-25 with jax 0.10.2 and libtpu 0.0.42.1."""
+"""Tokamax 0.0.12 at its best tiles and options, as `--tokamax-python` found them on 2026-11-25 with jax
+0.10.2 and libtpu 0.0.42.1."""
 
 
-# ------------------------------------------------------------------------------------------------ How often each block runs
+# ------------------------------------------------------------------------------------------------ How often
+# each block runs
 
 Measure = Callable[[BasicBlock], int]
 
@@ -92,13 +107,17 @@ def count_ours(job: Job, length: int, kernels: dict[str, list[BasicBlock]], meas
     # Keys and values stay in VMEM for all tiles of their head.
     full = whole * SQUARE**2 / (sizes.rows * sizes.keys)
     layer = causal_cycles(blocks, sizes, job.direction, HEADS, length, measure)
-    return Cycles(full, corner, layer, KEYS_ONCE * length, bytes_of(job, length, queries=length, keys=length, gradients=length))
+    return Cycles(
+        full, corner, layer, KEYS_ONCE * length, bytes_of(job, length, queries=length, keys=length, gradients=length)
+    )
 
 
 def count_splash(job: Job, length: int, kernels: dict[str, list[BasicBlock]], measure: Measure) -> Cycles:
-    """Blocks with products run for each tile that the mask does not skip; guarded ones once a tile of outputs, others each grid step.
+    """Blocks with products run for each tile that the mask does not skip; guarded ones once a tile of
+    outputs, others each grid step.
 
-    Tokamax has a block for tiles that need no mask and one for those that do, and forward a grid without the tiles that are skipped.
+    Tokamax has a block for tiles that need no mask and one for those that do, and forward a grid without the
+    tiles that are skipped.
     """
     queries, keys, _ = job.tiles
     blocks = kernels[next(name for name in kernels if ("fwd" if job.direction == "forward" else "dkv") in name)]
@@ -118,8 +137,11 @@ def count_splash(job: Job, length: int, kernels: dict[str, list[BasicBlock]], me
     scaled, diagonal = tile * SQUARE**2 / (queries * keys), corner(job, tile, masked)
     if job.direction == "forward":
         read = HEADS * copies(rows, queries, keys) * keys
-        return Cycles(scaled, diagonal, layer, KEYS_ONCE * read, bytes_of(job, length, queries=length, keys=read, gradients=0))
-    # Backward: tiles of keys are outermost, so that each is read once; queries are read, and a part of their gradient written, for each.
+        return Cycles(
+            scaled, diagonal, layer, KEYS_ONCE * read, bytes_of(job, length, queries=length, keys=read, gradients=0)
+        )
+    # Backward: tiles of keys are outermost, so that each is read once; queries are read, and a part of their
+    # gradient written, for each.
     everything = bytes_of(job, length, queries=visited * queries, keys=length, gradients=columns * length)
     return Cycles(scaled, diagonal, layer, KEYS_ONCE * length, everything)
 
@@ -141,7 +163,8 @@ def copies(rows: int, queries: int, keys: int) -> int:
 
 
 def bytes_of(job: Job, length: int, *, queries: int, keys: int, gradients: int) -> float:
-    """Bytes to and from HBM, given the places of queries, keys and query gradients that are copied (for each head but the keys)."""
+    """Bytes to and from HBM, given the places of queries, keys and query gradients that are copied (for each
+    head but the keys)."""
     row = HEADS * HEAD_DIM * 2
     if job.direction == "forward":
         return row * (queries + length) + KEYS_ONCE * keys
@@ -149,7 +172,8 @@ def bytes_of(job: Job, length: int, *, queries: int, keys: int, gradients: int) 
 
 
 def count_flash(job: Job, length: int, kernels: dict[str, list[BasicBlock]], measure: Measure) -> Cycles:
-    """Tiles are square; each kernel's blocks with products run once a tile at or below the diagonal, the others each grid step."""
+    """Tiles are square; each kernel's blocks with products run once a tile at or below the diagonal, the
+    others each grid step."""
     queries, keys, _ = job.tiles
     wanted = [blocks for name, blocks in kernels.items() if ("bwd" in name) == (job.direction == "backward")]
     tile = sum(measure(block) for blocks in wanted for block in blocks if block.products)
@@ -170,23 +194,31 @@ COUNT = {"ours": count_ours, "tokamax": count_splash, "splash": count_splash, "J
 
 def count(job: Job, length: int, kernels: dict[str, list[BasicBlock]]) -> Cycles:
     """What a job's kernels take at a length: every block its bundles or its products, whichever is more."""
-    found, bundles, floor = (COUNT[job.side](job, length, kernels, attrgetter(name)) for name in ("cycles", "bundles", "matrix_cycles"))
+    found, bundles, floor = (
+        COUNT[job.side](job, length, kernels, attrgetter(name)) for name in ("cycles", "bundles", "matrix_cycles")
+    )
     assert found.layer >= max(bundles.layer, floor.layer)
     assert found.full >= floor.full
     return replace(found, bundles=bundles.layer, floor=floor.layer)
 
 
-# ------------------------------------------------------------------------------------------------ Compiling and printing
+# ------------------------------------------------------------------------------------------------ Compiling
+# and printing
 
 
 def compiled(jobs: list[Job], python: Path) -> list[dict[str, list[BasicBlock]] | None]:
     """The kernels of each job, None where the compiler refuses its tiles (VMEM)."""
     script = Path(__file__).with_name("flash_attention_kernels.py")
-    done = subprocess.run([python, script, json.dumps([asdict(job) for job in jobs])], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, script, json.dumps([asdict(job) for job in jobs])], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{jobs}: {done.stderr[-2000:]}")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", "null"))]
-    return [line and {name: [BasicBlock(**block) for block in blocks] for name, blocks in line.items()} for line in lines[-len(jobs) :]]
+    return [
+        line and {name: [BasicBlock(**block) for block in blocks] for name, blocks in line.items()}
+        for line in lines[-len(jobs) :]
+    ]
 
 
 def measure(job: Job) -> Cycles | None:
@@ -204,7 +236,8 @@ class Benchmark:
     lengths: tuple[int, ...] = (2048, 8192)
     """Sequence lengths."""
     tokamax_python: Path | None = None
-    """An interpreter with tokamax, to compile its kernels; without it, its figures are those of the table in this script."""
+    """An interpreter with tokamax, to compile its kernels; without it, its figures are those of the table in
+    this script."""
     json: Path | None = None
     """Write every figure that has a target to this file."""
 
@@ -224,7 +257,12 @@ def candidates(side: str, case: Case, benchmark: Benchmark) -> list[Job]:
         return [Job(side, *case, tiles) for tiles in SPLASH_TILES if max(tiles) <= length]
     if benchmark.tokamax_python is None:
         return []
-    return [Job(side, *case, tiles, options) for tiles in TOKAMAX_TILES if max(tiles) <= length for options in TOKAMAX_OPTIONS[direction]]
+    return [
+        Job(side, *case, tiles, options)
+        for tiles in TOKAMAX_TILES
+        if max(tiles) <= length
+        for options in TOKAMAX_OPTIONS[direction]
+    ]
 
 
 def all_found(benchmark: Benchmark, cases: list[Case]) -> dict[Case, Found]:
@@ -239,10 +277,14 @@ def all_found(benchmark: Benchmark, cases: list[Case]) -> dict[Case, Found]:
             batches += [own[place : place + 6] for place in range(0, len(own), 6)]
 
         def run(batch: list[Job]):
-            return compiled(batch, (benchmark.tokamax_python if batch[0].side == "tokamax" else None) or Path(sys.executable))
+            return compiled(
+                batch, (benchmark.tokamax_python if batch[0].side == "tokamax" else None) or Path(sys.executable)
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for batch, found in zip(batches, track(pool.map(run, batches), total=len(batches), description="compiling"), strict=True):
+            for batch, found in zip(
+                batches, track(pool.map(run, batches), total=len(batches), description="compiling"), strict=True
+            ):
                 kernels.update(zip(batch, found, strict=True))
 
     tried = {(case, side): candidates(side, case, benchmark) for case in cases for side in COUNT}
@@ -272,7 +314,17 @@ def figures_of(case: Case, found: Found) -> list[dict]:
 
     def figure(what: str, unit: str, ours: float, peer: float, target: float) -> None:
         name, ratio = f"flash attention {' '.join(map(str, case))} {what}", ours / peer
-        figures.append({"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target, "met": ratio <= target})
+        figures.append(
+            {
+                "name": name,
+                "ours": ours,
+                "peer": peer,
+                "unit": unit,
+                "ratio": ratio,
+                "target": target,
+                "met": ratio <= target,
+            }
+        )
 
     ours, splash = found["ours"][1], found["splash"][1]
     for what in ("full", "diagonal", "layer"):
@@ -288,9 +340,17 @@ def figures_of(case: Case, found: Found) -> list[dict]:
 
 def main(benchmark: Benchmark) -> None:
     directions = ("forward", "backward")
-    cases = [(name, length, direction) for name in benchmark.generations for length in benchmark.lengths for direction in directions]
+    cases = [
+        (name, length, direction)
+        for name in benchmark.generations
+        for length in benchmark.lengths
+        for direction in directions
+    ]
     best = all_found(benchmark, cases)
-    table = Table(title="cycles: 1,024 x 1,024 scores of a head, and a layer", caption="tiles of the peers: queries/keys/keys of a product")
+    table = Table(
+        title="cycles: 1,024 x 1,024 scores of a head, and a layer",
+        caption="tiles of the peers: queries/keys/keys of a product",
+    )
     columns = (
         "case",
         "kernel",
@@ -311,7 +371,9 @@ def main(benchmark: Benchmark) -> None:
     for case, found in best.items():
         for side in [side for side in COUNT if side in found]:
             job, cycles = found[side]
-            ratios = [f"{cycles.layer / found[peer][1].layer:.2f}x" if peer in found else "" for peer in ("splash", "tokamax")]
+            ratios = [
+                f"{cycles.layer / found[peer][1].layer:.2f}x" if peer in found else "" for peer in ("splash", "tokamax")
+            ]
             table.add_row(
                 " ".join(map(str, case)) if side == "ours" else "",
                 " ".join([side, "/".join(map(str, job.tiles)), *job.options]),
@@ -328,7 +390,10 @@ def main(benchmark: Benchmark) -> None:
     console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(table)
     missed = [figure["name"] for figure in figures if not figure["met"]]
-    console.print(f"{len(figures) - len(missed)} of {len(figures)} targets met" + (f"; missed: {', '.join(missed)}" if missed else ""))
+    console.print(
+        f"{len(figures) - len(missed)} of {len(figures)} targets met"
+        + (f"; missed: {', '.join(missed)}" if missed else "")
+    )
     if benchmark.tokamax_python is not None:
         console.print("tokamax, for RECORDED in this script:")
         for case, found in best.items():

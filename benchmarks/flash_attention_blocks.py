@@ -1,9 +1,11 @@
-"""Chooses the tile sizes of `aurora_jax/kernels/flash_attention/blocks.py`: candidates ranked by the cycles of a causal layer.
+"""Chooses the tile sizes of `aurora_jax/kernels/flash_attention/blocks.py`: candidates ranked by the cycles
+of a causal layer.
 
     python benchmarks/flash_attention_blocks.py --generation v6e --direction forward [--length 8192]
 
-Cycles are those of `flash_attention.py`, for 48 query heads on one key/value head. The seconds are those of compiling, which a user waits
-for too: of two candidates within a few percent, the table takes the one that compiles faster. Candidates that do not fit are left out.
+Cycles are those of `flash_attention.py`, for 48 query heads on one key/value head. The seconds are those of
+compiling, which a user waits for too: of two candidates within a few percent, the table takes the one that
+compiles faster. Candidates that do not fit are left out.
 """
 
 import os
@@ -55,10 +57,16 @@ def main(search: Search) -> None:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(track(pool.map(timed, candidates), total=len(candidates), description="compiling"))
-    found = [(cycles, seconds, sizes) for (cycles, seconds), sizes in zip(results, candidates, strict=True) if cycles is not None]
+    found = [
+        (cycles, seconds, sizes)
+        for (cycles, seconds), sizes in zip(results, candidates, strict=True)
+        if cycles is not None
+    ]
     found.sort(key=lambda each: each[0].layer)
     title = f"{search.direction} on {search.generation}, {search.length} tokens; * is in the table"
-    table = Table("rows", "keys", "rows at once", "keys at once", "layer, M cycles", "full tile", "compiling, s", title=title)
+    table = Table(
+        "rows", "keys", "rows at once", "keys at once", "layer, M cycles", "full tile", "compiling, s", title=title
+    )
     chosen = SIZES[search.direction, CHIPS[search.generation].matrix_columns]
     for cycles, seconds, sizes in found:
         mark = "*" if Sizes(*sizes) == chosen else ""

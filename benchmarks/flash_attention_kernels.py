@@ -1,9 +1,12 @@
-"""Compiles attention kernels with the real TPU compiler and prints the basic blocks of their schedules: run by `flash_attention.py`.
+"""Compiles attention kernels with the real TPU compiler and prints the basic blocks of their schedules: run
+by `flash_attention.py`.
 
     PYTHON benchmarks/flash_attention_kernels.py JOBS        # JSON: a list of `Job`s
 
-Prints a line of JSON a job: the blocks of each kernel by its name, or null if the compiler refuses its tiles (VMEM). A process of its own,
-since libtpu dumps only what it was told to dump when it started; tokamax's kernels need an environment of their own too.
+Prints a line of JSON a job: the blocks of each kernel by its name, or null if the compiler refuses its tiles
+(VMEM). A process of its own,
+since libtpu dumps only what it was told to dump when it started; tokamax's kernels need an environment of
+their own too.
 """
 
 import json
@@ -21,7 +24,8 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: `tiles` are (queries, keys, keys of a product) of a peer; of ours, `blocks.Sizes`, or those of its table."""
+    """One kernel to compile: `tiles` are (queries, keys, keys of a product) of a peer; of ours,
+    `blocks.Sizes`, or those of its table."""
 
     side: str
     generation: str
@@ -29,7 +33,8 @@ class Job:
     direction: str
     tiles: tuple[int, ...] = ()
     options: tuple[str, ...] = ()
-    """Of tokamax: "scheduler" for its experimental one, "q_layout", "k_layout" and "v_layout" for those with the sequence last."""
+    """Of tokamax: "scheduler" for its experimental one, "q_layout", "k_layout" and "v_layout" for those with
+    the sequence last."""
 
 
 def program(job: Job):
@@ -48,7 +53,9 @@ def program(job: Job):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def run(function, *arguments):
-        function = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+        )
         if job.direction == "backward":
             forward = function
             places = tuple(range(len(arguments)))
@@ -129,7 +136,9 @@ def our_blocks(job: Job, direction: str):
 
 def main(jobs: list[Job]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")
+        os.environ.update(
+            JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        )
         import jax
 
         from aurora_jax.plan.schedule import dumped_kernels
@@ -148,7 +157,9 @@ def main(jobs: list[Job]) -> None:
                 print("null", flush=True)
                 continue
             kernels = dumped_kernels(Path(folder), job.generation)
-            print(json.dumps({name: [asdict(block) for block in blocks] for name, blocks in kernels.items()}), flush=True)
+            print(
+                json.dumps({name: [asdict(block) for block in blocks] for name, blocks in kernels.items()}), flush=True
+            )
 
 
 if __name__ == "__main__":

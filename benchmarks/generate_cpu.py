@@ -1,10 +1,13 @@
-"""Tokens per second of greedy generation on CPU: ours against `transformers.generate` with its cache, the same model and threads.
+"""Tokens per second of greedy generation on CPU: ours against `transformers.generate` with its cache, the
+same model and threads.
 
     python benchmarks/generate_cpu.py [--rounds 3] [--json FILE]
 
-Two models: the shape of `configs/nano_aurora.py` (3.4M parameters, with 512 positions) and `tiny_starcoder_py` (164M). Prompts of 64 random
-tokens are continued by 256, the prompt's reading included, compiling and one warming call not. A measurement is the median of three calls
-in a process, the two sides take turns, and the median of the rounds counts. A round takes about 12 minutes.
+Two models: the shape of `configs/nano_aurora.py` (3.4M parameters, with 512 positions) and
+`tiny_starcoder_py` (164M). Prompts of 64 random
+tokens are continued by 256, the prompt's reading included, compiling and one warming call not. A measurement
+is the median of three calls in a process, the two sides take turns, and the median of the rounds counts. A
+round takes about 12 minutes.
 """
 
 import json
@@ -94,7 +97,9 @@ def peer(name: str, batch: int, precision: str) -> float:
 
     def generate() -> None:
         with torch.inference_mode():
-            made = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+            made = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+            )
         assert made.shape == (batch, PROMPT + NEW_TOKENS)
 
     return measure(generate)
@@ -118,8 +123,15 @@ def main(benchmark: Benchmark) -> None:
                 for precision in ("float32", "bfloat16"):
                     for side in ("ours", "peer"):
                         command = [sys.executable, __file__, "--measure", side, model, str(batch), precision]
-                        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(ROOT)}
-                        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True).stdout
+                        environment = {
+                            **os.environ,
+                            "JAX_PLATFORMS": "cpu",
+                            "TRANSFORMERS_VERBOSITY": "error",
+                            "PYTHONPATH": str(ROOT),
+                        }
+                        output = subprocess.run(
+                            command, check=True, stdout=subprocess.PIPE, env=environment, text=True
+                        ).stdout
                         rate = batch * NEW_TOKENS / float(output.splitlines()[-1])
                         rates.setdefault((side, model, batch, precision), []).append(rate)
                         label = f"round {number + 1}/{benchmark.rounds} {side} {model} batch {batch} {precision}"
@@ -133,11 +145,24 @@ def main(benchmark: Benchmark) -> None:
                 theirs = statistics.median(rates["peer", model, batch, peer_precision])
                 ratio = mine / theirs
                 name = f"{model}, batch {batch}, {pair}"
-                figures = {"ours": mine, "peer": theirs, "unit": "tokens/s", "ratio": ratio, "target": TARGET, "met": ratio >= TARGET}
+                figures = {
+                    "ours": mine,
+                    "peer": theirs,
+                    "unit": "tokens/s",
+                    "ratio": ratio,
+                    "target": TARGET,
+                    "met": ratio >= TARGET,
+                }
                 rows.append({"name": name, **figures})
     table = Table("256 new tokens on CPU", "ours, tokens/s", "transformers, tokens/s", "ratio", f"target {TARGET}")
     for row in rows:
-        table.add_row(row["name"], f"{row['ours']:,.1f}", f"{row['peer']:,.1f}", f"{row['ratio']:.2f}", "met" if row["met"] else "missed")
+        table.add_row(
+            row["name"],
+            f"{row['ours']:,.1f}",
+            f"{row['peer']:,.1f}",
+            f"{row['ratio']:.2f}",
+            "met" if row["met"] else "missed",
+        )
     Console(width=140).print(table)
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,9 +1,11 @@
-"""What a token of StarCoderPlus costs on TPUs: the decoding loop of `aurora generate`, compiled for eight chips without having them.
+"""What a token of StarCoderPlus costs on TPUs: the decoding loop of `aurora generate`, compiled for eight
+chips without having them.
 
     python benchmarks/generate_tpu.py [--json FILE]
 
-Bytes that a chip reads from HBM for a token of every row, against the bytes of its weights, which decoding one token at a time cannot do
-without (the learned positions excepted: one row of them is read). A cache of 2,047 tokens, bf16. About 5 minutes.
+Bytes that a chip reads from HBM for a token of every row, against the bytes of its weights, which decoding
+one token at a time cannot do without (the learned positions excepted: one row of them is read). A cache of
+2,047 tokens, bf16. About 5 minutes.
 """
 
 import json
@@ -36,11 +38,21 @@ class Benchmark:
 def main(benchmark: Benchmark) -> None:
     rows = []
     table = Table(
-        "eight chips, tensor 8", "batch", "read, GB", "weights, GB", "ratio", f"target {TARGET}", "cycles", "at least, ms", "peak, GB"
+        "eight chips, tensor 8",
+        "batch",
+        "read, GB",
+        "weights, GB",
+        "ratio",
+        f"target {TARGET}",
+        "cycles",
+        "at least, ms",
+        "peak, GB",
     )
     for topology in TOPOLOGIES:
         for batch in BATCHES:
-            plan = plan_decoding(PRESETS["starcoderplus"], topology, batch_size=batch, prompt_slots=PROMPT_SLOTS, new_tokens=NEW_TOKENS)
+            plan = plan_decoding(
+                PRESETS["starcoderplus"], topology, batch_size=batch, prompt_slots=PROMPT_SLOTS, new_tokens=NEW_TOKENS
+            )
             ratio = plan.read_bytes / plan.weight_bytes
             rows.append(
                 {
@@ -60,7 +72,12 @@ def main(benchmark: Benchmark) -> None:
                 "met" if ratio <= TARGET else "missed",
             )
             table.add_row(
-                topology, str(batch), *figures, f"{plan.cycles / 1e6:.2f}M", f"{plan.seconds * 1e3:.2f}", f"{plan.peak_bytes / 1e9:.2f}"
+                topology,
+                str(batch),
+                *figures,
+                f"{plan.cycles / 1e6:.2f}M",
+                f"{plan.seconds * 1e3:.2f}",
+                f"{plan.peak_bytes / 1e9:.2f}",
             )
     Console(width=140).print(table)
     if benchmark.json is not None:

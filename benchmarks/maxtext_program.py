@@ -1,4 +1,5 @@
-"""Compiles MaxText's training step and keeps its program: run by `plan_vs_maxtext.py --run-maxtext`, in MaxText's own environment.
+"""Compiles MaxText's training step and keeps its program: run by `plan_vs_maxtext.py --run-maxtext`, in
+MaxText's own environment.
 
     PYTHON benchmarks/maxtext_program.py OUTPUT.hlo key=value ...      # the keys of MaxText's own configuration
 

@@ -6,12 +6,14 @@
 
 4,194,304 tokens a step as 512 sequences of 8,192, 15.5B parameters. One estimator for both sides: the compiler's cycles
 with loop trip counts at the chip's clock, the attention kernels' scheduled cycles, both at least what their matrix
-products take at the chip's published peak, and what collectives send over the published bandwidth of the links that they
-span, less what runs meanwhile. MaxText's attention is splash attention with its best tiles and fused backward kernel
-(`benchmarks/flash_attention.py`); its model has no biases and RMSNorm, ours has biases and LayerNorm. MaxText's recorded
-cycles are the compiler's alone, from before products were held to the peak: holding them to it could only raise them.
+products take at the chip's published peak, and what collectives send over the published bandwidth of the
+links that they span, less what runs meanwhile. MaxText's attention is splash attention with its best tiles
+and fused backward kernel (`benchmarks/flash_attention.py`); its model has no biases and RMSNorm, ours has
+biases and LayerNorm. MaxText's recorded cycles are the compiler's alone, from before products were held to
+the peak: holding them to it could only raise them.
 
-What was compiled is kept in `--plans`, and not compiled again. PYTHON is an interpreter, 3.12 or newer, with maxtext[tpu]==0.2.5.
+What was compiled is kept in `--plans`, and not compiled again. PYTHON is an interpreter, 3.12 or newer, with
+maxtext[tpu]==0.2.5.
 """
 
 import json
@@ -42,9 +44,9 @@ MODEL = PRESETS["starcoderplus"]
 LENGTH, SEQUENCES = 8_192, 512
 TOKENS = LENGTH * SEQUENCES
 SPLASH = {"v5e": (8.710e6, 19.009e6), "v5p": (9.181e6, 19.138e6), "v6e": (6.131e6, 11.125e6)}
-"""Cycles of a causal layer of 48 heads at 8,192, forward and backward, as `benchmarks/flash_attention.py` counts them: each
-block its bundles, or its products at the published peak if that is more (2026-11-25; in bundles v5e's and v5p's backward
-passes are 17.310e6 and 17.408e6)."""
+"""Cycles of a causal layer of 48 heads at 8,192, forward and backward, as `benchmarks/flash_attention.py`
+counts them: each block its bundles, or its products at the published peak if that is more (2026-11-25; in
+bundles v5e's and v5p's backward passes are 17.310e6 and 17.408e6)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ BEST = {
         256, "products offloaded to the host", 5.32e9, 124, 1, 1, 25.2, 550, ("remat_policy=minimal_offloaded", SCRATCH)
     ),
 }  # fmt: skip
-"""The best of those that were tried, August 2026, jax 0.10.2, libtpu 0.0.42.1. An offloaded context counts as free of cost."""
+"""The best of those that were tried, August 2026, jax 0.10.2, libtpu 0.0.42.1. An offloaded context counts as
+free of cost."""
 _KEPT = ("remat_policy=minimal_with_context", SCRATCH)
 SCALING = {
     "v5p:4x8x8": MaxText(256, "products and context kept", 6.61e9, 123.4, 1, 1, 69.0, 560, _KEPT),
@@ -184,16 +187,23 @@ def compile_maxtext(python: Path, topology: str, recorded: MaxText, folder: Path
     generation = topology.partition(":")[0]
     name = f"v5p-{2 * recorded.chips}" if generation == "v5p" else f"{generation}-{recorded.chips}"
     program = (folder / f"maxtext_{name}.hlo").resolve()
-    sizes = (f"compile_topology={name}", f"per_device_batch_size={SEQUENCES // recorded.chips // recorded.micro_batches}")
+    sizes = (
+        f"compile_topology={name}",
+        f"per_device_batch_size={SEQUENCES // recorded.chips // recorded.micro_batches}",
+    )
     command = [python, ROOT / "benchmarks" / "maxtext_program.py", program, *STARCODERPLUS, *sizes, *recorded.options]
     environment = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"}
     with console.status(f"compiling MaxText for {name}: some ten minutes"):
-        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(word) for word in command], env=environment, capture_output=True, text=True, check=False
+        )
     if not program.exists():
         raise SystemExit(f"MaxText did not compile for {name}: {done.stderr[-2000:]}")
     found, facts = read_program(program.read_text(), CHIPS[generation]), json.loads(Path(f"{program}.json").read_text())
     exposed = sum(each.wire_bytes * each.times for each in found.collectives if not each.hidden_cycles) / 1e9
-    return replace(recorded, cycles=found.cycles, gigabytes=exposed, peak=facts["peak"] / 1e9, compile_seconds=facts["seconds"])
+    return replace(
+        recorded, cycles=found.cycles, gigabytes=exposed, peak=facts["peak"] / 1e9, compile_seconds=facts["seconds"]
+    )
 
 
 def mfu(seconds: float, generation: str, chips: int) -> float:
@@ -208,9 +218,22 @@ def main(benchmark: Benchmark) -> None:
 
     def figure(name: str, ours: float, peer: float, unit: str, target: float) -> None:
         met = ours <= target * peer
-        figures.append({"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer, "target": target, "met": met})
+        figures.append(
+            {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer, "target": target, "met": met}
+        )
 
-    columns = ("pod", "side", "step, s", "cycles", "attention, s", "exposed, s", "sent, GB", "HBM, GB", "compile, s", "MFU at most")
+    columns = (
+        "pod",
+        "side",
+        "step, s",
+        "cycles",
+        "attention, s",
+        "exposed, s",
+        "sent, GB",
+        "HBM, GB",
+        "compile, s",
+        "MFU at most",
+    )
     table = Table(*columns, title="15.5B, 4,194,304 tokens a step, estimated by the TPU compiler")
     for topology in benchmark.topologies:
         generation, chip, peer = topology.partition(":")[0], CHIPS[topology.partition(":")[0]], BEST[topology]
@@ -243,7 +266,13 @@ def main(benchmark: Benchmark) -> None:
 
     if benchmark.scaling:
         curve = Table(
-            "chips", "ours: step, s", "MFU at most", "MaxText: step, s", "MFU at most", "ratio", title="the same batch on more v5p"
+            "chips",
+            "ours: step, s",
+            "MFU at most",
+            "MaxText: step, s",
+            "MFU at most",
+            "ratio",
+            title="the same batch on more v5p",
         )
         ours, theirs = {}, {}
         for topology, slices in POD_MESHES:
@@ -265,7 +294,10 @@ def main(benchmark: Benchmark) -> None:
             draw(ours, theirs, benchmark.picture)
 
     missed = [each["name"] for each in figures if not each["met"]]
-    console.print(f"{len(figures) - len(missed)} of {len(figures)} targets met" + (f"; missed: {', '.join(missed)}" if missed else ""))
+    console.print(
+        f"{len(figures) - len(missed)} of {len(figures)} targets met"
+        + (f"; missed: {', '.join(missed)}" if missed else "")
+    )
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -282,7 +314,12 @@ def draw(ours: dict[str, float], theirs: dict[str, float], path: Path) -> None:
     axes.plot(list(places.values()), [100 * value for value in ours.values()], "o-", label="aurora-jax")
     axes.plot([places[label] for label in theirs], [100 * value for value in theirs.values()], "s--", label="MaxText")
     axes.set_xticks(list(places.values()), list(places))
-    axes.set(xlabel="v5p chips", ylabel="MFU at most, %", title="StarCoderPlus, 4.19M tokens a step, 8,192 a sequence", ylim=(0, 100))
+    axes.set(
+        xlabel="v5p chips",
+        ylabel="MFU at most, %",
+        title="StarCoderPlus, 4.19M tokens a step, 8,192 a sequence",
+        ylim=(0, 100),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,4 +1,5 @@
-"""Worker of convert_full_size.py: restores a checkpoint onto a mesh of this process' devices; prints what it read and its peak memory.
+"""Worker of convert_full_size.py: restores a checkpoint onto a mesh of this process' devices; prints what it
+read and its peak memory.
 
 python benchmarks/restore_shards.py CHECKPOINT '{"fsdp": 8}'
 """

@@ -169,7 +169,9 @@ def main(benchmark: Benchmark) -> None:
 
     middle = {key: statistics.median(found) for key, found in rates.items()}
     rows = []
-    table = Table("training step on CPU, tokens/s", "ours", "PyTorch", "ratio", "torch.compile", "ratio", f"target {TARGET}")
+    table = Table(
+        "training step on CPU, tokens/s", "ours", "PyTorch", "ratio", "torch.compile", "ratio", f"target {TARGET}"
+    )
     for name, (our_precision, peer_precision) in PAIRS.items():
         mine, cells = middle["ours", our_precision], []
         for side in ("PyTorch", "torch.compile"):
@@ -184,7 +186,10 @@ def main(benchmark: Benchmark) -> None:
     console.print(table)
     for precision in ("float32", "bfloat16"):
         mine, bound = middle["ours", precision], middle["roofline", precision]
-        console.print(f"{precision}: {mine / bound:.0%} of our own roofline, {bound:,.0f} tokens/s with nothing but matrix products")
+        console.print(
+            f"{precision}: {mine / bound:.0%} of our own roofline, {bound:,.0f} tokens/s with nothing but "
+            "matrix products"
+        )
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,24 +1,34 @@
-"""What the `starcoderplus_*` configs share: Aurora-M's two stages from StarCoderPlus, 15.5B, at 4,194,304 tokens a step.
+"""What the `starcoderplus_*` configs share: Aurora-M's two stages from StarCoderPlus, 15.5B, at 4,194,304
+tokens a step.
 
-377B tokens of `aurora_m_cap`, then 58B of `aurora_m_cat` on the same falling learning rate. Peak, warm-up and floor are ours: Aurora-M's
-are not known (docs/reproduction.md).
+377B tokens of `aurora_m_cap`, then 58B of `aurora_m_cat` on the same falling learning rate. Peak, warm-up and
+floor are ours: Aurora-M's are not known (docs/reproduction.md).
 """
 
 from dataclasses import replace
 from pathlib import Path
 
 from aurora_jax.model.config import ComputeConfig
-from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, MeshConfig, OptimizerConfig, TrainConfig
+from aurora_jax.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from aurora_jax.train.stages import LearningRate, Stage
 
 TOKENS = 4_194_304
 MORE_SCRATCH = (("xla_tpu_scoped_vmem_limit_kib", "98304"),)
-"""Lets the compiler use more on-chip memory in one operation: 15 to 25 % fewer cycles, a compilation of five minutes instead of one."""
+"""Lets the compiler use more on-chip memory in one operation: 15 to 25 % fewer cycles, a compilation of five
+minutes instead of one."""
 SPARSE_CORE = (
     ("xla_tpu_enable_sparse_core_collective_offload_all_gather", "true"),
     ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", "true"),
 )
-"""Gives gathers and scatters to the SparseCores (v5p, v6e), which run beside the TensorCores: they hide behind computation."""
+"""Gives gathers and scatters to the SparseCores (v5p, v6e), which run beside the TensorCores: they hide
+behind computation."""
 
 
 def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1) -> TrainConfig:
@@ -28,7 +38,12 @@ def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1)
         output=Path("runs/aurora_m"),
         initial_checkpoint=Path("checkpoints/starcoderplus"),
         stages=(
-            Stage("cap", "aurora_m_cap", 90_000, LearningRate(peak=1e-4, warmup_steps=2_000, final=1e-5, decay_steps=118_000)),
+            Stage(
+                "cap",
+                "aurora_m_cap",
+                90_000,
+                LearningRate(peak=1e-4, warmup_steps=2_000, final=1e-5, decay_steps=118_000),
+            ),
             Stage("cat", "aurora_m_cat", 14_000),
         ),
         data=DataConfig(corpus="data", batch_size=TOKENS // 8_192, sequence_length=8_192),

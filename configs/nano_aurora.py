@@ -1,12 +1,14 @@
-"""Aurora-M's two stages, small: continual pretraining of the nano base in five languages and code, then a shorter, cleaner mixture.
+"""Aurora-M's two stages, small: continual pretraining of the nano base in five languages and code, then a
+shorter, cleaner mixture.
 
-Stage `cap` draws on all languages with English and code replayed; stage `cat` goes on with the cleaner texts on the same falling learning
-rate, as Aurora-M's second stage rode on the tail of its first. `make quickstart` runs it between conversions; alone:
+Stage `cap` draws on all languages with English and code replayed; stage `cat` goes on with the cleaner texts
+on the same falling learning rate, as Aurora-M's second stage rode on the tail of its first. `make quickstart`
+runs it between conversions; alone:
 
     aurora data sample corpus
     python -m convert from-torch examples/nano checkpoints/nano --dtype float32
-    aurora train configs/nano_aurora.py --data.corpus corpus --initial-checkpoint checkpoints/nano --output runs/nano_aurora
-    aurora report runs/nano_aurora
+    aurora train configs/nano_aurora.py --data.corpus corpus --initial-checkpoint checkpoints/nano --output
+    runs/nano_aurora aurora report runs/nano_aurora
 """
 
 from pathlib import Path
@@ -21,7 +23,12 @@ def config() -> TrainConfig:
         output=Path("runs/nano_aurora"),
         initial_checkpoint=Path("checkpoints/nano"),
         stages=(
-            Stage("cap", "nano_cap", steps=210, learning_rate=LearningRate(peak=1.5e-3, warmup_steps=20, final=1e-4, decay_steps=250)),
+            Stage(
+                "cap",
+                "nano_cap",
+                steps=210,
+                learning_rate=LearningRate(peak=1.5e-3, warmup_steps=20, final=1e-4, decay_steps=250),
+            ),
             Stage("cat", "nano_cat", steps=60),
         ),
         data=DataConfig(corpus="corpus", batch_size=32, sequence_length=256),

@@ -1,4 +1,5 @@
-"""`python -m convert from-torch | to-torch | verify`: PyTorch weights in, PyTorch weights out, and the proof that they are the same."""
+"""`python -m convert from-torch | to-torch | verify`: PyTorch weights in, PyTorch weights out, and the proof
+that they are the same."""
 
 import logging
 import sys
@@ -22,8 +23,9 @@ AGREED, DISAGREED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 class FromTorch:
     """Convert a Hugging Face folder (safetensors or .bin) to a checkpoint of ours, in constant memory.
 
-    DST appears only when it is complete. Until then everything is in the folder .NAME.partial beside it. Whatever ends a conversion before
-    its time (Ctrl-C, a full disk, a killed process), the same command with --resume continues it, and does not repeat finished blocks.
+    DST appears only when it is complete. Until then everything is in the folder .NAME.partial beside it.
+    Whatever ends a conversion before its time (Ctrl-C, a full disk, a killed process), the same command with
+    --resume continues it, and does not repeat finished blocks.
     """
 
     source: tyro.conf.Positional[Path]
@@ -31,14 +33,15 @@ class FromTorch:
     destination: tyro.conf.Positional[Path]
     """Checkpoint to be made. It must not exist, and appears only when it is complete."""
     dtype: ParameterDtype | None = None
-    """Of the parameters. Default: that of the source, float32 for float16. bfloat16 halves the disk, and what a mesh has to read."""
+    """Of the parameters. Default: that of the source, float32 for float16. bfloat16 halves the disk, and what
+    a mesh has to read."""
     vocabulary_divisible_by: int = 1
-    """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n devices can divide them: n,
-    or 128 for every power of two up to it (Megatron-LM's make-vocab-size-divisible-by). Needed for vocabularies such as 49,153.
-    to-torch leaves the padding out."""
+    """Pad the rows of the token embedding to a multiple of this, so that a mesh whose tensor axis has n
+    devices can divide them: n, or 128 for every power of two up to it (Megatron-LM's
+    make-vocab-size-divisible-by). Needed for vocabularies such as 49,153. to-torch leaves the padding out."""
     weights: str | None = None
-    """Name of the weight file in the folder, or of the index of its shards; needed where several could be the model. Without it
-    safetensors come before .bin, as in transformers."""
+    """Name of the weight file in the folder, or of the index of its shards; needed where several could be the
+    model. Without it safetensors come before .bin, as in transformers."""
     resume: bool = False
     """Continue an interrupted conversion of the same files with the same options; begin one if there is none."""
     dry_run: bool = False
@@ -49,7 +52,14 @@ class FromTorch:
         if self.dry_run:
             print_mapping(self.source, self.dtype, vocabulary_divisible_by=divisor, weights=weights)
         else:
-            from_torch(self.source, self.destination, self.dtype, vocabulary_divisible_by=divisor, weights=weights, resume=self.resume)
+            from_torch(
+                self.source,
+                self.destination,
+                self.dtype,
+                vocabulary_divisible_by=divisor,
+                weights=weights,
+                resume=self.resume,
+            )
         return AGREED
 
 
@@ -57,8 +67,8 @@ class FromTorch:
 class ToTorch:
     """Convert a checkpoint of ours to a Hugging Face folder that transformers and vLLM load, in constant memory.
 
-    Rows that pad the vocabulary are left out. DST appears only when it is complete; --resume continues an interrupted conversion, tensor by
-    tensor.
+    Rows that pad the vocabulary are left out. DST appears only when it is complete; --resume continues an
+    interrupted conversion, tensor by tensor.
     """
 
     source: tyro.conf.Positional[Path]
@@ -95,10 +105,15 @@ class Verify:
     weights_b: str | None = None
     """The same of B."""
     max_kl: float = 1e-4
-    """They agree if KL(A || B) is at most this, in nats, at every token. 1e-4 fits fp32 weights; rounding to bfloat16 costs more."""
+    """They agree if KL(A || B) is at most this, in nats, at every token. 1e-4 fits fp32 weights; rounding to
+    bfloat16 costs more."""
 
     def run(self) -> int:
-        return AGREED if verify(self.a, self.b, self.text, self.max_kl, weights=(self.weights_a, self.weights_b)) else DISAGREED
+        return (
+            AGREED
+            if verify(self.a, self.b, self.text, self.max_kl, weights=(self.weights_a, self.weights_b))
+            else DISAGREED
+        )
 
 
 Command = (

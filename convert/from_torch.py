@@ -57,12 +57,13 @@ def from_torch(
     resume: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Converts a Hugging Face folder to a checkpoint; memory stays at some blocks of CHUNK_BYTES whatever the model's size.
+    """Converts a Hugging Face folder to a checkpoint; memory stays at some blocks of CHUNK_BYTES whatever the
+    model's size.
 
     Args:
         source: folder with config.json and safetensors or .bin weights, one file or sharded.
-        destination: the checkpoint to be made; must not exist. It appears only when it is complete: see `partial_output` for what an
-            interrupted conversion leaves.
+        destination: the checkpoint to be made; must not exist. It appears only when it is complete: see
+            `partial_output` for what an interrupted conversion leaves.
         dtype: of the parameters; by default that of the source (float32 for float16 or for a mix).
         vocabulary_divisible_by: see `ModelConfig`.
         weights: the weight file, or index of shards, where the folder has several: see `choose_weights`.
@@ -82,7 +83,10 @@ def from_torch(
         parameter_dtype=parameter_dtype,
         hf_config=folder.hf_config,
         tokenizer_sha256=tokenizer_sha256(files, folder.path),
-        source={"path": str(folder.path.absolute()), "files": {file.name: file.stat().st_size for file in folder.files}},
+        source={
+            "path": str(folder.path.absolute()),
+            "files": {file.name: file.stat().st_size for file in folder.files},
+        },
     )
     array_dtype = DTYPES[parameter_dtype]
     blocks = list(_blocks(config, array_dtype))
@@ -93,7 +97,9 @@ def from_torch(
             check_tied_head(folder)
             shapes = parameter_shapes(config)
             arrays = {
-                row.ours: UnwrittenArray(shapes[row.ours].shape, array_dtype, row.chunk_shape(config, array_dtype.itemsize))
+                row.ours: UnwrittenArray(
+                    shapes[row.ours].shape, array_dtype, row.chunk_shape(config, array_dtype.itemsize)
+                )
                 for row in weight_map(config)
             }
             write_checkpoint(partial.output, unwritten_handler(), ocp.args.PyTreeSave(nest(arrays)), metadata, files)
@@ -119,21 +125,31 @@ def print_mapping(
     weights: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Prints what `from_torch` would do, a line for each tensor, and writes nothing. Raises InputError as `from_torch` does."""
+    """Prints what `from_torch` would do, a line for each tensor, and writes nothing. Raises InputError as
+    `from_torch` does."""
     folder = read_folder(source, weights)
     check_tensors(folder)
     check_tied_head(folder)
     parameter_dtype = dtype or source_dtype(folder)
     shapes = parameter_shapes(replace(folder.config, vocabulary_divisible_by=vocabulary_divisible_by))
-    table = Table("Hugging Face tensor", "shape", "dtype", "our parameter", "shape", "dtype", "partition", title=f"{folder.path}")
+    table = Table(
+        "Hugging Face tensor", "shape", "dtype", "our parameter", "shape", "dtype", "partition", title=f"{folder.path}"
+    )
     for name, parts in hf_tensors(folder.config).items():
         stored = folder.tensors[name]
         for row, layer in parts:
             path = f"{row.ours}[{layer}]" if row.stacked else row.ours
             ours = (path, str(list(shapes[row.ours].shape)), parameter_dtype, str(tuple(TABLE[row.ours].partition)))
-            table.add_row(name, str(list(stored.shape)), stored.dtype.name, *(cell.replace("[", "\\[") for cell in ours))
+            table.add_row(
+                name, str(list(stored.shape)), stored.dtype.name, *(cell.replace("[", "\\[") for cell in ours)
+            )
     if TIED_HEAD in folder.tensors:
-        table.add_row(TIED_HEAD, str(list(folder.tensors[TIED_HEAD].shape)), folder.tensors[TIED_HEAD].dtype.name, "tied: not stored")
+        table.add_row(
+            TIED_HEAD,
+            str(list(folder.tensors[TIED_HEAD].shape)),
+            folder.tensors[TIED_HEAD].dtype.name,
+            "tied: not stored",
+        )
     # A pipe has no width: rich would cut the names at 80 columns.
     console = console or Console(width=None if os.isatty(1) else 240)
     console.print(table)
@@ -151,19 +167,34 @@ def check_tensors(folder: HuggingFaceFolder) -> None:
     expected = {name: parts[0][0].hf_shape(config) for name, parts in hf_tensors(config).items()}
     for name, shape in expected.items():
         if name not in folder.tensors:
-            near = next((f"; there is {other}, whose prefix is unknown" for other in folder.tensors if other.endswith(f".{name}")), "")
-            raise InputError(f"{folder.path}: the tensor {name} {list(shape)} is missing from the weights ({_names(folder)}){near}.")
+            near = next(
+                (
+                    f"; there is {other}, whose prefix is unknown"
+                    for other in folder.tensors
+                    if other.endswith(f".{name}")
+                ),
+                "",
+            )
+            raise InputError(
+                f"{folder.path}: the tensor {name} {list(shape)} is missing from the weights ({_names(folder)}){near}."
+            )
     embedding, family = token_embedding(config).hf, family_of(config)
     for name, tensor in folder.tensors.items():
         wanted = expected[embedding] if name == TIED_HEAD else expected.get(name)
         if wanted is None:
             raise InputError(
-                f"{tensor.file}: the tensor {tensor.name} {list(tensor.shape)} is unexpected: a {family} model has no such weight."
+                f"{tensor.file}: the tensor {tensor.name} {list(tensor.shape)} is unexpected: a {family} "
+                "model has no such weight."
             )
         if tensor.shape != wanted:
-            reason = f"config.json has vocab_size {config.vocabulary_size}" if name in (embedding, TIED_HEAD) else "config.json asks"
+            reason = (
+                f"config.json has vocab_size {config.vocabulary_size}"
+                if name in (embedding, TIED_HEAD)
+                else "config.json asks"
+            )
             raise InputError(
-                f"{tensor.file}: the tensor {tensor.name} has the shape {list(tensor.shape)}; {reason}, that is {list(wanted)}."
+                f"{tensor.file}: the tensor {tensor.name} has the shape {list(tensor.shape)}; {reason}, that "
+                f"is {list(wanted)}."
             )
 
 
@@ -177,7 +208,8 @@ def check_tied_head(folder: HuggingFaceFolder) -> None:
         spans = row.spans(folder.config, start, stop)
         if not np.array_equal(head.read_rows(spans), embedding.read_rows(spans)):
             raise InputError(
-                f"{head.file}: {TIED_HEAD} differs from {row.hf} in the rows {start} to {stop - 1}; only models whose head is "
+                f"{head.file}: {TIED_HEAD} differs from {row.hf} in the rows {start} to {stop - 1}; only "
+                "models whose head is "
                 "the token embedding can be converted."
             )
 
@@ -196,7 +228,12 @@ def _source_bytes(folder: HuggingFaceFolder, block: Block) -> int:
 
 
 def _convert(
-    block: Block, folder: HuggingFaceFolder, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, scratch: Scratch
+    block: Block,
+    folder: HuggingFaceFolder,
+    config: ModelConfig,
+    dtype: np.dtype,
+    store: ts.TensorStore,
+    scratch: Scratch,
 ) -> None:
     row, layer, start, stop = block
     read = folder.tensors[row.hf_name(layer)].read_rows(row.spans(config, start, stop), scratch)
@@ -235,7 +272,9 @@ def _job(folder: HuggingFaceFolder, metadata: CheckpointMetadata, files: dict[st
     return {
         "command": "from-torch",
         "source": str(folder.path.absolute()),
-        **{file.name: f"{file.stat().st_size} bytes, modified at {file.stat().st_mtime_ns} ns" for file in folder.files},
+        **{
+            file.name: f"{file.stat().st_size} bytes, modified at {file.stat().st_mtime_ns} ns" for file in folder.files
+        },
         "dtype": metadata.parameter_dtype,
         "vocabulary_divisible_by": metadata.config.vocabulary_divisible_by,
         "config and tokenizer": hashlib.sha256(texts.encode()).hexdigest(),

@@ -1,11 +1,14 @@
-"""A conversion that survives its process: what it has written waits beside the destination, with a journal, until it is complete.
+"""A conversion that survives its process: what it has written waits beside the destination, with a journal,
+until it is complete.
 
-For a destination `NAME` there is, while it is being written and after it was interrupted, the folder `.NAME.partial` with
+For a destination `NAME` there is, while it is being written and after it was interrupted, the folder
+`.NAME.partial` with
 
 journal     a line of JSON that says what is converted and how; then a line for each block that is finished
 output      what becomes `NAME`, by one rename, when all of it is there
 
-A block is noted when its data has reached the disk: neither a killed process nor a power cut leaves a note without its block.
+A block is noted when its data has reached the disk: neither a killed process nor a power cut leaves a note
+without its block.
 """
 
 import fcntl
@@ -53,8 +56,8 @@ def folder_of(destination: Path) -> Path:
 def partial_output(destination: str | os.PathLike[str], job: Mapping[str, Any], resume: bool) -> Iterator[Partial]:
     """Yields the folder that the block fills; renames its `output` to the destination at the end.
 
-    After Ctrl-C, or when nothing more can be written (a full disk), finished blocks stay for `resume`; after any other error, or where no
-    block was finished, nothing stays.
+    After Ctrl-C, or when nothing more can be written (a full disk), finished blocks stay for `resume`; after
+    any other error, or where no block was finished, nothing stays.
 
     Args:
         destination: must not exist.
@@ -62,12 +65,14 @@ def partial_output(destination: str | os.PathLike[str], job: Mapping[str, Any], 
         resume: continue what an earlier process left, if it left anything.
 
     Raises:
-        InputError: the destination exists or cannot be written, another process is at work on it, or an earlier one left something and
-            `resume` is False or the job is another one.
+        InputError: the destination exists or cannot be written, another process is at work on it, or an
+            earlier one left something and `resume` is False or the job is another one.
     """
     path = Path(destination).absolute()
     if re.match(r"\w+:/", os.fspath(destination)):
-        raise InputError(f"{destination}: a conversion is written to a local disk; copy it from there (gcloud storage cp -r).")
+        raise InputError(
+            f"{destination}: a conversion is written to a local disk; copy it from there (gcloud storage cp -r)."
+        )
     folder = folder_of(path)
     if path.exists() and not (resume and folder.exists() and not (folder / "output").exists()):
         raise InputError(f"{path} exists already: remove it, or give another destination.")
@@ -118,11 +123,14 @@ def _opened(path: Path, journal: int, job: dict[str, Any]) -> Partial:
     try:
         before = json.loads(header)
     except ValueError:
-        raise _AnotherJob(f"{folder}/journal is not one of a conversion: delete the folder, or give another destination.") from None
+        raise _AnotherJob(
+            f"{folder}/journal is not one of a conversion: delete the folder, or give another destination."
+        ) from None
     for name in {**before, **job}:
         if before.get(name) != job.get(name):
             raise _AnotherJob(
-                f"{folder} was begun with {name} = {before.get(name)}, this command has {name} = {job.get(name)}: repeat that command to "
+                f"{folder} was begun with {name} = {before.get(name)}, this command has {name} = "
+                f"{job.get(name)}: repeat that command to "
                 "continue, or delete the folder."
             )
     return Partial(path, journal, set(lines))

@@ -1,6 +1,8 @@
-"""A Hugging Face model folder, read by offset: what its files hold is checked first, and no file is ever loaded or mapped whole.
+"""A Hugging Face model folder, read by offset: what its files hold is checked first, and no file is ever
+loaded or mapped whole.
 
-A memory-mapped file counts as resident memory once it is read; `pread` into a block does not, and that is what keeps conversion flat.
+A memory-mapped file counts as resident memory once it is read; `pread` into a block does not, and that is
+what keeps conversion flat.
 """
 
 import json
@@ -43,7 +45,8 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read_rows(self, spans: list[tuple[int, int]], scratch: Scratch | None = None) -> np.ndarray:
-        """The rows of each (first, last + 1), one after the other: [rows, ...], in a buffer of `scratch` if it is given.
+        """The rows of each (first, last + 1), one after the other: [rows, ...], in a buffer of `scratch` if
+        it is given.
 
         Raises:
             InputError: the file ends before them or cannot be read.
@@ -62,7 +65,8 @@ class StoredTensor:
                         count = file.readinto(span)
                         if not count:
                             raise InputError(
-                                f"{self.file} ends before the tensor does: the file changed or is truncated; download it again."
+                                f"{self.file} ends before the tensor does: the file changed or is truncated; "
+                                "download it again."
                             )
                         span = span[count:]
         except OSError as error:
@@ -74,8 +78,8 @@ class StoredTensor:
 class HuggingFaceFolder:
     """A checked folder: `config.json` and every tensor of its weight files, buffers that are no weights left out.
 
-    Tensors are named as in a model with a head that was never wrapped, `transformer.` first, whatever the files do; the token
-    embedding is there under its own name, also where a file has it as the head alone.
+    Tensors are named as in a model with a head that was never wrapped, `transformer.` first, whatever the
+    files do; the token embedding is there under its own name, also where a file has it as the head alone.
     """
 
     path: Path
@@ -96,8 +100,9 @@ def read_folder(path: str | os.PathLike[str], weights: str | None = None) -> Hug
         weights: the file in it that has the weights, or the index of its shards; needed where there are several.
 
     Raises:
-        InputError: no folder, a missing or foreign `config.json`, no weights or several, an index that leaves the folder or
-            disagrees with its shards, a file that is malformed or truncated, names that cannot be told apart.
+        InputError: no folder, a missing or foreign `config.json`, no weights or several, an index that leaves
+            the folder or disagrees with its shards, a file that is malformed or truncated, names that cannot
+            be told apart.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -126,7 +131,8 @@ FORMATS = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 def choose_weights(folder: Path, weights: str | None = None) -> tuple[Path, tuple[str, ...]]:
     """The weight file of a folder, or the index of its shards, and the names of those of another format, passed over.
 
-    `transformers` takes safetensors before `.bin`, and so it is done here; nothing else that is there twice is decided by rule.
+    `transformers` takes safetensors before `.bin`, and so it is done here; nothing else that is there twice
+    is decided by rule.
 
     Raises:
         InputError: there are none, or several of one format and none was chosen.
@@ -136,13 +142,17 @@ def choose_weights(folder: Path, weights: str | None = None) -> tuple[Path, tupl
         if not isinstance(weights, str) or Path(weights).name != weights or weights not in entries:
             raise InputError(f"weights {weights}: no such file in {folder}; found {_listed(entries)}.")
         if not (weights.endswith(tuple(FORMATS)) or is_index(weights)):
-            raise InputError(f"weights {weights}: a {' or '.join(FORMATS)} file or the index of its shards is expected.")
+            raise InputError(
+                f"weights {weights}: a {' or '.join(FORMATS)} file or the index of its shards is expected."
+            )
         return folder / weights, ()
     candidates: dict[str, list[str]] = {}
     for suffix in FORMATS:
         indexes = [name for name in entries if is_index(name) and suffix in name]
         listed = {shard for index in indexes for shard in _shards_of(folder / index)}
-        singles = [name for name in entries if name.endswith(suffix) and name not in listed and not NO_WEIGHTS.fullmatch(name)]
+        singles = [
+            name for name in entries if name.endswith(suffix) and name not in listed and not NO_WEIGHTS.fullmatch(name)
+        ]
         candidates[suffix] = indexes + singles
     for suffix, found in candidates.items():
         if not found:
@@ -151,9 +161,13 @@ def choose_weights(folder: Path, weights: str | None = None) -> tuple[Path, tupl
             others = [name for other, names in candidates.items() if other != suffix for name in names]
             return folder / found[0], tuple(others)
         problem = "which of them is the model" if len(found) > 1 else f"it is not called {FORMATS[suffix]}"
-        raise InputError(f"{folder} has the weights {_listed(found)}: {problem}? Choose one with --weights, such as --weights {found[0]}.")
+        raise InputError(
+            f"{folder} has the weights {_listed(found)}: {problem}? Choose one with --weights, such as "
+            f"--weights {found[0]}."
+        )
     raise InputError(
-        f"{folder}: no weights: model.safetensors, model.safetensors.index.json, pytorch_model.bin or pytorch_model.bin.index.json is "
+        f"{folder}: no weights: model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
+        "pytorch_model.bin.index.json is "
         f"expected; found {_listed(entries)}."
     )
 
@@ -177,18 +191,22 @@ def _listed(names: Sequence[str]) -> str:
 def canonical_names(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
     """The weights under the names that an unwrapped model with a head gives them.
 
-    What PyTorch's wrappers put into a name is left out: before all names (`_orig_mod.`, `module.`, nested too) or inside.
+    What PyTorch's wrappers put into a name is left out: before all names (`_orig_mod.`, `module.`, nested
+    too) or inside.
 
     Raises:
         InputError: some tensors carry such a prefix and others do not, or two would have one name.
     """
     stored = dict(tensors)
-    while prefix := next((name for name in (*WRAPPERS, "model") if any(each.startswith(f"{name}.") for each in stored)), None):
+    while prefix := next(
+        (name for name in (*WRAPPERS, "model") if any(each.startswith(f"{name}.") for each in stored)), None
+    ):
         if not all(name.startswith(f"{prefix}.") for name in stored):
             bare = next(name for name in stored if not name.startswith(f"{prefix}."))
             wrapped = next(name for name in stored if name.startswith(f"{prefix}."))
             raise InputError(
-                f"{where}: the tensor {wrapped} has the prefix {prefix!r} of {WRAPPERS.get(prefix, 'a wrapper')}, but {bare} has none: "
+                f"{where}: the tensor {wrapped} has the prefix {prefix!r} of "
+                f"{WRAPPERS.get(prefix, 'a wrapper')}, but {bare} has none: "
                 "save the state dictionary of the model itself."
             )
         stored = {name.partition(".")[2]: tensor for name, tensor in stored.items()}
@@ -196,7 +214,9 @@ def canonical_names(tensors: Mapping[str, StoredTensor], where: Path) -> dict[st
     for name, tensor in stored.items():
         plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if plain in named:
-            raise InputError(f"{where}: the tensors {named[plain].name} and {tensor.name} are both {plain}: which of them counts?")
+            raise InputError(
+                f"{where}: the tensors {named[plain].name} and {tensor.name} are both {plain}: which of them counts?"
+            )
         named[plain] = tensor
     named = {name: tensor for name, tensor in named.items() if not is_ignored(name)}
     prefix = "" if any(name.startswith(PREFIX) for name in named) else PREFIX
@@ -210,7 +230,8 @@ def is_ignored(name: str) -> bool:
 
 
 def _shards_of(index: Path) -> dict[str, list[str]]:
-    """The files that an index names, each with its tensors. Raises InputError if it is malformed or leads out of the folder."""
+    """The files that an index names, each with its tensors. Raises InputError if it is malformed or leads out
+    of the folder."""
     weight_map = _read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: 'weight_map' must map tensor names to file names.")
@@ -219,7 +240,9 @@ def _shards_of(index: Path) -> dict[str, list[str]]:
         shard = PurePosixPath(name)
         # By name only: in the Hugging Face cache a shard is a symbolic link that leads elsewhere, and rightly so.
         if shard.is_absolute() or ".." in shard.parts or "\\" in name or not name:
-            raise InputError(f"{index}: the tensor {tensor} points outside the folder, to {name!r}; refusing to follow it.")
+            raise InputError(
+                f"{index}: the tensor {tensor} points outside the folder, to {name!r}; refusing to follow it."
+            )
         shards.setdefault(str(shard), []).append(tensor)
     return shards
 
@@ -233,7 +256,8 @@ def _read_shards(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
         name = str(file.relative_to(index.parent))
         if not file.exists():
             raise InputError(
-                f"{file}: missing shard; {index.name} says that it holds {shards[name][0]} (and perhaps more). Download it again."
+                f"{file}: missing shard; {index.name} says that it holds {shards[name][0]} (and perhaps "
+                "more). Download it again."
             )
         for tensor, stored in _read_file(file).items():
             listed = listed_in.get(tensor)
@@ -241,7 +265,10 @@ def _read_shards(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
                 continue
             if listed != name:
                 where = f"in {listed}" if listed else "nowhere"
-                raise InputError(f"{file}: it holds the tensor {tensor}, which {index.name} says is {where}: they do not belong together.")
+                raise InputError(
+                    f"{file}: it holds the tensor {tensor}, which {index.name} says is {where}: they do not "
+                    "belong together."
+                )
             tensors[tensor] = stored
     for tensor, name in listed_in.items():
         if tensor not in tensors and not is_ignored(tensor):
@@ -254,13 +281,17 @@ def _read_file(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a safetensors file, from its header alone. Raises InputError where the file is not what the format demands."""
+    """Every tensor of a safetensors file, from its header alone. Raises InputError where the file is not what
+    the format demands."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > min(size - 8, MAXIMUM_HEADER_BYTES):
-                raise InputError(f"{file}: not a safetensors file, or truncated: its header claims {length} bytes, the file has {size}.")
+                raise InputError(
+                    f"{file}: not a safetensors file, or truncated: its header claims {length} bytes, the "
+                    f"file has {size}."
+                )
             header = json.loads(opened.read(length))
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}.") from error
@@ -276,15 +307,21 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     end = 0
     for name, first, last, dtype, shape in sorted(_header_entries(file, header), key=lambda entry: entry[1:3]):
         if first != end:
-            raise InputError(f"{file}: the tensor {name} begins at byte {first} of the data, where {end} is expected: a gap or an overlap.")
+            raise InputError(
+                f"{file}: the tensor {name} begins at byte {first} of the data, where {end} is expected: a "
+                "gap or an overlap."
+            )
         if data + last > size:
             raise InputError(
-                f"{file}: the tensor {name} ends at byte {data + last}, but the file has {size}: truncated; download it again."
+                f"{file}: the tensor {name} ends at byte {data + last}, but the file has {size}: truncated; "
+                "download it again."
             )
         end = last
         tensors[name] = StoredTensor(file, data + first, shape, dtype, name)
     if data + end != size:
-        raise InputError(f"{file}: {size - data - end} bytes follow the last tensor; the header and the file do not belong together.")
+        raise InputError(
+            f"{file}: {size - data - end} bytes follow the last tensor; the header and the file do not belong together."
+        )
     return tensors
 
 
@@ -309,7 +346,8 @@ def _header_entries(file: Path, header: dict[str, Any]) -> Iterator[tuple[str, i
 
 
 def read_torch(file: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a `.bin` file. PyTorch reads the structure alone (`weights_only`, fake tensors); the data is read by offset.
+    """Every tensor of a `.bin` file. PyTorch reads the structure alone (`weights_only`, fake tensors); the
+    data is read by offset.
 
     Raises:
         InputError: PyTorch is absent, the file is damaged or not a plain dictionary of tensors.
@@ -319,18 +357,26 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
         from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError:
         raise InputError(f"{file}: reading .bin files takes PyTorch: pip install 'aurora-jax[torch]'.") from None
-    dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+    dtypes = {
+        torch.float32: np.dtype(np.float32),
+        torch.float16: np.dtype(np.float16),
+        torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    }
     try:
         with zipfile.ZipFile(file) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{file}: its entries are compressed, which PyTorch never does; save it again with torch.save.")
+                raise InputError(
+                    f"{file}: its entries are compressed, which PyTorch never does; save it again with torch.save."
+                )
         with FakeTensorMode():
             state = torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch documents no common type for what a damaged or forbidden file raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file}: not a PyTorch checkpoint of plain weights (torch.save since 1.6), or damaged: {reason}") from None
+        raise InputError(
+            f"{file}: not a PyTorch checkpoint of plain weights (torch.save since 1.6), or damaged: {reason}"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{file}: a dictionary of tensors is expected.")
     tensors: dict[str, StoredTensor] = {}
@@ -339,7 +385,8 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
             continue
         if tensor.dtype not in dtypes or not tensor.is_contiguous():
             raise InputError(
-                f"{file}: the tensor {name} ({tensor.dtype}, strides {tensor.stride()}) must be contiguous and floating-point."
+                f"{file}: the tensor {name} ({tensor.dtype}, strides {tensor.stride()}) must be contiguous "
+                "and floating-point."
             )
         dtype = dtypes[tensor.dtype]
         offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * dtype.itemsize

@@ -1,4 +1,5 @@
-"""Arrays that are larger than memory, moved block by block: several blocks in flight, each in buffers that are used again and again.
+"""Arrays that are larger than memory, moved block by block: several blocks in flight, each in buffers that
+are used again and again.
 
 Orbax keeps its part: the tree's metadata. Only the data of the arrays is ours.
 """
@@ -30,19 +31,22 @@ class UnwrittenArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
-    """Shape of the stored chunks. What is written should consist of whole chunks: a chunk in two blocks would be read back and
-    rewritten."""
+    """Shape of the stored chunks. What is written should consist of whole chunks: a chunk in two blocks would
+    be read back and rewritten."""
 
 
 class _UnwrittenArrayHandler(ocp.type_handlers.NumpyHandler):
     """Creates zarr arrays.
 
-    It keeps the type name of NumPy arrays, which carry no sharding: such a leaf restores on any mesh when a target is given, and as a NumPy
-    array without one.
+    It keeps the type name of NumPy arrays, which carry no sharding: such a leaf restores on any mesh when a
+    target is given, and as a NumPy array without one.
     """
 
     async def serialize(
-        self, values: Sequence[Any], infos: Sequence[ocp.type_handlers.ParamInfo], args: Sequence[ocp.SaveArgs] | None = None
+        self,
+        values: Sequence[Any],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list[ocp.future.Future]:
         del args
         for value, info in zip(values, infos, strict=True):
@@ -53,14 +57,17 @@ class _UnwrittenArrayHandler(ocp.type_handlers.NumpyHandler):
 
 
 def unwritten_handler() -> ocp.PyTreeCheckpointHandler:
-    """The Orbax handler for a tree of UnwrittenArrays. A chunk is a file: a key-value database would buffer gigabytes."""
+    """The Orbax handler for a tree of UnwrittenArrays. A chunk is a file: a key-value database would buffer
+    gigabytes."""
     registry = ocp.type_handlers.create_type_handler_registry((UnwrittenArray, _UnwrittenArrayHandler()))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
 
 
 def open_for_writing(folder: Path) -> ts.TensorStore:
     """An array that `unwritten_handler` created. Nothing is cached; a write returns when its data is on the disk."""
-    return ts.open(_zarr_spec(folder), write=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 0}})).result()
+    return ts.open(
+        _zarr_spec(folder), write=True, context=ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    ).result()
 
 
 def _zarr_spec(path: Any) -> dict[str, Any]:

@@ -54,20 +54,20 @@ def to_torch(
 ) -> None:
     """Writes a checkpoint as safetensors with config.json and, byte for byte, the files that travel with the model.
 
-    The head is the token embedding and is not written twice; `transformers` ties it. Memory: some blocks; for checkpoints of
-    training runs also the largest parameter of one layer.
+    The head is the token embedding and is not written twice; `transformers` ties it. Memory: some blocks; for
+    checkpoints of training runs also the largest parameter of one layer.
 
     Args:
         source: a checkpoint, or a run directory (its newest complete step).
-        destination: the folder to be made; must not exist. It appears only when it is complete: see `partial_output` for what an
-            interrupted conversion leaves.
+        destination: the folder to be made; must not exist. It appears only when it is complete: see
+            `partial_output` for what an interrupted conversion leaves.
         dtype: of the written weights; that of the checkpoint by default.
         max_shard_size: largest file, such as 5GB or 500MB (decimal); a single larger tensor is a file of its own.
         resume: continue what an interrupted conversion of the same checkpoint left, if it left anything.
 
     Raises:
-        InputError: not a checkpoint, a damaged one, a model that no Hugging Face architecture computes, or a destination that exists or
-            cannot be written.
+        InputError: not a checkpoint, a damaged one, a model that no Hugging Face architecture computes, or a
+            destination that exists or cannot be written.
     """
     limit = parse_size(max_shard_size)
     path = resolve(source)
@@ -78,9 +78,15 @@ def to_torch(
         raise InputError(f"{path}: parameter_dtype is {name!r}; writable are {', '.join(DTYPES)}.")
     rows = weight_map(config)
     stores = open_parameters(path)
-    if any(stores[row.ours].chunk_layout.read_chunk.shape != row.chunk_shape(config, _itemsize(stores[row.ours])) for row in rows):
-        # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would be read many times.
-        stores = open_parameters(path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in rows if row.stacked))
+    if any(
+        stores[row.ours].chunk_layout.read_chunk.shape != row.chunk_shape(config, _itemsize(stores[row.ours]))
+        for row in rows
+    ):
+        # Chunks of a training run follow its mesh, and our blocks cut across them: without a cache each would
+        # be read many times.
+        stores = open_parameters(
+            path, cache_bytes=max(math.prod(row.hf_shape(config)) * 4 for row in rows if row.stacked)
+        )
     shards = plan_shards(config, DTYPES[name].itemsize, limit)
     files = _text_files(metadata, name, shards, read_files(path), path)
     job = {
@@ -95,7 +101,11 @@ def to_torch(
             return
         sizes = _sizes(config, DTYPES[name].itemsize)
         partial.output.mkdir(exist_ok=True)
-        tensors = [tensor for shard in shards for tensor in _make_shard(partial.output / shard.name, shard, config, DTYPES[name])]
+        tensors = [
+            tensor
+            for shard in shards
+            for tensor in _make_shard(partial.output / shard.name, shard, config, DTYPES[name])
+        ]
         rest = [tensor for tensor in tensors if tensor.name not in partial.done]
         done = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in rest)
         with byte_progress(f"{source} -> {destination}", sum(sizes.values()), done) as advance:
@@ -124,7 +134,9 @@ def plan_shards(config: ModelConfig, itemsize: int, limit: int) -> list[Shard]:
         filled += size
     if len(groups) == 1:
         return [Shard("model.safetensors", groups[0])]
-    return [Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, 1)]
+    return [
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, 1)
+    ]
 
 
 def _sizes(config: ModelConfig, itemsize: int) -> dict[str, int]:
@@ -143,7 +155,8 @@ class PlacedTensor:
 
 
 def _make_shard(file: Path, shard: Shard, config: ModelConfig, dtype: np.dtype) -> list[PlacedTensor]:
-    """A file of its full size with its header, and holes for data; one that an earlier process has made stays as it is."""
+    """A file of its full size with its header, and holes for data; one that an earlier process has made stays
+    as it is."""
     parts = hf_tensors(config)
     label = next(label for label, known in SAFETENSORS_DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -211,7 +224,9 @@ def _write_tensors(
     for_each(work, write)
 
 
-def _write_part(part: Part, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch) -> int:
+def _write_part(
+    part: Part, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch
+) -> int:
     """Returns the number of bytes of the tensor that were written."""
     tensor, row, layer, start, stop = part
     block = scratch.array("read", row.block_shape(config, stop - start), store.dtype.numpy_dtype)
@@ -248,9 +263,14 @@ def _write_at(descriptor: int, values: np.ndarray, offset: int) -> None:
 
 
 def _text_files(
-    metadata: CheckpointMetadata, dtype: ParameterDtype, shards: list[Shard], travelling: dict[str, bytes], source: epath.Path
+    metadata: CheckpointMetadata,
+    dtype: ParameterDtype,
+    shards: list[Shard],
+    travelling: dict[str, bytes],
+    source: epath.Path,
 ) -> dict[str, bytes]:
-    """Everything but the weights, by name. Raises InputError if a file that travels has the name of one that is made."""
+    """Everything but the weights, by name. Raises InputError if a file that travels has the name of one that
+    is made."""
     config = metadata.config
     hf_config = {**(metadata.hf_config or {}), **to_hf_config(config), "torch_dtype": dtype}
     hf_config.pop("dtype", None)  # the newer name of torch_dtype, which every version of transformers reads
@@ -266,7 +286,10 @@ def _text_files(
             {"metadata": {"total_size": sum(_sizes(config, itemsize).values())}, "weight_map": weight_map}
         )
     if taken := {*travelling} & {*files, *(shard.name for shard in shards)}:
-        raise InputError(f"{source}: it carries a file {min(taken)}, which is made anew: the checkpoint is not one of this project's.")
+        raise InputError(
+            f"{source}: it carries a file {min(taken)}, which is made anew: the checkpoint is not one of this "
+            "project's."
+        )
     generation = {name: to_hf_config(config)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation_config = _json({key: value for key, value in generation.items() if value is not None})
     return {"generation_config.json": generation_config, **files, **travelling}

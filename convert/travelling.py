@@ -1,8 +1,10 @@
-"""The files that travel with a model: all that is in its folder but weights, if it is small and text or the tokenizer's.
+"""The files that travel with a model: all that is in its folder but weights, if it is small and text or the
+tokenizer's.
 
-By this rule and not by a list: licence, model card, chat templates, generation config and whatever else somebody put there
-arrive in the checkpoint, in the checkpoints and stages of runs that start from it, and in an export, byte for byte. `config.json`
-is read, kept as JSON and written anew.
+By this rule and not by a list: licence, model card, chat templates, generation config and whatever else
+somebody put there
+arrive in the checkpoint, in the checkpoints and stages of runs that start from it, and in an export, byte for
+byte. `config.json` is read, kept as JSON and written anew.
 """
 
 from pathlib import Path
@@ -17,7 +19,20 @@ LARGEST_TOKENIZER_FILE = 128 * 2**20
 """Bytes of one of the tokenizer's files: a larger one is refused, for the model would arrive without it."""
 
 WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz", ".npy"),
+    *(
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".gguf",
+        ".npz",
+        ".npy",
+    ),
     *(".safetensors.index.json", ".bin.index.json", ".msgpack.index.json", ".h5.index.json"),
 )
 """How files of weights end, and the indexes of their shards."""
@@ -26,8 +41,9 @@ WEIGHTS = (
 def travelling_files(folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     """The contents of the files of a model folder that travel, by name, and why each of the others does not.
 
-    Of sub-folders only the tokenizer's own (`additional_chat_templates`) is looked into. A link is followed within the folder
-    and, in the Hugging Face cache, to its blobs: another might bring in a file that was never the model's.
+    Of sub-folders only the tokenizer's own (`additional_chat_templates`) is looked into. A link is followed
+    within the folder and, in the Hugging Face cache, to its blobs: another might bring in a file that was
+    never the model's.
 
     Raises:
         InputError: a file of the tokenizer is too large, leads out of the folder or cannot be read.

@@ -91,11 +91,16 @@ def verify(
     config_a, config_b = model_a.config, model_b.config
     if config_a.vocabulary_size != config_b.vocabulary_size:
         raise InputError(
-            f"{a} has a vocabulary of {config_a.vocabulary_size} tokens, {b} of {config_b.vocabulary_size}: nothing to compare."
+            f"{a} has a vocabulary of {config_a.vocabulary_size} tokens, {b} of {config_b.vocabulary_size}: "
+            "nothing to compare."
         )
     tokens_L, origin = _tokens(a, b, text, config_a.vocabulary_size)
     window = int(min(WINDOW, config_a.longest_sequence, config_b.longest_sequence))
-    agreement = compare(_logits(model_a), _logits(model_b), [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)])
+    agreement = compare(
+        _logits(model_a),
+        _logits(model_b),
+        [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)],
+    )
     passed = bool(agreement.max_kl <= max_kl)
     table = Table("A against B", "", title=f"A: {a}\nB: {b}", title_justify="left")
     table.add_row("tokens compared", f"{agreement.tokens:,} ({origin})")
@@ -152,7 +157,9 @@ class _Checkpoint:
 def _opened(path: str | os.PathLike[str], weights: str | None) -> _Checkpoint | HuggingFaceFolder:
     if _is_ours(path):
         if weights is not None:
-            raise InputError(f"{path} is one of our checkpoints, which has one set of weights: {weights} cannot be chosen.")
+            raise InputError(
+                f"{path} is one of our checkpoints, which has one set of weights: {weights} cannot be chosen."
+            )
         return _Checkpoint(path, read_metadata(path).config)
     folder = read_folder(path, weights)
     check_tensors(folder)
@@ -182,17 +189,22 @@ def _our_model(model: _Checkpoint) -> Logits:
 
 
 def _hf_model(folder: HuggingFaceFolder) -> Logits:
-    """The model that `transformers` makes of the tensors that a conversion would read, loaded by PyTorch and safetensors."""
+    """The model that `transformers` makes of the tensors that a conversion would read, loaded by PyTorch and
+    safetensors."""
     try:
         import torch
         from safetensors.torch import load_file
         from transformers import AutoConfig, BloomForCausalLM, GPTBigCodeForCausalLM
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
-        raise InputError(f"{folder.path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'.") from None
+        raise InputError(
+            f"{folder.path}: running a Hugging Face model takes PyTorch: pip install 'aurora-jax[torch]'."
+        ) from None
     disable_progress_bar()
     loaded = {
-        file: load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+        file: load_file(file)
+        if file.suffix == ".safetensors"
+        else torch.load(file, map_location="cpu", weights_only=True)
         for file in folder.files
     }
     state = {name: loaded[stored.file][stored.name] for name, stored in folder.tensors.items()}
@@ -216,31 +228,42 @@ def _hf_model(folder: HuggingFaceFolder) -> Logits:
     return logits_LV
 
 
-def _tokens(a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | None, vocabulary_size: int) -> tuple[np.ndarray, str]:
+def _tokens(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], text: Path | None, vocabulary_size: int
+) -> tuple[np.ndarray, str]:
     """Tokens [L] of the text, or random ones if neither model has a tokenizer, and where they are from."""
     try:
         content, origin = (text.read_text(encoding="utf-8"), text.name) if text else (DEFAULT_TEXT, "built-in text")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{text} cannot be read as UTF-8 text: {error}.") from error
     files = {path: read_files(path) if _is_ours(path) else travelling_files(Path(path))[0] for path in (a, b)}
-    digests = {path: digest for path, its_files in files.items() if (digest := tokenizer_sha256(its_files, Path(path))) is not None}
+    digests = {
+        path: digest
+        for path, its_files in files.items()
+        if (digest := tokenizer_sha256(its_files, Path(path))) is not None
+    }
     if not digests:
         if text:
             raise InputError(f"Neither {a} nor {b} has a tokenizer: {text} cannot be read as tokens.")
         random_L = np.random.default_rng(SEED).integers(vocabulary_size, size=RANDOM_TOKENS, dtype=np.int32)
         return random_L, f"random, seed {SEED}: no tokenizer"
     path = next(iter(digests))
-    one_of_each = {digest: path for path, digest in reversed(digests.items())}  # equal tokenizers need not be asked twice
+    one_of_each = {
+        digest: path for path, digest in reversed(digests.items())
+    }  # equal tokenizers need not be asked twice
     tokens = {path: _encode(files[path], path, content) for path in one_of_each.values()}
     if any(ids != tokens[path] for ids in tokens.values()):
         raise InputError(
-            f"{a} has the tokenizer {digests[a][:12]}, {b} has {digests[b][:12]}, and they read the {origin} as other tokens: "
+            f"{a} has the tokenizer {digests[a][:12]}, {b} has {digests[b][:12]}, and they read the {origin} "
+            "as other tokens: "
             "these are not the same model."
         )
     if not tokens[path]:
         raise InputError(f"{origin}: no tokens to compare.")
     if max(tokens[path]) >= vocabulary_size:
-        raise InputError(f"{path}: its tokenizer yields the token {max(tokens[path])}, its model has only {vocabulary_size}.")
+        raise InputError(
+            f"{path}: its tokenizer yields the token {max(tokens[path])}, its model has only {vocabulary_size}."
+        )
     return np.asarray(tokens[path], np.int32), origin
 
 
@@ -249,7 +272,11 @@ def _encode(files: Mapping[str, bytes], where: str | os.PathLike[str], text: str
     kind = kind_of(files, Path(where))
     if kind not in ("tokenizer.json", "vocab.json"):
         return tokenizer_of(files, Path(where)).encode(text)
-    definition = gpt2_tokenizer_json(files, Path(where)) if kind == "vocab.json" else files[kind].decode("utf-8", errors="replace")
+    definition = (
+        gpt2_tokenizer_json(files, Path(where))
+        if kind == "vocab.json"
+        else files[kind].decode("utf-8", errors="replace")
+    )
     try:
         tokenizer = tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exception

@@ -1,8 +1,9 @@
 """The one map between Hugging Face's weights, GPTBigCode's and BLOOM's, and ours. It drives both directions.
 
-N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
-A Hugging Face tensor is cut into *units* along its rows (a head, a feature, a token): units are what is read, transposed and written, some
-megabytes at a time, so that no array and no tensor need be whole in memory.
+N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2
+is key and value. A Hugging Face tensor is cut into *units* along its rows (a head, a feature, a token): units
+are what is read, transposed and written, some megabytes at a time, so that no array and no tensor need be
+whole in memory.
 """
 
 import math
@@ -18,7 +19,8 @@ from aurora_jax.model.config import Family, ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, dimensions, rows_of
 
 PIECES = 8
-"""A block is stored in up to so many chunks along each dimension that the mesh divides: a device then reads little but its own part."""
+"""A block is stored in up to so many chunks along each dimension that the mesh divides: a device then reads
+little but its own part."""
 
 LEAST_CHUNK_BYTES = CHUNK_BYTES // 64
 
@@ -36,7 +38,8 @@ WRAPPERS = {
     "_fsdp_wrapped_module": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module": "activation checkpointing",
 }
-"""Components that PyTorch's wrappers put into the names of what they wrap; no tensor of either family has them itself."""
+"""Components that PyTorch's wrappers put into the names of what they wrap; no tensor of either family has
+them itself."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Row:
     fused: Literal["", "query", "key_value"] = ""
     """Which part of the fused projection, `c_attn` or `query_key_value`.
 
-    For each key/value head in turn, its rows are the queries that share the head, then its key, then its value. Multi-query attention
-    (K = 1) thus has all queries, the key, the value; multi-head attention (K = H) has a query, a key and a value for each head.
+    For each key/value head in turn, its rows are the queries that share the head, then its key, then its
+    value. Multi-query attention (K = 1) thus has all queries, the key, the value; multi-head attention (K =
+    H) has a query, a key and a value for each head.
     """
 
     @property
@@ -86,13 +90,16 @@ class Row:
         return dimensions(config)[self.letters[0]]
 
     def block_units(self, config: ModelConfig, itemsize: int) -> int:
-        """Units in a block, at least one: at most CHUNK_BYTES, if possible in a number of blocks that a mesh divides as well."""
+        """Units in a block, at least one: at most CHUNK_BYTES, if possible in a number of blocks that a mesh
+        divides as well."""
         units = self.units(config)
         unit_bytes = math.prod(self._unit_shape(config)) * itemsize
         blocks = math.ceil(units / max(1, CHUNK_BYTES // unit_bytes))
         if blocks > 1:
             parts = math.gcd(units, PIECES)
-            fitting = (count for count in range(blocks, 2 * blocks + parts) if count % parts == 0 and units % count == 0)
+            fitting = (
+                count for count in range(blocks, 2 * blocks + parts) if count % parts == 0 and units % count == 0
+            )
             blocks = next(fitting, blocks)
         return math.ceil(units / blocks)
 
@@ -102,7 +109,8 @@ class Row:
         return ((start, min(start + step, self.units(config))) for start in range(0, self.units(config), step))
 
     def spans(self, config: ModelConfig, start: int, stop: int) -> list[tuple[int, int]]:
-        """Rows (first, last + 1) of the Hugging Face tensor that hold units start .. stop - 1, adjacent ones joined; none of padding."""
+        """Rows (first, last + 1) of the Hugging Face tensor that hold units start .. stop - 1, adjacent ones
+        joined; none of padding."""
         if not self.fused:
             stop = min(stop, self.hf_shape(config)[0])
             return [(start, stop)] if start < stop else []
@@ -123,7 +131,9 @@ class Row:
 
     def to_ours(self, rows: np.ndarray, config: ModelConfig) -> np.ndarray:
         """Rows of some units [rows, ...] as a view in our order of dimensions."""
-        return rows.reshape(-1, *self._unit_shape(config)).transpose([self.letters.index(letter) for letter in self.our_letters])
+        return rows.reshape(-1, *self._unit_shape(config)).transpose(
+            [self.letters.index(letter) for letter in self.our_letters]
+        )
 
     def to_hf(self, block: np.ndarray, config: ModelConfig) -> np.ndarray:
         """The inverse of `to_ours`: rows [rows] or [rows, columns]."""
@@ -219,7 +229,10 @@ LETTERS = {
 }
 """Each parameter's dimensions in Hugging Face's order: see `Row.letters`."""
 
-FUSED: dict[str, Literal["query", "key_value"]] = {"layers.attention.query": "query", "layers.attention.key_value": "key_value"}
+FUSED: dict[str, Literal["query", "key_value"]] = {
+    "layers.attention.query": "query",
+    "layers.attention.key_value": "key_value",
+}
 
 
 def weight_map(config: ModelConfig) -> tuple[Row, ...]:
@@ -243,7 +256,8 @@ def token_embedding(config: ModelConfig) -> Row:
 
 
 def hf_tensors(config: ModelConfig) -> dict[str, list[tuple[Row, int]]]:
-    """Every Hugging Face tensor of the model, in the order of its layers, with the (row, layer) parts that it consists of."""
+    """Every Hugging Face tensor of the model, in the order of its layers, with the (row, layer) parts that it
+    consists of."""
     tensors: dict[str, list[tuple[Row, int]]] = {}
     rows = weight_map(config)
     before = [row for row in rows if not row.stacked and not row.ours.startswith("final_norm")]

@@ -1,8 +1,9 @@
 """The whole journey, small and real, on a CPU: `make quickstart`.
 
-A StarCoder-family PyTorch checkpoint that reads English and code (`examples/nano`, which stands for StarCoderPlus) becomes a Flax model,
-learns Finnish, Hindi, Japanese and Vietnamese in two stages, and leaves again as a PyTorch checkpoint. Every step is a command that you
-could type yourself; it is printed before it runs. The exit status is not 0 if a step fails or the result is not as promised.
+A StarCoder-family PyTorch checkpoint that reads English and code (`examples/nano`, which stands for
+StarCoderPlus) becomes a Flax model, learns Finnish, Hindi, Japanese and Vietnamese in two stages, and leaves
+again as a PyTorch checkpoint. Every step is a command that you could type yourself; it is printed before it
+runs. The exit status is not 0 if a step fails or the result is not as promised.
 """
 
 import json
@@ -32,10 +33,14 @@ STEPS = (
     ("A real corpus in five languages and code, from packages", f"-m aurora_jax data sample {WORK}/corpus"),
     (
         "Text becomes tokens: the stores of both stages' mixtures, and of the held-out texts",
-        f"-m aurora_jax data build nano_cap nano_cat --tokenizer {NANO} --data-root {WORK}/corpus --output {WORK}/stores "
+        f"-m aurora_jax data build nano_cap nano_cat --tokenizer {NANO} --data-root {WORK}/corpus --output "
+        f"{WORK}/stores "
         "--splits train validation",
     ),
-    ("PyTorch weights in: the base model becomes a Flax checkpoint", f"-m convert from-torch {NANO} {CONVERTED} --dtype float32"),
+    (
+        "PyTorch weights in: the base model becomes a Flax checkpoint",
+        f"-m convert from-torch {NANO} {CONVERTED} --dtype float32",
+    ),
     ("Are the two the same model?", f"-m convert verify {NANO} {CONVERTED}"),
     (
         "Continual pretraining: stage CAP (all languages, English and code replayed), then stage CAT (cleaner texts)",
@@ -56,18 +61,24 @@ def main() -> int:
     commands = []
     for number, (title, arguments) in enumerate(STEPS, start=1):
         commands.append(f"python {arguments}")
-        console.print(f"\n[bold][{number}/{len(STEPS) + 2}] {title}[/bold]\n[dim]$ {commands[-1]}[/dim]", soft_wrap=True)
+        console.print(
+            f"\n[bold][{number}/{len(STEPS) + 2}] {title}[/bold]\n[dim]$ {commands[-1]}[/dim]", soft_wrap=True
+        )
         status = subprocess.run([sys.executable, *shlex.split(arguments)], cwd=ROOT).returncode
         if status:
             console.print(f"[red]step {number} failed with exit status {status}[/red]: {commands[-1]}", soft_wrap=True)
             return status
 
-    console.print(f"\n[bold][{len(STEPS) + 1}/{len(STEPS) + 2}] A continuation in every language, by transformers[/bold]")
+    console.print(
+        f"\n[bold][{len(STEPS) + 1}/{len(STEPS) + 2}] A continuation in every language, by transformers[/bold]"
+    )
     samples = continuations(ROOT / WORK / "corpus" / "heldout", ROOT / NANO, ROOT / RESULT)
     samples_file = ROOT / WORK / "samples.json"
     samples_file.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
     for sample in samples:
-        console.print(f"[cyan]{sample['language']:>4}[/cyan] {sample['prompt']}[green]{sample['after']}[/green]", markup=True)
+        console.print(
+            f"[cyan]{sample['language']:>4}[/cyan] {sample['prompt']}[green]{sample['after']}[/green]", markup=True
+        )
 
     console.print(f"\n[bold][{len(STEPS) + 2}/{len(STEPS) + 2}] What was learnt, what was kept[/bold]")
     report = ROOT / WORK / "report.html"
@@ -80,9 +91,14 @@ def main() -> int:
     console.print("bits per byte of held-out text (lower is better):", table)
     minutes = (time.monotonic() - begun) / 60
     console.print(
-        f"{minutes:.1f} minutes. Look at [bold]{report.relative_to(ROOT)}[/bold]; the model is in [bold]{RESULT}[/bold].", soft_wrap=True
+        f"{minutes:.1f} minutes. Look at [bold]{report.relative_to(ROOT)}[/bold]; the model is in "
+        f"[bold]{RESULT}[/bold].",
+        soft_wrap=True,
     )
-    console.print(f'[dim]$ python -m aurora_jax generate {RUN} "Helsinki on" --temperature 0.7[/dim]   lets it write.', soft_wrap=True)
+    console.print(
+        f'[dim]$ python -m aurora_jax generate {RUN} "Helsinki on" --temperature 0.7[/dim]   lets it write.',
+        soft_wrap=True,
+    )
     missed = check_expectations(changes)
     for sentence in missed:
         console.print(f"[red]not as promised:[/red] {sentence}", soft_wrap=True)
@@ -103,7 +119,9 @@ def continuations(heldout: Path, before: Path, after: Path) -> list[dict[str, st
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    samples = [{"language": language, "prompt": _prompt(heldout / f"{language}.jsonl", language)} for language in LANGUAGES]
+    samples = [
+        {"language": language, "prompt": _prompt(heldout / f"{language}.jsonl", language)} for language in LANGUAGES
+    ]
     for name, folder in (("before", before), ("after", after)):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -113,7 +131,13 @@ def continuations(heldout: Path, before: Path, after: Path) -> list[dict[str, st
             inputs = tokenizer(sample["prompt"], return_tensors="pt")
             torch.manual_seed(0)
             output = model.generate(
-                **inputs, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1, pad_token_id=0
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.9,
+                repetition_penalty=1.1,
+                pad_token_id=0,
             )
             sample[name] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return samples

@@ -1,4 +1,5 @@
-"""Run by test_build.py: builds a store of many small parts, chunks and shards. Arguments: source, tokenizer, output, workers."""
+"""Run by test_build.py: builds a store of many small parts, chunks and shards. Arguments: source, tokenizer,
+output, workers."""
 
 import sys
 
@@ -15,7 +16,9 @@ if __name__ == "__main__":
     source, tokenizer, output, workers = sys.argv[1:]
     # One worker is a thread of this process and sees these; more are processes of their own with the real sizes.
     sources.PART_BYTES, build.CHUNK_TOKENS, store.SHARD_ELEMENTS, store.CHUNK_ELEMENTS = 2_000, 300, 1_000, 100
-    recipe = Recipe("small", "train", Source({"train": (source,)}, "jsonl"), (FillInTheMiddle(),), tokenizer_from(tokenizer), True)
+    recipe = Recipe(
+        "small", "train", Source({"train": (source,)}, "jsonl"), (FillInTheMiddle(),), tokenizer_from(tokenizer), True
+    )
     print("ready", flush=True)
     build_stores([recipe], output, workers=int(workers), max_bad_fraction=0.1)
     print("done", flush=True)

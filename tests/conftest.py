@@ -1,4 +1,5 @@
-"""What all tests share: strict JAX, reproducible hypothesis, and a miniature corpus of real sentences with its tokenizer."""
+"""What all tests share: strict JAX, reproducible hypothesis, and a miniature corpus of real sentences with
+its tokenizer."""
 
 import json
 import os
@@ -19,8 +20,10 @@ hypothesis.settings.load_profile("aurora")
 
 # Article 1 and 2 of the Universal Declaration of Human Rights, and a function.
 SENTENCES = {
-    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience.",
-    "fi": "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja omatunto.",
+    "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and "
+    "conscience.",
+    "fi": "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu "
+    "järki ja omatunto.",
     "hi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
     "ja": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
     "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền.",
@@ -43,7 +46,10 @@ def mini_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, numbers in (("train", range(40)), ("clean", range(20)), ("heldout", range(100, 104))):
         (directory / part).mkdir()
         for language, sentence in SENTENCES.items():
-            documents = [{"text": f"{number}: {sentence}", "language": language, "source": "test", "license": "none"} for number in numbers]
+            documents = [
+                {"text": f"{number}: {sentence}", "language": language, "source": "test", "license": "none"}
+                for number in numbers
+            ]
             lines = [json.dumps(document, ensure_ascii=False) for document in documents]
             (directory / part / f"{language}.jsonl").write_text("\n".join(lines) + "\n")
     return directory

@@ -1,4 +1,5 @@
-"""Worker of test_plan_on_cpu.py: compiles a training step for the CPU, runs it, prints estimated and measured bytes above its arguments.
+"""Worker of test_plan_on_cpu.py: compiles a training step for the CPU, runs it, prints estimated and measured
+bytes above its arguments.
 
 python tests/cpu_memory.py full
 """

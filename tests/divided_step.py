@@ -1,4 +1,5 @@
-"""Run by test_divided_step.py in a process with eight CPU devices: one step on every mesh against the step on one device."""
+"""Run by test_divided_step.py in a process with eight CPU devices: one step on every mesh against the step on
+one device."""
 
 import itertools
 import sys
@@ -21,7 +22,9 @@ MODELS = {
     "multi-query": ModelConfig(V, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2).with_dropout(0.0),
     "multi-head": ModelConfig(V, L, 64, 2, 8, 128, multi_query=False, layer_norm_epsilon=1e-2).with_dropout(0.0),
     "bloom": ModelConfig(V, L, 64, 2, 8, 128, **BLOOM, layer_norm_epsilon=1e-2).with_dropout(0.0),
-    "padded": ModelConfig(V - 3, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2, vocabulary_divisible_by=8).with_dropout(0.0),
+    "padded": ModelConfig(V - 3, L, 64, 2, 8, 128, layer_norm_epsilon=1e-2, vocabulary_divisible_by=8).with_dropout(
+        0.0
+    ),
 }
 
 
@@ -37,15 +40,17 @@ def make_batch(tokens: int) -> Batch:
 def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.sharding.Mesh | None, gather: str = "layer"):
     compute = ComputeConfig("float32", "float32", attention=attention, rematerialisation="full")  # type: ignore[arg-type]
     division = WHOLE if mesh is None else Division.of(mesh)
-    loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=isolate, division=division)
+    loss = make_loss(
+        structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=isolate, division=division
+    )
     # Larger than initial weights, so that every part of the model matters.
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
     batch = make_batch(model.vocabulary_size)
     if mesh is not None:
         parameters, batch = jax.device_put(parameters, parameter_shardings(model, mesh)), place(mesh, batch)
-    value, nll_BL, gradients = jax.jit(make_gradient(loss, MICRO_BATCHES, mesh, "float32" if gather == "step" else None))(
-        parameters, batch, None
-    )
+    value, nll_BL, gradients = jax.jit(
+        make_gradient(loss, MICRO_BATCHES, mesh, "float32" if gather == "step" else None)
+    )(parameters, batch, None)
     return float(value), np.asarray(nll_BL), {path: np.asarray(array) for path, array in flatten(gradients).items()}
 
 
@@ -74,7 +79,9 @@ def main(attention: str, which: str) -> None:
                 mesh, label = make_mesh(MeshConfig(**sizes)), f"{name} {attention} {isolate} {sizes}"
                 compare(expected, gradient(model, attention, isolate, mesh), label)
                 if name == "multi-query" and shape[1] > 1:
-                    compare(expected, gradient(model, attention, isolate, mesh, gather="step"), f"{label} gathered once")
+                    compare(
+                        expected, gradient(model, attention, isolate, mesh, gather="step"), f"{label} gathered once"
+                    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Programs that need a mesh: a process of its own with eight CPU devices. The tests' process has one, and JAX counts them once."""
+"""Programs that need a mesh: a process of its own with eight CPU devices. The tests' process has one, and JAX
+counts them once."""
 
 import os
 import subprocess

@@ -1,7 +1,9 @@
-"""A gcloud that keeps TPUs in a folder: run as `gcloud` by tests/test_launch.py, which also reads and changes its state.
+"""A gcloud that keeps TPUs in a folder: run as `gcloud` by tests/test_launch.py, which also reads and changes
+its state.
 
-A queued resource goes through the states that the plan has for its creation, one at each look. Its TPU VMs have hosts, which are folders
-that serve as home; what is run on one "by ssh" is run there. Messages are worded as the real ones are.
+A queued resource goes through the states that the plan has for its creation, one at each look. Its TPU VMs
+have hosts, which are folders that serve as home; what is run on one "by ssh" is run there. Messages are
+worded as the real ones are.
 """
 
 import contextlib
@@ -33,13 +35,23 @@ class Cloud:
     def change(self) -> Iterator[dict]:
         """The state, written back at the end.
 
-        queued: the queued resource or None; nodes: TPU VMs by name; plans: of the next creations; created, deleted: how often;
-        silent: [node, worker] of hosts that ssh does not reach; most_nodes: greatest number of VMs that were there at once.
+        queued: the queued resource or None; nodes: TPU VMs by name; plans: of the next creations; created,
+        deleted: how often;
+        silent: [node, worker] of hosts that ssh does not reach; most_nodes: greatest number of VMs that were
+        there at once.
         """
         with (self.folder / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.folder / "cloud.json"
-            empty = {"queued": None, "nodes": {}, "plans": [], "created": 0, "deleted": 0, "silent": [], "most_nodes": 0}
+            empty = {
+                "queued": None,
+                "nodes": {},
+                "plans": [],
+                "created": 0,
+                "deleted": 0,
+                "silent": [],
+                "most_nodes": 0,
+            }
             state = json.loads(path.read_text()) if path.exists() else empty
             try:
                 yield state
@@ -52,7 +64,8 @@ class Cloud:
         return self.folder / "hosts" / f"{node}-w{worker}"
 
     def lose(self, state: dict, name: str, becomes: str | None) -> None:
-        """A TPU VM is taken away, its hosts with all their processes and disks; its entry remains in state `becomes`, or goes."""
+        """A TPU VM is taken away, its hosts with all their processes and disks; its entry remains in state
+        `becomes`, or goes."""
         for worker in range(state["nodes"][name]["workers"]):
             home = self.home(name, worker)
             status = home / "aurora" / "run" / "status.json"
@@ -125,7 +138,18 @@ def queued_resources(cloud: Cloud, verb: str, words: list[str], flags: dict[str,
             if queued is not None:
                 assert flags["--format"] == QUEUED_FORMAT
                 message = queued["message"] if queued["state"] == "FAILED" else ""
-                print("|".join([queued["state"], queued["type"], str(queued["count"]), queued["spot"], queued["reserved"], message]))
+                print(
+                    "|".join(
+                        [
+                            queued["state"],
+                            queued["type"],
+                            str(queued["count"]),
+                            queued["spot"],
+                            queued["reserved"],
+                            message,
+                        ]
+                    )
+                )
         elif verb == "delete":
             queued = state["queued"]
             if queued is None:
@@ -176,7 +200,11 @@ def hosts(cloud: Cloud, verb: str, words: list[str], flags: dict[str, str]) -> N
             shutil.copy(words[0], home / target)
         else:
             environment = {**os.environ, "HOME": str(home)}
-            running.append(subprocess.Popen(["bash", "-c", flags["--command"]], cwd=home, env=environment, stdin=subprocess.DEVNULL))
+            running.append(
+                subprocess.Popen(
+                    ["bash", "-c", flags["--command"]], cwd=home, env=environment, stdin=subprocess.DEVNULL
+                )
+            )
     for process in running:
         status = process.wait() or status
     raise SystemExit(status)

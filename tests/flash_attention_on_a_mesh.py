@@ -1,4 +1,5 @@
-"""Run by test_flash_attention.py in a process with eight CPU devices: the kernels on meshes against the reference on one device."""
+"""Run by test_flash_attention.py in a process with eight CPU devices: the kernels on meshes against the
+reference on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ def compare(shape: tuple[int, ...], *, K: int = 1, packed: bool = False, alibi: 
         return sharded_flash_attention(*arrays, mesh=mesh, segment_ids=segments, alibi_slopes=slopes, interpret=True)
 
     def reference(*arrays):
-        return reference_attention(*arrays, segment_ids=None if segments is None else (segments, segments), alibi_slopes=slopes)[0]
+        return reference_attention(
+            *arrays, segment_ids=None if segments is None else (segments, segments), alibi_slopes=slopes
+        )[0]
 
     def with_gradients(function):
         context, pull_back = jax.vjp(function, query, key, value)

@@ -1,4 +1,5 @@
-"""Run by test_generate.py in a process with eight CPU devices: completions on every mesh against those of one device."""
+"""Run by test_generate.py in a process with eight CPU devices: completions on every mesh against those of one
+device."""
 
 import jax
 import numpy as np
@@ -25,10 +26,14 @@ def main() -> None:
     for name, model in MODELS.items():
         # Large enough that attention is far from uniform and completions do not repeat one token.
         shapes = {path: shape.shape for path, shape in parameter_shapes(model).items()}
-        parameters = nest({path: rng.normal(path.endswith("scale"), 0.4, shape).astype(np.float32) for path, shape in shapes.items()})
+        parameters = nest(
+            {path: rng.normal(path.endswith("scale"), 0.4, shape).astype(np.float32) for path, shape in shapes.items()}
+        )
         alone = Generator(model, jax.device_put(parameters), FP32)
         expected = {kind: alone(prompts, 40, sampling=sampling, eos_ids=(0,)) for kind, sampling in SETTINGS.items()}
-        assert len({tuple(completion.tokens) for completions in expected.values() for completion in completions}) >= 8, name
+        assert (
+            len({tuple(completion.tokens) for completions in expected.values() for completion in completions}) >= 8
+        ), name
         for tensor in (1, 2, 8) if name == "multi-query" else (4,):
             mesh = make_inference_mesh(model, jax.devices(), tensor)
             placed = jax.device_put(parameters, shardings(model, mesh))

@@ -1,4 +1,5 @@
-"""Stores of two small recipes, in many small pieces. As a script: a build of them that kills itself after so many calls of a function."""
+"""Stores of two small recipes, in many small pieces. As a script: a build of them that kills itself after so
+many calls of a function."""
 
 import os
 import signal
@@ -16,12 +17,19 @@ from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.data.text.sources import Source
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 
-SIZES = ((sources, "PART_BYTES", 2000), (store, "SHARD_ELEMENTS", 2048), (store, "CHUNK_ELEMENTS", 128), (build, "CHUNK_TOKENS", 300))
+SIZES = (
+    (sources, "PART_BYTES", 2000),
+    (store, "SHARD_ELEMENTS", 2048),
+    (store, "CHUNK_ELEMENTS", 128),
+    (build, "CHUNK_TOKENS", 300),
+)
 
 
 def recipes(corpus: Path | str, tokenizer: Tokenizer) -> list[Recipe]:
     """Text to be filled in, and conversations of which the responses are learnt."""
-    text = Source({"train": (f"{corpus}/[!c]*.jsonl", f"{corpus}/code.jsonl")}, "jsonl", fields={"language": "language"})
+    text = Source(
+        {"train": (f"{corpus}/[!c]*.jsonl", f"{corpus}/code.jsonl")}, "jsonl", fields={"language": "language"}
+    )
     chat = Source({"train": (f"{corpus}/chat.jsonl",)}, "jsonl", text=None, fields={"messages": "messages"})
     learn = Instruction(conversation="messages", learn="response")
     return [

@@ -1,4 +1,5 @@
-"""Run by test_interrupted_conversion.py: conversions that kill themselves (SIGKILL), one after the other, each in a fork.
+"""Run by test_interrupted_conversion.py: conversions that kill themselves (SIGKILL), one after the other,
+each in a fork.
 
 python tests/killed_conversion.py ARGUMENTS... [["function", call], ...]
 """
@@ -19,8 +20,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "block": (partial.Partial, "finish"),
     "commit": (partial.shutil, "rmtree"),
 }
-"""Functions in whose n-th call the process dies: before the checkpoint without data is there, before a block is noted, and after the
-rename."""
+"""Functions in whose n-th call the process dies: before the checkpoint without data is there, before a block
+is noted, and after the rename."""
 
 
 def killed_in(place: str, call: int) -> None:

@@ -1,5 +1,5 @@
-"""Compiles products of known shapes as Pallas kernels for any TPU generation, in a process of its own; prints the bundles
-and the products' time that `kernels/schedule.py` reads for each.
+"""Compiles products of known shapes as Pallas kernels for any TPU generation, in a process of its own; prints
+the bundles and the products' time that `kernels/schedule.py` reads for each.
 
 M x K times K x N; a kernel runs `times` of them, on operands of its own.
 """
@@ -13,7 +13,9 @@ from pathlib import Path
 
 def main(cases: list[dict]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")
+        os.environ.update(
+            JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        )
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -36,13 +38,21 @@ def main(cases: list[dict]) -> None:
                     product_MN = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32, precision=precision)
                     result[...] = product_MN.astype(jnp.bfloat16)
 
-            run = pl.pallas_call(kernel, out_shape=[jax.ShapeDtypeStruct((M, N), jnp.bfloat16)] * times, name=f"products_{place}")
-            arguments = [jax.ShapeDtypeStruct(shape, case["dtype"], sharding=here) for shape in ((M, K), (K, N)) for _ in range(times)]
+            run = pl.pallas_call(
+                kernel, out_shape=[jax.ShapeDtypeStruct((M, N), jnp.bfloat16)] * times, name=f"products_{place}"
+            )
+            arguments = [
+                jax.ShapeDtypeStruct(shape, case["dtype"], sharding=here)
+                for shape in ((M, K), (K, N))
+                for _ in range(times)
+            ]
             whole = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
             jax.jit(whole).lower(*arguments).compile()
             kernels = dumped_kernels(Path(folder), case["generation"])
             (blocks,) = (blocks for name, blocks in kernels.items() if f"products_{place}" in name)
-            found.append({what: sum(getattr(block, what) for block in blocks) for what in ("bundles", "matrix_cycles", "cycles")})
+            found.append(
+                {what: sum(getattr(block, what) for block in blocks) for what in ("bundles", "matrix_cycles", "cycles")}
+            )
         print(json.dumps(found))
 
 

@@ -1,4 +1,5 @@
-"""Stands for `aurora train` on the hosts of tests/test_launch.py: writes down how it was started and does what FAKE_CLOUD/orders say.
+"""Stands for `aurora train` on the hosts of tests/test_launch.py: writes down how it was started and does
+what FAKE_CLOUD/orders say.
 
 The environment of a host has a `bin/python` that runs this in place of `python -m aurora_jax`.
 """
@@ -15,8 +16,15 @@ WANTED = ("JAX_", "MEGASCALE_", "AURORA_", "EXTRA")
 
 def main() -> int:
     folder = Path(os.environ["FAKE_CLOUD"])
-    environment = {name: value for name, value in os.environ.items() if name.startswith(WANTED) and name != "JAX_PLATFORMS"}
-    start = {"host": Path(os.environ["HOME"]).name, "arguments": sys.argv[1:], "environment": environment, "pid": os.getpid()}
+    environment = {
+        name: value for name, value in os.environ.items() if name.startswith(WANTED) and name != "JAX_PLATFORMS"
+    }
+    start = {
+        "host": Path(os.environ["HOME"]).name,
+        "arguments": sys.argv[1:],
+        "environment": environment,
+        "pid": os.getpid(),
+    }
     with (folder / "starts.jsonl").open("a") as log:
         log.write(json.dumps(start) + "\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,4 +1,5 @@
-"""Hosts on one machine: network namespaces with an address, a name, a home and an sshd of their own, on one bridge. Needs root."""
+"""Hosts on one machine: network namespaces with an address, a name, a home and an sshd of their own, on one
+bridge. Needs root."""
 
 import contextlib
 import os
@@ -61,7 +62,12 @@ class NetworkHosts:
             run(*self.in_launcher("ip", "link", "set", "bridge0", "up"))
             key = self.folder / "key"
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
-            options = ["IdentityFile " + str(key), "IdentitiesOnly yes", "StrictHostKeyChecking accept-new", "User root"]
+            options = [
+                "IdentityFile " + str(key),
+                "IdentitiesOnly yes",
+                "StrictHostKeyChecking accept-new",
+                "User root",
+            ]
             self.ssh_config.write_text(
                 "Host *\n" + "".join(f"  {line}\n" for line in [*options, f"UserKnownHostsFile {self.folder}/known"])
             )
@@ -69,7 +75,9 @@ class NetworkHosts:
             for number in range(self.count):
                 self._host(stack, number, key)
             for address in self.addresses:
-                while subprocess.run(self.in_launcher("ssh", "-F", str(self.ssh_config), address, "true"), capture_output=True).returncode:
+                while subprocess.run(
+                    self.in_launcher("ssh", "-F", str(self.ssh_config), address, "true"), capture_output=True
+                ).returncode:
                     time.sleep(0.1)
             yield self
 
@@ -88,18 +96,39 @@ class NetworkHosts:
         (home / ".ssh").mkdir(parents=True)
         shutil.copy(key.with_suffix(".pub"), home / ".ssh" / "authorized_keys")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / "host_key"))
-        (home / "passwd").write_text(f"root:x:0:0:root:{home}:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n")
+        (home / "passwd").write_text(
+            f"root:x:0:0:root:{home}:/bin/bash\nsshd:x:101:65534::/run/sshd:/usr/sbin/nologin\n"
+        )
         # gloo announces the address that the host's own name has.
         (home / "hosts").write_text(f"127.0.0.1 localhost\n{self.addresses[number]} host{number}\n")
-        settings = [f"ListenAddress {self.addresses[number]}", f"HostKey {home}/host_key", "PidFile none", "UsePAM no", "StrictModes no"]
+        settings = [
+            f"ListenAddress {self.addresses[number]}",
+            f"HostKey {home}/host_key",
+            "PidFile none",
+            "UsePAM no",
+            "StrictModes no",
+        ]
         (home / "sshd_config").write_text(
-            "\n".join([*settings, "PasswordAuthentication no", "PermitRootLogin yes", "MaxStartups 100", "Subsystem sftp internal-sftp"])
+            "\n".join(
+                [
+                    *settings,
+                    "PasswordAuthentication no",
+                    "PermitRootLogin yes",
+                    "MaxStartups 100",
+                    "Subsystem sftp internal-sftp",
+                ]
+            )
             + "\n"
         )
         mounts = " && ".join(f"mount --bind {home}/{name} /etc/{name}" for name in ("passwd", "hosts"))
-        script = f"mount --make-rprivate / && {mounts} && hostname host{number} && exec /usr/sbin/sshd -D -f {home}/sshd_config"
+        script = (
+            f"mount --make-rprivate / && {mounts} && hostname host{number} && exec /usr/sbin/sshd -D -f "
+            f"{home}/sshd_config"
+        )
         # A process namespace of its own: when its first process ends, so does all that was started on the host.
         namespaces = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        daemon = subprocess.Popen(["ip", "netns", "exec", name, *namespaces, "bash", "-c", script], stderr=(home / "sshd.log").open("w"))
+        daemon = subprocess.Popen(
+            ["ip", "netns", "exec", name, *namespaces, "bash", "-c", script], stderr=(home / "sshd.log").open("w")
+        )
         stack.callback(daemon.wait)
         stack.callback(daemon.kill)

@@ -1,4 +1,5 @@
-"""Run by test_several_processes.py, once for each process: one step on a mesh over all processes against the step on one device."""
+"""Run by test_several_processes.py, once for each process: one step on a mesh over all processes against the
+step on one device."""
 
 import sys
 
@@ -28,7 +29,9 @@ with jax.default_device(jax.local_devices()[0]):
 for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "fsdp_inner": 2, "sequence": 2}):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     division, compute = Division.of(mesh), ComputeConfig("float32", "float32", rematerialisation="full")
-    loss = make_loss(structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=True, division=division)
+    loss = make_loss(
+        structure_of(model, compute, division), compute, z_loss=1e-4, isolate_documents=True, division=division
+    )
     parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
     rows, batch = rows_of_this_process(mesh, B), make_batch(model.vocabulary_size)
     assert len(rows) < B, "each process has its own rows"

@@ -17,7 +17,8 @@ def write_store(
     learn: Sequence[bool] | None = None,
     **info: object,
 ) -> TokenStore:
-    """A complete store of documents (those without tokens vanish), shard by shard; `learn` is the mask over all tokens."""
+    """A complete store of documents (those without tokens vanish), shard by shard; `learn` is the mask over
+    all tokens."""
     documents = [ids for ids in documents if len(ids)]
     lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
     tokens = np.concatenate([np.zeros(0, np.int64), *map(np.asarray, documents)])

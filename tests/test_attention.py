@@ -57,7 +57,10 @@ def ours(query, key, value, segments_BL, slopes_H, d_context):
 
 
 def as_fp32(*arrays):
-    return tuple(None if array is None else jnp.asarray(array, jnp.int32 if array.dtype.kind == "i" else jnp.float32) for array in arrays)
+    return tuple(
+        None if array is None else jnp.asarray(array, jnp.int32 if array.dtype.kind == "i" else jnp.float32)
+        for array in arrays
+    )
 
 
 @settings(max_examples=25)
@@ -125,7 +128,13 @@ def test_gradient_through_dropout_is_that_of_its_forward():
         def loss(query, key, value):
             return (attention("xla", query, key, value, product_dtype=jnp.float64, **dropout) * d_context).sum()
 
-        assert abs(loss(query, key, value) - (attention("xla", query, key, value, product_dtype=jnp.float64) * d_context).sum()) > 1
+        assert (
+            abs(
+                loss(query, key, value)
+                - (attention("xla", query, key, value, product_dtype=jnp.float64) * d_context).sum()
+            )
+            > 1
+        )
         rng = np.random.default_rng(4)
         gradients = jax.grad(loss, (0, 1, 2))(query, key, value)
         for place in range(3):

@@ -1,4 +1,5 @@
-"""Aurora-M's sources and mixtures, held against what is known of Aurora-M and against files in the layouts that the hub has."""
+"""Aurora-M's sources and mixtures, held against what is known of Aurora-M and against files in the layouts
+that the hub has."""
 
 import gzip
 import json
@@ -80,7 +81,8 @@ MC4 = {"text": PLAIN, "timestamp": "2020/01/01", "url": "https://...", "source":
 XP3 = {"inputs": "Why?", "targets": "So."}
 PAIR = pair("Why?", "So.")
 
-# Source: a file of it under the data root, a record with the fields that the data set has, and the document that is to come of it.
+# Source: a file of it under the data root, a record with the fields that the data set has, and the document
+# that is to come of it.
 RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "refinedweb": (
         "tiiuae/falcon-refinedweb/data/train-00000-of-05534-b8fc5348cbe605a5.parquet",
@@ -89,7 +91,13 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "redpajama_common_crawl": (
         "togethercomputer/RedPajama-Data-1T/common_crawl/2019-30/en_middle_0053.json.gz.dedup.classifier.jsonl.zst",
-        {"text": PLAIN, "pred_label": "__label__wiki", "pred_label_prob": 0.4, "wiki_prob": 0.4, "source": "cc/2019-30/..."},
+        {
+            "text": PLAIN,
+            "pred_label": "__label__wiki",
+            "pred_label_prob": 0.4,
+            "wiki_prob": 0.4,
+            "source": "cc/2019-30/...",
+        },
         PLAIN,
     ),
     "redpajama_c4": (
@@ -99,22 +107,43 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "redpajama_arxiv": (
         "togethercomputer/RedPajama-Data-1T/arxiv/arxiv_024de5df-1b7f-447c-8c3a-51407d8d6732.jsonl",
-        {"text": PLAIN, "meta": {"timestamp": "2019", "yymm": "1904", "arxiv_id": "1904.1", "language": "en", "url": "https://..."}},
+        {
+            "text": PLAIN,
+            "meta": {"timestamp": "2019", "yymm": "1904", "arxiv_id": "1904.1", "language": "en", "url": "https://..."},
+        },
         PLAIN,
     ),
     "redpajama_stackexchange": (
         "togethercomputer/RedPajama-Data-1T/stackexchange/stackexchange.jsonl",
-        {"text": PLAIN, "meta": {"language": "en", "url": "https://...", "timestamp": "2023", "source": "stackexchange"}},
+        {
+            "text": PLAIN,
+            "meta": {"language": "en", "url": "https://...", "timestamp": "2023", "source": "stackexchange"},
+        },
         PLAIN,
     ),
-    "pile": ("monology/pile-uncopyrighted/train/00.jsonl.zst", {"text": PLAIN, "meta": {"pile_set_name": "Pile-CC"}}, PLAIN),
+    "pile": (
+        "monology/pile-uncopyrighted/train/00.jsonl.zst",
+        {"text": PLAIN, "meta": {"pile_set_name": "Pile-CC"}},
+        PLAIN,
+    ),
     "minipile": ("JeanKaddour/minipile/data/train-00000-of-00012-6fbcb5acda05b3c0.parquet", {"text": PLAIN}, PLAIN),
-    **{f"web_{code}": (f"uonlp/CulturaX/{code}/{code}_part_00000.parquet", MC4, PLAIN) for code in ("fi", "hi", "ja", "vi")},
     **{
-        f"wikipedia_{code}": (f"wikimedia/wikipedia/20231101.{code}/train-00000-of-00001.parquet", WIKIPEDIA, f"Title\n\n{PLAIN}")
+        f"web_{code}": (f"uonlp/CulturaX/{code}/{code}_part_00000.parquet", MC4, PLAIN)
+        for code in ("fi", "hi", "ja", "vi")
+    },
+    **{
+        f"wikipedia_{code}": (
+            f"wikimedia/wikipedia/20231101.{code}/train-00000-of-00001.parquet",
+            WIKIPEDIA,
+            f"Title\n\n{PLAIN}",
+        )
         for code in ("en", "fi", "hi", "ja", "vi")
     },
-    "oig": ("laion/OIG/unified_chip2.jsonl", {"text": "<human>: Why?\n<bot>: So.\n<human>: Sure?\n<bot>: Yes.", "metadata": {}}, CHAT),
+    "oig": (
+        "laion/OIG/unified_chip2.jsonl",
+        {"text": "<human>: Why?\n<bot>: So.\n<human>: Sure?\n<bot>: Yes.", "metadata": {}},
+        CHAT,
+    ),
     "oasst1": ("OpenAssistant/oasst1/2023-04-12_oasst_ready.trees.jsonl.gz", TREE, CHAT),
     "pseudo_code_instructions": (
         "mayank31398/pseudo-code-instructions/train.jsonl",
@@ -131,7 +160,10 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         pair("Find a model.", "<<<api_call>>>: load()"),
     ),
-    **{f"xp3_{code}": (f"bigscience/xP3/{code}/xp3_wiki_qa_None_train.jsonl", XP3, PAIR) for code in ("en", "hi", "vi", "code")},
+    **{
+        f"xp3_{code}": (f"bigscience/xP3/{code}/xp3_wiki_qa_None_train.jsonl", XP3, PAIR)
+        for code in ("en", "hi", "vi", "code")
+    },
     "anh": ("laion/Anh/data/train.jsonl", {"text": "User: Why? Assistant: So."}, PAIR),
     "natural_instructions": (
         "Muennighoff/natural-instructions/train/task001_quoref_question_generation_train.jsonl",
@@ -178,7 +210,15 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "helpsteer": (
         "nvidia/HelpSteer/train.jsonl.gz",
-        {"prompt": "Why?", "response": "So.", "helpfulness": 3, "correctness": 3, "coherence": 4, "complexity": 1, "verbosity": 1},
+        {
+            "prompt": "Why?",
+            "response": "So.",
+            "helpfulness": 3,
+            "correctness": 3,
+            "coherence": 4,
+            "complexity": 1,
+            "verbosity": 1,
+        },
         PAIR,
     ),
     "tulu_v2": (
@@ -206,7 +246,11 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"input": "Why?", "output_program": "So.", "output_answer": "So", "split": "train", "dataset": "addsub"},
         PAIR,
     ),
-    "biden_harris_redteam": ("aurora-m/biden-harris-redteam/train.jsonl", {"instruction": "Why?", "response": "So."}, PAIR),
+    "biden_harris_redteam": (
+        "aurora-m/biden-harris-redteam/train.jsonl",
+        {"instruction": "Why?", "response": "So."},
+        PAIR,
+    ),
     "smiles": (
         "maykcaldas/smiles-transformers/data/train-00000-of-00127.parquet",
         {"text": "CC(=O)Oc1ccccc1C(=O)O", "nHBAcc": 4.0},
@@ -223,7 +267,10 @@ RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
         pair("Summarise the article.\nGlaciers are melting.", "Ice becomes water."),
     ),
     "tiny_bridgedict": ("nampdn-ai/tiny-bridgedict/default/train/0000.parquet", {"text": PLAIN}, PLAIN),
-    **{name: (f"mdel/{name}/part.jsonl", {"text": PLAIN}, PLAIN) for name in ("finance", "legal_contracts", "political_debate")},
+    **{
+        name: (f"mdel/{name}/part.jsonl", {"text": PLAIN}, PLAIN)
+        for name in ("finance", "legal_contracts", "political_debate")
+    },
 }
 CODE = {"stack_python": "python", "stack_markdown": "markdown", "stack_other": "c++"}
 
@@ -339,7 +386,11 @@ def test_only_helpful_answers_and_the_five_languages(tmp_path):
 
 
 # Those that are published in parts for training and others; of xP3 all files are for training.
-HELD_OUT = [name for name, (place, *_) in RECORDS.items() if re.search(r"/.*train", place) and not re.match("xp3|anh|pseudo", name)]
+HELD_OUT = [
+    name
+    for name, (place, *_) in RECORDS.items()
+    if re.search(r"/.*train", place) and not re.match("xp3|anh|pseudo", name)
+]
 
 
 @pytest.mark.parametrize("name", HELD_OUT)

@@ -45,7 +45,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     rng = random.Random(0)
     for number in range(4):
-        lines = [json.dumps({"text": " ".join(rng.choices(list(SENTENCES.values()), k=rng.randint(1, 4)))}) for _ in range(60)]
+        lines = [
+            json.dumps({"text": " ".join(rng.choices(list(SENTENCES.values()), k=rng.randint(1, 4)))})
+            for _ in range(60)
+        ]
         if number in (1, 3):
             lines[17] = "not json"
         (folder / f"{number}.jsonl").write_text("\n".join(lines) + "\n")
@@ -55,13 +58,22 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(folder: Path) -> dict[str, str]:
     """Digest of every file; empty folders do not count."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
 
 
 def start(source: Path, tokenizer: Path, output: Path, workers: int = 1) -> subprocess.Popen:
     """The build in a process group of its own, past its imports."""
-    words = [sys.executable, str(HERE / "build_small_store.py"), f"{source}/*.jsonl", str(tokenizer), str(output), str(workers)]
+    words = [
+        sys.executable,
+        str(HERE / "build_small_store.py"),
+        f"{source}/*.jsonl",
+        str(tokenizer),
+        str(output),
+        str(workers),
+    ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=HERE.parent)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -77,7 +89,8 @@ def test_killed_builds_go_on_to_the_same_bytes(source: Path, mini_tokenizer: Pat
     output, rng, midway = tmp_path / "killed", random.Random(7), 0
     for _ in range(KILLS):
         process = start(source, mini_tokenizer, output)
-        # Later moments have less left to interrupt: where the store is complete, it is taken away, and the building begins again.
+        # Later moments have less left to interrupt: where the store is complete, it is taken away, and the
+        # building begins again.
         time.sleep(rng.uniform(0, seconds / 2))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -90,7 +103,14 @@ def test_killed_builds_go_on_to_the_same_bytes(source: Path, mini_tokenizer: Pat
 
 
 def small_recipe(source: Path | str, tokenizer: Path, *steps: DocumentStep) -> Recipe:
-    return Recipe("small", "train", Source({"train": (f"{source}/*.jsonl",)}, "jsonl"), steps, HuggingFaceTokenizer(tokenizer), True)
+    return Recipe(
+        "small",
+        "train",
+        Source({"train": (f"{source}/*.jsonl",)}, "jsonl"),
+        steps,
+        HuggingFaceTokenizer(tokenizer),
+        True,
+    )
 
 
 def documents(store: TokenStore) -> list[list[int]]:
@@ -102,14 +122,23 @@ def test_sizes_of_parts_and_shards_do_not_matter(
 ) -> None:
     recipe = small_recipe(source, mini_tokenizer)
     (whole,) = build_stores([recipe], tmp_path / "whole", max_bad_fraction=0.1).values()
-    for module, name, value in ((sources, "PART_BYTES", 997), (build, "CHUNK_TOKENS", 101), (store, "SHARD_ELEMENTS", 96)):
+    for module, name, value in (
+        (sources, "PART_BYTES", 997),
+        (build, "CHUNK_TOKENS", 101),
+        (store, "SHARD_ELEMENTS", 96),
+    ):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(store, "CHUNK_ELEMENTS", 8)
     (cut,) = build_stores([recipe], tmp_path / "cut", max_bad_fraction=0.1).values()
     assert len(list((tmp_path / "cut/small/train/tokens").rglob("*"))) > 50
     assert documents(cut) == documents(whole)
     assert (cut.window_ends(np.array([0]), len(cut)) == whole.window_ends(np.array([0]), len(whole))).all()
-    texts = [json.loads(line)["text"] for path in sorted(source.iterdir()) for line in path.read_text().splitlines() if line != "not json"]
+    texts = [
+        json.loads(line)["text"]
+        for path in sorted(source.iterdir())
+        for line in path.read_text().splitlines()
+        if line != "not json"
+    ]
     assert [recipe.tokenizer.decode(ids[:-1]) for ids in documents(cut)] == texts
 
 
@@ -125,7 +154,9 @@ def test_the_pipeline_translates_for_dataflow(source: Path, mini_tokenizer: Path
     from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
 
     jobs, _, _ = jobs_for([small_recipe(source, mini_tokenizer)], tmp_path, max_bad_fraction=0.1)
-    options = PipelineOptions(["--project=a-project", "--region=us-central1", "--temp_location=gs://bucket/t", "--no_auth"])
+    options = PipelineOptions(
+        ["--project=a-project", "--region=us-central1", "--temp_location=gs://bucket/t", "--no_auth"]
+    )
     root = beam.Pipeline(options=options)
     pipeline(root, jobs)
     proto = root.to_runner_api(default_environment=beam.transforms.environments.DockerEnvironment("image"))
@@ -148,7 +179,12 @@ class Choosy(DocumentStep):
 
 def test_a_step_that_fails_is_counted_and_named(source: Path, mini_tokenizer: Path, tmp_path: Path) -> None:
     recipe = small_recipe(source, mini_tokenizer, Choosy())
-    texts = [json.loads(line)["text"] for path in sorted(source.iterdir()) for line in path.read_text().splitlines() if line != "not json"]
+    texts = [
+        json.loads(line)["text"]
+        for path in sorted(source.iterdir())
+        for line in path.read_text().splitlines()
+        if line != "not json"
+    ]
     japanese = [text for text in texts if "すべて" in text]
     hindi = [text for text in texts if "すべて" not in text and "सभी" in text]
     message = rf"small/train: {len(hindi) + 2} of 240 records are bad \(Choosy: ValueError: Hindi \({len(hindi)}\)"
@@ -167,12 +203,16 @@ def test_one_unreadable_file_does_not_lose_the_others(source: Path, mini_tokeniz
 
     (tmp_path / "broken").mkdir()
     archive = tmp_path / "broken/a.jsonl.gz"
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in random.Random(0).sample(range(10**9), 5000)))
+    whole = gzip.compress(
+        b"".join(b'{"text": "%d"}\n' % number for number in random.Random(0).sample(range(10**9), 5000))
+    )
     archive.write_bytes(whole[: len(whole) // 2])
     tokenizer = HuggingFaceTokenizer(mini_tokenizer)
     broken = Recipe("broken", "train", Source({"train": (str(archive),)}, "jsonl"), (), tokenizer, True)
     sound = small_recipe(source, mini_tokenizer)
-    with pytest.raises(InputError, match=rf"broken/train: 1 of 1 parts cannot be read; the first: {re.escape(str(archive))}: truncated"):
+    with pytest.raises(
+        InputError, match=rf"broken/train: 1 of 1 parts cannot be read; the first: {re.escape(str(archive))}: truncated"
+    ):
         build_stores([broken, sound], tmp_path / "stores", max_bad_fraction=0.1)
     assert read_info(tmp_path / "stores/broken/train") is None
     made = (tmp_path / "stores/small/train/store.json").stat().st_mtime_ns
@@ -183,14 +223,26 @@ def test_one_unreadable_file_does_not_lose_the_others(source: Path, mini_tokeniz
 
 
 def test_a_full_disk_is_named_and_loses_nothing(source: Path, mini_tokenizer: Path, tmp_path: Path) -> None:
-    """Files may not grow beyond a kilobyte here, as if the disk were full; with room, the same command ends what it began."""
+    """Files may not grow beyond a kilobyte here, as if the disk were full; with room, the same command ends
+    what it began."""
     code = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:];"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY)); runpy.run_path(sys.argv[0], run_name='__main__')"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, resource.RLIM_INFINITY)); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    words = [str(HERE / "build_small_store.py"), f"{source}/*.jsonl", str(mini_tokenizer), str(tmp_path / "stores"), "1"]
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=HERE.parent, capture_output=True, text=True, check=False)
-    assert re.search(r"InputError: .*cannot be written: File too large; what is done is kept", done.stderr), done.stderr[-2000:]
+    words = [
+        str(HERE / "build_small_store.py"),
+        f"{source}/*.jsonl",
+        str(mini_tokenizer),
+        str(tmp_path / "stores"),
+        "1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=HERE.parent, capture_output=True, text=True, check=False
+    )
+    assert re.search(r"InputError: .*cannot be written: File too large; what is done is kept", done.stderr), (
+        done.stderr[-2000:]
+    )
     assert read_info(tmp_path / "stores/small/train") is None
     subprocess.run([sys.executable, *words], cwd=HERE.parent, check=True)
     assert read_info(tmp_path / "stores/small/train") is not None
@@ -198,7 +250,17 @@ def test_a_full_disk_is_named_and_loses_nothing(source: Path, mini_tokenizer: Pa
 
 def test_the_command(mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Two splits of a mixture; a second run leaves them alone; another tokenizer is refused; all in words."""
-    arguments = ["data", "build", "nano_cap", "--tokenizer", str(mini_tokenizer), "--data-root", str(mini_corpus), "--workers", "1"]
+    arguments = [
+        "data",
+        "build",
+        "nano_cap",
+        "--tokenizer",
+        str(mini_tokenizer),
+        "--data-root",
+        str(mini_corpus),
+        "--workers",
+        "1",
+    ]
     arguments += ["--output", str(tmp_path / "stores"), "--splits", "train", "validation"]
     assert main(arguments) == 0
     assert re.search(r"sample_fi *│ validation *│ fi *│ +4 │", capsys.readouterr().out)
@@ -214,7 +276,8 @@ WHITE = ["", " \n\t\r", "\u3000\x85"]
 
 
 def test_texts_without_a_text_are_dropped_and_counted(tmp_path: Path) -> None:
-    """In every format, also where a step would put a header before them; the numbers are in the report and in the table."""
+    """In every format, also where a step would put a header before them; the numbers are in the report and in
+    the table."""
     import pyarrow as pa
     from pyarrow import ipc, parquet
 
@@ -233,10 +296,19 @@ def test_texts_without_a_text_are_dropped_and_counted(tmp_path: Path) -> None:
         (tmp_path / "text" / str(number)).write_text(text, newline="")
     tokenizer = ByteTokenizer()
     recipes = [
-        Recipe(folder.name, "train", Source({"train": (f"{folder}/*",)}, folder.name, fields={"path": "path"}), (), tokenizer, True)  # type: ignore[arg-type]
+        Recipe(
+            folder.name,
+            "train",
+            Source({"train": (f"{folder}/*",)}, folder.name, fields={"path": "path"}),
+            (),
+            tokenizer,
+            True,
+        )  # type: ignore[arg-type]
         for folder in sorted(tmp_path.iterdir())
     ]
-    recipes.append(Recipe("code", "train", recipes[2].reader, (CodeFormat(rate=1), FillInTheMiddle(rate=0)), StarcoderLike(), True))
+    recipes.append(
+        Recipe("code", "train", recipes[2].reader, (CodeFormat(rate=1), FillInTheMiddle(rate=0)), StarcoderLike(), True)
+    )
     stores = build_stores(recipes, tmp_path / "stores")
     for name, made in stores.items():
         report = json.loads((tmp_path / "stores" / name / "report.json").read_text())
@@ -262,7 +334,9 @@ def test_a_text_that_the_tokenizer_makes_nothing_of_is_dropped() -> None:
         def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
             return [np.zeros(0, np.int32) for _ in texts]
 
-    assert list(Preparation((), Deaf(), append_eos=True).outcomes([Document((Piece("\u200b"),))])) == [Dropped("empty", "und")]
+    assert list(Preparation((), Deaf(), append_eos=True).outcomes([Document((Piece("\u200b"),))])) == [
+        Dropped("empty", "und")
+    ]
 
 
 def test_stores_of_the_format_before_are_opened_and_told_apart(tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ def test_parameters_must_fit_the_metadata(tmp_path, parameters, metadata):
     with pytest.raises(InputError, match=r"mlp\.up\.kernel.*\(2, 12, 20\).*\(2, 12, 21\)"):
         checkpoint.save_checkpoint(tmp_path / "c", parameters, wider)
     with pytest.raises(InputError, match=r"float32.*bfloat16"):
-        checkpoint.save_checkpoint(tmp_path / "c", parameters, dataclasses.replace(metadata, parameter_dtype="bfloat16"))
+        checkpoint.save_checkpoint(
+            tmp_path / "c", parameters, dataclasses.replace(metadata, parameter_dtype="bfloat16")
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -171,23 +173,33 @@ def test_damage_is_named(tmp_path, parameters, metadata):
 
 
 def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, parameters, metadata):
-    """Zeros are what TensorStore's default would read in its place. In Orbax's database and, as conversions write them, in files."""
+    """Zeros are what TensorStore's default would read in its place. In Orbax's database and, as conversions
+    write them, in files."""
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     tmp_path = tmp_path / "a %41 ä"
     checkpoint.save_checkpoint(tmp_path / "c", zeros, metadata)
     assert_equal_trees(checkpoint.restore_parameters(tmp_path / "c"), zeros)
-    assert_equal_trees(nest({name: store.read().result() for name, store in checkpoint.open_parameters(tmp_path / "c").items()}), zeros)
-    database = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/c/params/"}}).result()
+    assert_equal_trees(
+        nest({name: store.read().result() for name, store in checkpoint.open_parameters(tmp_path / "c").items()}), zeros
+    )
+    database = ts.KvStore.open(
+        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/c/params/"}}
+    ).result()
     chunk = "layers.mlp.up.bias/1.0"
     assert database.read(chunk).result().state == "value"
     database.write(chunk, None).result()
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    checkpoint.write_checkpoint(tmp_path / "d", handler, ocp.args.PyTreeSave(zeros, checkpoint.save_args(zeros)), metadata, {})
+    checkpoint.write_checkpoint(
+        tmp_path / "d", handler, ocp.args.PyTreeSave(zeros, checkpoint.save_args(zeros)), metadata, {}
+    )
     assert_equal_trees(checkpoint.restore_parameters(tmp_path / "d"), zeros)
     (tmp_path / "d" / "params" / chunk).unlink()
     for path in (tmp_path / "c", tmp_path / "d"):
         for read in (checkpoint.restore_parameters, checkpoint.open_parameters):
-            with pytest.raises(InputError, match=rf"{re.escape(str(path))}/params: .*damaged or incomplete: the chunk {chunk} is missing"):
+            with pytest.raises(
+                InputError,
+                match=rf"{re.escape(str(path))}/params: .*damaged or incomplete: the chunk {chunk} is missing",
+            ):
                 read(path)
 
 
@@ -202,7 +214,9 @@ def test_what_orbax_says_of_an_array_that_is_cut_short_has_a_name(tmp_path):
         checkpoint.damage_named(tmp_path),
         ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
     ):
-        checkpointer.restore(tmp_path / "c", args=ocp.args.StandardRestore({"a": jax.ShapeDtypeStruct((100,), jnp.float32)}))
+        checkpointer.restore(
+            tmp_path / "c", args=ocp.args.StandardRestore({"a": jax.ShapeDtypeStruct((100,), jnp.float32)})
+        )
 
 
 @pytest.mark.parametrize(

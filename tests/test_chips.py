@@ -39,8 +39,8 @@ SHEETS = {
     "v5p": Sheet(459, 95, 2765, (16, 20, 28), 1200, 4800, network=50),
     "v6e": Sheet(918, 32, 1638, (16, 16), 800, 3200, all_reduce=102.4, bisection=3.2, network=25.6e3 / 256),
 }
-"""v4's page has 1.1 PB/s of all-reduce and 24 TB/s of bisection, two digits: with 2,400 Gbit/s a chip they can only mean
-2**50 and 2**40 bytes."""
+"""v4's page has 1.1 PB/s of all-reduce and 24 TB/s of bisection, two digits: with 2,400 Gbit/s a chip they
+can only mean 2**50 and 2**40 bytes."""
 
 
 @pytest.mark.parametrize("name", CHIPS)
@@ -56,18 +56,22 @@ def test_facts_are_those_of_the_public_sheets(name):
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_interconnect_is_what_leaves_a_chip_in_one_direction(name):
-    """One convention for all chips: four ways of the sheets to say it, each turned into bytes per second out of a chip."""
+    """One convention for all chips: four ways of the sheets to say it, each turned into bytes per second out
+    of a chip."""
     chip, sheet = CHIPS[name], SHEETS[name]
     chips = math.prod(sheet.pod)
     found = {
         "half of both directions": sheet.bidirectional and sheet.bidirectional * 1e9 / 2,
         "bits": sheet.gigabits and sheet.gigabits * 1e9 / 8,
         "a pod's all-reduce": sheet.all_reduce and sheet.all_reduce * 1e12 / chips,
-        # A cut across the longest dimension of a torus goes through two links of each row; a chip has two links a dimension.
+        # A cut across the longest dimension of a torus goes through two links of each row; a chip has two
+        # links a dimension.
         "bisection": sheet.bisection and sheet.bisection * 1e12 / (2 * chips / max(sheet.pod)) * 2 * len(sheet.pod),
     }
     assert {how: value for how, value in found.items() if value} == {
-        how: pytest.approx(chip.interconnect, rel=0.04 if name == "v4" else 1e-6) for how, value in found.items() if value
+        how: pytest.approx(chip.interconnect, rel=0.04 if name == "v4" else 1e-6)
+        for how, value in found.items()
+        if value
     }
 
 

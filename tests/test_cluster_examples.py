@@ -1,7 +1,8 @@
 """The examples for SkyPilot and GKE, each through the parser of the tool that it is for.
 
-SkyPilot and XPK bring hundreds of megabytes and are not among our pins. An environment with them runs what is skipped otherwise:
-`pip install skypilot[gcp]==0.14.1 xpk==1.16.0 kubernetes-validate==1.37.0`, and AURORA_CLUSTER_TOOLS=its python.
+SkyPilot and XPK bring hundreds of megabytes and are not among our pins. An environment with them runs what is
+skipped otherwise: `pip install skypilot[gcp]==0.14.1 xpk==1.16.0 kubernetes-validate==1.37.0`, and
+AURORA_CLUSTER_TOOLS=its python.
 """
 
 import json
@@ -21,7 +22,9 @@ TOOLS = os.environ.get("AURORA_CLUSTER_TOOLS", sys.executable)
 
 def ask(package: str, program: str, folder: Path) -> subprocess.CompletedProcess:
     """Runs a program where the package is installed; skips the test where it is not."""
-    if subprocess.run([TOOLS, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"]).returncode:
+    if subprocess.run(
+        [TOOLS, "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"]
+    ).returncode:
         pytest.skip(f"{package} is not installed (see this file's head)")
     environment = {**os.environ, "HOME": str(folder)}
     return subprocess.run([TOOLS, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -29,7 +32,9 @@ def ask(package: str, program: str, folder: Path) -> subprocess.CompletedProcess
 
 def train_commands() -> dict[str, list[str]]:
     """What each example runs: the words after `aurora`."""
-    container = yaml.safe_load(JOBSET.read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    container = yaml.safe_load(JOBSET.read_text())["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ][0]
     task = yaml.safe_load((ROOT / "examples" / "skypilot.yaml").read_text())
     run = task["run"].replace("\\\n", " ").replace("$CONFIG", task["envs"]["CONFIG"]).splitlines()[-1]
     xpk = next(word for word in xpk_words() if word.startswith("--command="))
@@ -46,7 +51,8 @@ def xpk_words() -> list[str]:
 
 
 def test_jobset_is_one():
-    """By the models that are generated from JobSet's and Kubernetes' own API: what they do not know does not come back."""
+    """By the models that are generated from JobSet's and Kubernetes' own API: what they do not know does not
+    come back."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     manifest = yaml.safe_load(JOBSET.read_text())
     assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
@@ -75,7 +81,9 @@ def test_our_own_command_line_takes_the_command(name):
 
     verb, config, *words = train_commands()[name]
     assert verb == "train"
-    found = tyro.cli(TrainConfig, default=load_config(ROOT / config), args=[word.replace("$BUCKET", "b") for word in words])
+    found = tyro.cli(
+        TrainConfig, default=load_config(ROOT / config), args=[word.replace("$BUCKET", "b") for word in words]
+    )
     assert found.output == Path("/bucket/runs/cap")
     assert found.data.stores.startswith("gs://")
 

@@ -1,4 +1,5 @@
-"""PyTorch weights in and out, against transformers and the safetensors library; bad input of every kind leaves nothing behind."""
+"""PyTorch weights in and out, against transformers and the safetensors library; bad input of every kind
+leaves nothing behind."""
 
 import hashlib
 import json
@@ -23,8 +24,25 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-SIZES = {"vocab_size": 97, "n_positions": 33, "n_embd": 20, "n_layer": 2, "n_head": 5, "n_inner": 51, "bos_token_id": 0, "eos_token_id": 0}
-BLOOM_SIZES = {"vocab_size": 97, "hidden_size": 20, "n_layer": 2, "n_head": 5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+SIZES = {
+    "vocab_size": 97,
+    "n_positions": 33,
+    "n_embd": 20,
+    "n_layer": 2,
+    "n_head": 5,
+    "n_inner": 51,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+BLOOM_SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 20,
+    "n_layer": 2,
+    "n_head": 5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
 TOKENIZER = {"tokenizer.json": '{"ä": 1}\n', "merges.txt": "a b\n"}
 
 
@@ -118,7 +136,10 @@ def test_exported_files_satisfy_the_safetensors_library(tmp_path, sharded):
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
                 seen[name] = opened.get_tensor(name)
                 assert index["weight_map"][name] == file.name
-        assert sum(tensor.nbytes for tensor in safetensors_torch.load_file(file).values()) <= 9000 or len(read_safetensors(file)) == 1
+        assert (
+            sum(tensor.nbytes for tensor in safetensors_torch.load_file(file).values()) <= 9000
+            or len(read_safetensors(file)) == 1
+        )
     assert {*seen} == {*index["weight_map"]} == {name for name, _ in make_model().named_parameters()}
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in seen.values())
 
@@ -129,7 +150,9 @@ def test_reader_agrees_with_the_safetensors_library(single):
     tensors = read_safetensors(file)
     assert {*tensors} == {*expected}
     for name, stored in tensors.items():
-        np.testing.assert_array_equal(stored.read_rows([(1, stored.shape[0])]), expected[name].numpy()[1:], err_msg=name)
+        np.testing.assert_array_equal(
+            stored.read_rows([(1, stored.shape[0])]), expected[name].numpy()[1:], err_msg=name
+        )
 
 
 def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
@@ -198,7 +221,9 @@ def test_verify_says_whether_models_agree(tmp_path, capsys, kind, up):
 def test_verify_reads_text_with_the_tokenizer_of_either(tmp_path, single, capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({chr(97 + letter): letter for letter in range(26)} | {"?": 26}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({chr(97 + letter): letter for letter in range(26)} | {"?": 26}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(single / "tokenizer.json"))
@@ -225,7 +250,9 @@ def test_verify_compares_the_tokenizers_of_both(tmp_path, single, capsys):
     assert main(["verify", str(tmp_path / "a"), str(tmp_path / "b"), "--text", str(tmp_path / "text")]) == 2
     error = " ".join(capsys.readouterr().err.split())
     digests = [hashlib.sha256((tmp_path / name / "tokenizer.json").read_bytes()).hexdigest()[:12] for name in "ab"]
-    assert re.search(f"a has the tokenizer {digests[0]}, .*b has {digests[1]}, and they read the text as other tokens", error)
+    assert re.search(
+        f"a has the tokenizer {digests[0]}, .*b has {digests[1]}, and they read the text as other tokens", error
+    )
     (tmp_path / "text").write_text("xyz")
     assert main(["verify", str(tmp_path / "a"), str(tmp_path / "b"), "--text", str(tmp_path / "text")]) == 0
 
@@ -273,18 +300,30 @@ def _entry(**changes) -> bytes:
 
 
 BAD_SINGLE = {
-    "missing tensor": (lambda f: rewrite(f / "model.safetensors", lambda t: t.pop(UP)), f"{UP}.*missing.*model.safetensors"),
-    "unexpected tensor": (lambda f: rewrite(f / "model.safetensors", lambda t: t.update(extra=torch.ones(3))), "model.safetensors.*extra"),
+    "missing tensor": (
+        lambda f: rewrite(f / "model.safetensors", lambda t: t.pop(UP)),
+        f"{UP}.*missing.*model.safetensors",
+    ),
+    "unexpected tensor": (
+        lambda f: rewrite(f / "model.safetensors", lambda t: t.update(extra=torch.ones(3))),
+        "model.safetensors.*extra",
+    ),
     "mis-shaped tensor": (
         lambda f: rewrite(f / "model.safetensors", lambda t: t.update({UP: torch.ones(50, 20)})),
         rf"model.safetensors.*{UP}.*\[50, 20\].*\[51, 20\]",
     ),
-    "vocabulary differs": (lambda f: rewrite_json(f / "config.json", lambda c: c.update(vocab_size=98)), r"\[97, 20\].*vocab_size 98"),
+    "vocabulary differs": (
+        lambda f: rewrite_json(f / "config.json", lambda c: c.update(vocab_size=98)),
+        r"\[97, 20\].*vocab_size 98",
+    ),
     "untied head": (
         lambda f: rewrite(f / "model.safetensors", lambda t: t.update({"lm_head.weight": t[WTE] + 1})),
         "lm_head.weight differs",
     ),
-    "integer tensor": (lambda f: rewrite(f / "model.safetensors", lambda t: t.update({UP: t[UP].int()})), f"{UP} is I32"),
+    "integer tensor": (
+        lambda f: rewrite(f / "model.safetensors", lambda t: t.update({UP: t[UP].int()})),
+        f"{UP} is I32",
+    ),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors.*(truncated)"),
     "truncated in the header": (lambda f: os.truncate(f / "model.safetensors", 100), "model.safetensors.*truncated"),
     "empty file": (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors.*truncated"),
@@ -293,16 +332,37 @@ BAD_SINGLE = {
     "header not JSON": (lambda f: _write_header(f / "model.safetensors", b"{nonsense"), "header is not JSON"),
     "header a list": (lambda f: _write_header(f / "model.safetensors", b"[1]"), "not a JSON object"),
     "offsets outside": (lambda f: _write_header(f / "model.safetensors", _entry()), f"{WTE} ends at byte"),
-    "offsets overlap": (lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[4, 12])), f"{WTE} begins at byte 4"),
-    "offsets negative": (lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[-8, 0])), f"{WTE} is malformed"),
-    "offsets reversed": (lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[8, 0])), f"{WTE} is malformed"),
-    "size and shape differ": (lambda f: _write_header(f / "model.safetensors", _entry(shape=[3])), f"{WTE} F32.*8 bytes"),
-    "entry without dtype": (lambda f: _write_header(f / "model.safetensors", json.dumps({WTE: {}}).encode()), f"{WTE} is malformed"),
-    "another architecture": (lambda f: rewrite_json(f / "config.json", lambda c: c.update(model_type="llama")), "config.json.*llama"),
+    "offsets overlap": (
+        lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[4, 12])),
+        f"{WTE} begins at byte 4",
+    ),
+    "offsets negative": (
+        lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[-8, 0])),
+        f"{WTE} is malformed",
+    ),
+    "offsets reversed": (
+        lambda f: _write_header(f / "model.safetensors", _entry(data_offsets=[8, 0])),
+        f"{WTE} is malformed",
+    ),
+    "size and shape differ": (
+        lambda f: _write_header(f / "model.safetensors", _entry(shape=[3])),
+        f"{WTE} F32.*8 bytes",
+    ),
+    "entry without dtype": (
+        lambda f: _write_header(f / "model.safetensors", json.dumps({WTE: {}}).encode()),
+        f"{WTE} is malformed",
+    ),
+    "another architecture": (
+        lambda f: rewrite_json(f / "config.json", lambda c: c.update(model_type="llama")),
+        "config.json.*llama",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: missing file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON object"),
-    "config without a size": (lambda f: rewrite_json(f / "config.json", lambda c: c.pop("n_layer")), "config.json.*n_layer"),
+    "config without a size": (
+        lambda f: rewrite_json(f / "config.json", lambda c: c.pop("n_layer")),
+        "config.json.*n_layer",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights.*found config.json"),
     "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "no such folder"),
     "bin is not a pickle": (
@@ -322,7 +382,10 @@ BAD_SHARDED = {
         lambda f: rewrite_json(f / INDEX, lambda i: i["weight_map"].update({UP: "../x.safetensors"})),
         f"{UP} points outside",
     ),
-    "index absolute": (lambda f: rewrite_json(f / INDEX, lambda i: i["weight_map"].update({UP: "/etc/passwd"})), f"{UP} points outside"),
+    "index absolute": (
+        lambda f: rewrite_json(f / INDEX, lambda i: i["weight_map"].update({UP: "/etc/passwd"})),
+        f"{UP} points outside",
+    ),
     "index without map": (lambda f: (f / INDEX).write_text("{}"), "'weight_map'"),
     "index not JSON": (lambda f: (f / INDEX).write_text("{"), "index.json: not JSON"),
     "index lists more": (
@@ -406,7 +469,9 @@ from convert.__main__ import main
 source, ours, back = {[str(single), str(tmp_path / "ours"), str(tmp_path / "back")]}
 sys.exit(main(["from-torch", source, ours]) or main(["to-torch", ours, back]))
 """
-    finished = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "back" / "model.safetensors").exists()
 

@@ -1,4 +1,5 @@
-"""Curation: what is found agrees with those who know, duplicates with brute force, and the same input gives the same bytes."""
+"""Curation: what is found agrees with those who know, duplicates with brute force, and the same input gives
+the same bytes."""
 
 from __future__ import annotations
 
@@ -37,8 +38,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EVALUATION = Path(os.environ.get("AURORA_SHARED") or ROOT.parent / "shared") / "data" / "evaluation"
 SAMPLE = Path(os.environ.get("AURORA_SAMPLE_CORPUS") or ROOT / "quickstart" / "corpus") / "train"
 
-needs_evaluation = pytest.mark.skipif(not EVALUATION.is_dir(), reason=f"no evaluation sets in {EVALUATION}; set AURORA_SHARED")
-needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no sample corpus in {SAMPLE.parent}; `make quickstart` builds one")
+needs_evaluation = pytest.mark.skipif(
+    not EVALUATION.is_dir(), reason=f"no evaluation sets in {EVALUATION}; set AURORA_SHARED"
+)
+needs_sample = pytest.mark.skipif(
+    not SAMPLE.is_dir(), reason=f"no sample corpus in {SAMPLE.parent}; `make quickstart` builds one"
+)
 
 # English prose that is on every machine: the reference of the language Python, but for topics that are tables.
 PROSE = [text for text in pydoc_data.topics.topics.values() if len(text) > 1500 and "+---" not in text]
@@ -49,7 +54,10 @@ def rejections(text: str, language: str, word_list: frozenset[str] = frozenset()
     thresholds = THRESHOLDS[language]
     units = split_units(normalize(text))
     names = ["language"] if language_rejection(text, language, thresholds) else []
-    return names + [name for name, _ in measure(text, units, hash_units(units), language, thresholds, word_list).rejections(thresholds)]
+    return names + [
+        name
+        for name, _ in measure(text, units, hash_units(units), language, thresholds, word_list).rejections(thresholds)
+    ]
 
 
 # Units
@@ -62,12 +70,19 @@ def test_hashes_are_the_same_in_every_process():
     )
     printed = [
         subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     ]
     assert printed[0] == printed[1]
-    assert ast.literal_eval(printed[0]) == hash_ngrams(hash_units(split_units("यह हिन्दी है and これは日本語")), 3).tolist()
+    assert (
+        ast.literal_eval(printed[0]) == hash_ngrams(hash_units(split_units("यह हिन्दी है and これは日本語")), 3).tolist()
+    )
 
 
 @given(st.lists(st.sampled_from("abcd"), max_size=40), st.integers(1, 6))
@@ -89,7 +104,9 @@ def test_units_are_words_or_characters_by_script():
 def test_sentences_are_identified_and_taken_for_no_other_language(language):
     assert identify(SENTENCES[language])[0] == language
     for declared in SENTENCES:
-        assert (language_rejection(SENTENCES[language], declared, THRESHOLDS[declared]) is None) == (declared == language)
+        assert (language_rejection(SENTENCES[language], declared, THRESHOLDS[declared]) is None) == (
+            declared == language
+        )
 
 
 GARBAGE = {
@@ -116,7 +133,10 @@ def test_planted_garbage_is_rejected(language):
 
 
 def test_lists_of_names_have_too_few_stop_words():
-    names = "Belgrade Berlin Bratislava Brussels Bucharest Budapest Chisinau Copenhagen Dublin Helsinki Istanbul Kiev Lisbon London Madrid"
+    names = (
+        "Belgrade Berlin Bratislava Brussels Bucharest Budapest Chisinau Copenhagen Dublin Helsinki "
+        "Istanbul Kiev Lisbon London Madrid"
+    )
     assert "stop_words" in rejections(" ".join(sorted(names.split() * 5)), "en")
 
 
@@ -240,9 +260,13 @@ def test_addresses_in_code_that_are_named_so_go():
     assert pii.redact("https://1.1.1.1/dns-query", "code")[0] == "https://<IP_ADDRESS>/dns-query"
 
 
-@pytest.mark.parametrize(("language", "region"), [("en", "US"), ("en", "GB"), ("fi", "FI"), ("hi", "IN"), ("ja", "JP"), ("vi", "VN")])
+@pytest.mark.parametrize(
+    ("language", "region"), [("en", "US"), ("en", "GB"), ("fi", "FI"), ("hi", "IN"), ("ja", "JP"), ("vi", "VN")]
+)
 @pytest.mark.parametrize("kind", [phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE])
-@pytest.mark.parametrize("style", [phonenumbers.PhoneNumberFormat.NATIONAL, phonenumbers.PhoneNumberFormat.INTERNATIONAL])
+@pytest.mark.parametrize(
+    "style", [phonenumbers.PhoneNumberFormat.NATIONAL, phonenumbers.PhoneNumberFormat.INTERNATIONAL]
+)
 def test_example_numbers_of_each_region_are_redacted(language, region, kind, style):
     number = phonenumbers.format_number(phonenumbers.example_number_for_type(region, kind), style)
     text, counts = pii.redact(f"{SENTENCES[language]} {number}!", language)
@@ -283,14 +307,19 @@ def test_keys_are_redacted(issuer, language):
 
 def test_assigned_secrets_of_high_entropy_are_redacted():
     assert pii.redact('"api_key": "9fK2mQx7Lw4TzR8bVc3N"', "code")[0] == '"api_key": "<KEY>"'
-    assert pii.redact("AWS_SECRET_ACCESS_KEY=wJalr9XUtnF3EMI/K7MDENG+bPxRfiCYz5uKey0a", "code")[0] == "AWS_SECRET_ACCESS_KEY=<KEY>"
+    assert (
+        pii.redact("AWS_SECRET_ACCESS_KEY=wJalr9XUtnF3EMI/K7MDENG+bPxRfiCYz5uKey0a", "code")[0]
+        == "AWS_SECRET_ACCESS_KEY=<KEY>"
+    )
 
 
 PIECES = st.one_of(
     st.text(alphabet='ab19.@:-+()<> \nकあ="', max_size=6),
     st.ip_addresses().map(str),
     st.builds("{}@{}".format, LOCALS, HOSTS),
-    st.sampled_from(["040 123 4567", "+44 20 7946 0958", "03-3210-7000", "v", "version ", "host ", "password=", *secrets().values()]),
+    st.sampled_from(
+        ["040 123 4567", "+44 20 7946 0958", "03-3210-7000", "v", "version ", "host ", "password=", *secrets().values()]
+    ),
 )
 
 
@@ -318,7 +347,9 @@ def planted(texts: list[str], draw: random.Random) -> list[str]:
     copies = []
     for number, text in enumerate(texts):
         words = text.split(" ")
-        for place in draw.sample(range(len(words)), int(len(words) * (0.0, 0.005, 0.01, 0.02, 0.03, 0.06, 0.2)[number % 7])):
+        for place in draw.sample(
+            range(len(words)), int(len(words) * (0.0, 0.005, 0.01, 0.02, 0.03, 0.06, 0.2)[number % 7])
+        ):
             words[place] = draw.choice(("quite", "another", "word", "here", "placed"))
         copies.append(" ".join(words))
     return texts + copies
@@ -347,7 +378,9 @@ def test_jaccard_of_shingles_is_that_of_sets():
     texts = planted([text[:3000] for text in PROSE[:14]], draw)
     for number in range(14):
         ours = duplicates.jaccard(duplicates.shingles(texts[number]), duplicates.shingles(texts[number + 14]))
-        assert ours == pytest.approx(exact_jaccard(texts[number], texts[number + 14], duplicates.SHINGLE_WORDS), abs=1e-12)
+        assert ours == pytest.approx(
+            exact_jaccard(texts[number], texts[number + 14], duplicates.SHINGLE_WORDS), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize("similarity", [0.6, 0.8])
@@ -375,14 +408,20 @@ def test_near_duplicates_of_japanese_are_found_by_characters():
     texts = ["".join(items[start : start + 5]) for start in range(0, 250, 5)]
     copies = [text.replace("です", "でした", 1) for text in texts]
     met = candidates(texts + copies, 0.8)
-    similar = [number for number in range(50) if exact_jaccard(texts[number], copies[number], duplicates.SHINGLE_CHARACTERS) >= 0.8]
+    similar = [
+        number
+        for number in range(50)
+        if exact_jaccard(texts[number], copies[number], duplicates.SHINGLE_CHARACTERS) >= 0.8
+    ]
     assert len(similar) >= 45
     assert sum((number, number + 50) in met for number in similar) >= 0.98 * len(similar)
     assert duplicates.jaccard(duplicates.shingles(texts[0]), duplicates.shingles(texts[1])) < 0.2
 
 
 def test_of_a_chain_the_longest_stays_whatever_the_order():
-    nodes = [duplicates.Node(-length, key) for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))]
+    nodes = [
+        duplicates.Node(-length, key) for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))
+    ]
     edges = [(nodes[0], nodes[1]), (nodes[1], nodes[2]), (nodes[2], nodes[3]), (nodes[4], nodes[5])]
     expected = {("d", "a"), ("b", "a"), ("c", "a"), ("f", "e")}
     for order in itertools.permutations(edges):
@@ -519,11 +558,16 @@ def test_lines_that_are_no_documents_are_named(tmp_path, line, said):
 def test_wherever_a_file_is_cut_each_line_is_read_once(tmp_path, monkeypatch, size):
     path = tmp_path / "a.jsonl"
     # Lines of many lengths, some of which end where a range does.
-    lines = [json.dumps({"text": "ä" * length, "language": "fi"}, ensure_ascii=False).encode() for length in (1, 40, 2, 3, 90, 11, 5)]
+    lines = [
+        json.dumps({"text": "ä" * length, "language": "fi"}, ensure_ascii=False).encode()
+        for length in (1, 40, 2, 3, 90, 11, 5)
+    ]
     path.write_bytes(b"\n".join(lines))
     monkeypatch.setattr(sources, "PART_BYTES", size)
     (file,) = find(str(path))
-    read = [document for part in JSON_LINES.parts(file) for document in read_part(InputPart("in", "a.jsonl", part), {"fi"})]
+    read = [
+        document for part in JSON_LINES.parts(file) for document in read_part(InputPart("in", "a.jsonl", part), {"fi"})
+    ]
     starts = [0, *itertools.accumulate(len(line) + 1 for line in lines[:-1])]
     assert [document.key for document in read] == [f"in/a.jsonl:{start:015d}" for start in starts]
     assert [document.record["text"] for document in read] == [json.loads(line)["text"] for line in lines]
@@ -565,35 +609,58 @@ def too_few(texts: list[str]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources of real text with a planted case for every filter, lines that are no documents, and an evaluation file."""
+    """Two sources of real text with a planted case for every filter, lines that are no documents, and an
+    evaluation file."""
     folder = tmp_path_factory.mktemp("raw")
     draw = random.Random(5)
-    web = [{"text": text[:1200], "language": "en", "id": f"topic-{number}", "license": "PSF"} for number, text in enumerate(PROSE[:24])]
+    web = [
+        {"text": text[:1200], "language": "en", "id": f"topic-{number}", "license": "PSF"}
+        for number, text in enumerate(PROSE[:24])
+    ]
     web += [{"text": SENTENCES[language], "language": language} for language in SENTENCES if language != "code"]
     web += [
         {"text": SENTENCES["fi"], "language": "en"},
         {"text": GARBAGE["en"] * 30, "language": "en"},
         {"text": PROSE[30][:700] + " Write to jane.doe@gmail.com or 8.8.4.4.", "language": "en"},
         {
-            "text": PROSE[31][:700] + " So Natalia sold clips to forty eight of her friends in April and half as many in May.",
+            "text": PROSE[31][:700]
+            + " So Natalia sold clips to forty eight of her friends in April and half as many in May.",
             "language": "en",
         },
     ]
-    books = [{"text": "  " + web[0]["text"].upper(), "language": "en"}, {"text": web[1]["text"] + " And more.", "language": "en"}]
-    books += [{"text": path.read_text(), "language": "code"} for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))[:8]]
+    books = [
+        {"text": "  " + web[0]["text"].upper(), "language": "en"},
+        {"text": web[1]["text"] + " And more.", "language": "en"},
+    ]
+    books += [
+        {"text": path.read_text(), "language": "code"}
+        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-c]*.py"))[:8]
+    ]
     draw.shuffle(web)
     for name, records in (("web", web), ("books", books)):
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (folder / f"{name}.jsonl").write_text("\n".join([*lines, "{broken", '{"text": "no language"}']) + "\n")
-    (folder / "evaluation.txt").write_text("Natalia sold clips to forty-eight of her friends in April, and half as many in May!\n")
+    (folder / "evaluation.txt").write_text(
+        "Natalia sold clips to forty-eight of her friends in April, and half as many in May!\n"
+    )
     return folder
 
 
 def run(raw: Path, output: Path, *options: str) -> Path:
     """`aurora data curate` as a user calls it, with Python's own seed of hashes; its output folder."""
-    arguments = ["data", "curate", str(output), f"web={raw}/web.jsonl", f"books={raw}/b*.jsonl", "--evaluation", f"{raw}/evaluation.txt"]
+    arguments = [
+        "data",
+        "curate",
+        str(output),
+        f"web={raw}/web.jsonl",
+        f"books={raw}/b*.jsonl",
+        "--evaluation",
+        f"{raw}/evaluation.txt",
+    ]
     command = [sys.executable, "-m", "aurora_jax", *arguments, *options]
-    finished = subprocess.run(command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    finished = subprocess.run(
+        command, cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return output
 
@@ -620,7 +687,9 @@ def test_two_workers_write_the_bytes_of_one(raw, curated, tmp_path):
 
 def test_every_planted_case_went_to_its_filter(curated):
     report = json.loads((curated / "report.json").read_text())
-    rejected = {name: {language: n["documents"] for language, n in of.items()} for name, of in report["rejected"].items()}
+    rejected = {
+        name: {language: n["documents"] for language, n in of.items()} for name, of in report["rejected"].items()
+    }
     for name, language in (
         ("language", "en"),
         ("word_repetition", "en"),
@@ -683,7 +752,10 @@ def test_bad_lines_are_kept(curated):
         (["{out}", "a={raw}/web.jsonl", "--similarity", "7"], "--similarity"),
         (["{out}", "a={raw}/web.jsonl", "--evaluation", "{raw}/none"], "no such file"),
         (["{out}", "a={raw}/web.jsonl", "--word-lists", "{raw}/none"], "no such folder"),
-        (["{out}", "a={raw}/web.jsonl", "--classifier", "size=test_curation:too_few,max=3", "--workers", "1"], "one for each"),
+        (
+            ["{out}", "a={raw}/web.jsonl", "--classifier", "size=test_curation:too_few,max=3", "--workers", "1"],
+            "one for each",
+        ),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_path, capsys):
@@ -695,27 +767,50 @@ def test_bad_input_is_named_and_leaves_nothing_behind(arguments, said, raw, tmp_
 
 
 def test_files_of_one_name_are_told_apart(raw, tmp_path, monkeypatch, capsys):
-    """Documents with a separator in them, from files of equal names: each comes out once, under a key of its own. Given twice: refused."""
+    """Documents with a separator in them, from files of equal names: each comes out once, under a key of its
+    own. Given twice: refused."""
     from aurora_jax.cli import main
 
     monkeypatch.chdir(tmp_path)
-    texts = {place: f"{PROSE[number][:900]}\u2028\x85" for number, place in enumerate(("data/a/data", "data/b/data", "[c]"))}
+    texts = {
+        place: f"{PROSE[number][:900]}\u2028\x85" for number, place in enumerate(("data/a/data", "data/b/data", "[c]"))
+    }
     for place, text in texts.items():
         Path(place).mkdir(parents=True)
-        Path(place, "f.jsonl").write_text(json.dumps({"text": text, "language": "en"}, ensure_ascii=False) + "\n\n", newline="")
-    Path("evaluation.jsonl").write_text(json.dumps({"q": "a sentence that nobody would write\u2028" * 3}, ensure_ascii=False) + "\n")
-    arguments = ["data", "curate", "out", "x=data/*/data/*.jsonl", "y=[c]/f.jsonl", "--workers", "1", "--evaluation", "evaluation.jsonl"]
+        Path(place, "f.jsonl").write_text(
+            json.dumps({"text": text, "language": "en"}, ensure_ascii=False) + "\n\n", newline=""
+        )
+    Path("evaluation.jsonl").write_text(
+        json.dumps({"q": "a sentence that nobody would write\u2028" * 3}, ensure_ascii=False) + "\n"
+    )
+    arguments = [
+        "data",
+        "curate",
+        "out",
+        "x=data/*/data/*.jsonl",
+        "y=[c]/f.jsonl",
+        "--workers",
+        "1",
+        "--evaluation",
+        "evaluation.jsonl",
+    ]
     assert main(arguments) == 0
-    assert [json.loads(line)["text"] for line in Path("out/train/en.jsonl").read_bytes().split(b"\n")[:-1]] == list(texts.values())
+    assert [json.loads(line)["text"] for line in Path("out/train/en.jsonl").read_bytes().split(b"\n")[:-1]] == list(
+        texts.values()
+    )
     where = [json.loads(line)["where"] for line in Path("out/quarantine/x.jsonl").read_bytes().split(b"\n")[:-1]]
     assert [place.rpartition(":")[0] for place in where] == ["x/a/data/f.jsonl", "x/b/data/f.jsonl"]
-    for inputs in (["x=data/*/data/*.jsonl", "y=./data/b/data/f.jsonl"], ["x=data/a/../a/data/f.jsonl", f"y={tmp_path}/data/a/data/*"]):
+    for inputs in (
+        ["x=data/*/data/*.jsonl", "y=./data/b/data/f.jsonl"],
+        ["x=data/a/../a/data/f.jsonl", f"y={tmp_path}/data/a/data/*"],
+    ):
         assert main(["data", "curate", "twice", *inputs]) == 2
         assert "would be read twice" in " ".join(capsys.readouterr().err.split())
 
 
 def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
-    """A hook turns documents away, shards part the rest without loss, and where a file is cut into parts changes nothing."""
+    """A hook turns documents away, shards part the rest without loss, and where a file is cut into parts
+    changes nothing."""
     from aurora_jax.data.curation.curate_command import CurateCommand, curate
 
     def outcome(name: str, shards: int) -> list[bytes]:

@@ -61,7 +61,10 @@ def stores(tmp_path: Path, tokenizer: HuggingFaceTokenizer) -> Path:
 
 
 def open_all(stores: Path) -> dict[str, TokenStore]:
-    return {f"sample_{name}": TokenStore.open(stores / f"sample_{name}" / "train") for name in ("en", "fi", "hi", "ja", "vi", "code")}
+    return {
+        f"sample_{name}": TokenStore.open(stores / f"sample_{name}" / "train")
+        for name in ("en", "fi", "hi", "ja", "vi", "code")
+    }
 
 
 def loader_over(stores: dict[str, TokenStore], steps: int = 40, length: int = 48, seed: int = 3) -> Loader:
@@ -80,7 +83,9 @@ def test_describe_needs_no_file_store_or_tensorflow(mixture, tmp_path):
         "assert not {'tensorflow', 'seqio', 'jax', 'apache_beam'} & set(sys.modules)"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200", "PATH": "/usr/bin:/bin"}
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
     for task in MIXTURES[mixture]:
         assert re.search(rf"│ {task} .* missing ", said)
         assert f"  {task}  " in said
@@ -97,11 +102,16 @@ def test_describe_counts_files_stores_and_epochs(tmp_path, stores, mini_corpus):
     for row in rows:
         language = row.name.removeprefix("sample_")
         (file,) = row.found
-        assert (Path(file.url), file.size) == ((path := mini_corpus / "train" / f"{language}.jsonl"), path.stat().st_size)
+        assert (Path(file.url), file.size) == (
+            (path := mini_corpus / "train" / f"{language}.jsonl"),
+            path.stat().st_size,
+        )
         assert row.store == open_all(stores)[row.name].info
         windows = -(-(row.store.tokens - 1) // 48)
         assert row.epochs == pytest.approx(loader.position(steps)["epochs"][row.name], abs=1 / windows)
-    assert shares(rows, "language") == pytest.approx({"en": 0.28, "code": 0.24, "fi": 0.12, "hi": 0.12, "ja": 0.12, "vi": 0.12})
+    assert shares(rows, "language") == pytest.approx(
+        {"en": 0.28, "code": 0.24, "fi": 0.12, "hi": 0.12, "ja": 0.12, "vi": 0.12}
+    )
     unplanned = task_rows(rates, str(mini_corpus), str(tmp_path / "none"))
     assert all(row.store is None and row.epochs is None for row in unplanned)
 
@@ -161,14 +171,26 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
 
     unregister()
     try:
-        arguments = ["data", "describe", "theirs", "--modules", "their_tasks", "--data-root", str(tmp_path), "--stores", str(tmp_path)]
+        arguments = [
+            "data",
+            "describe",
+            "theirs",
+            "--modules",
+            "their_tasks",
+            "--data-root",
+            str(tmp_path),
+            "--stores",
+            str(tmp_path),
+        ]
         assert main([*arguments, "--picture", str(tmp_path / "chart.png")]) == 0
         said = capsys.readouterr().out
         assert re.search(r"theirs_files +│ et +│ – +│ 37\.5% │ 1 \(17 B\) │", said)
         assert re.search(r"theirs_function +│ – +│ – +│ 12\.5% │ +– │", said)
         assert re.search(r"sample_en +│ en +│ – +│ 50\.0% │ +missing │", said)
         assert "theirs_function  by FunctionDataSource" in said
-        assert "some.jsonl" not in markdown(task_rows(rates_of("theirs", str(tmp_path), ("their_tasks",)), str(tmp_path), str(tmp_path)))
+        assert "some.jsonl" not in markdown(
+            task_rows(rates_of("theirs", str(tmp_path), ("their_tasks",)), str(tmp_path), str(tmp_path))
+        )
     finally:
         seqio.MixtureRegistry.remove("theirs")
         for task in ("theirs_files", "theirs_function"):
@@ -180,7 +202,8 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
 
 
 def test_show_is_the_loaders_batch_decoded(stores, tokenizer, mini_tokenizer):
-    """Every row of some steps: the runs are the batch's tokens, their texts what `tokenizers` decodes, their losses its weights."""
+    """Every row of some steps: the runs are the batch's tokens, their texts what `tokenizers` decodes, their
+    losses its weights."""
     opened = open_all(stores)
     loader = loader_over(opened)
     reference = tokenizers.Tokenizer.from_file(str(mini_tokenizer / "tokenizer.json"))
@@ -195,7 +218,9 @@ def test_show_is_the_loaders_batch_decoded(stores, tokenizer, mini_tokenizer):
             assert row.padding == 48 - valid
             ids = [*batch.tokens_BL[number, :1], *batch.targets_BL[number, :valid]]
             assert [i for run in row.runs for i in run.ids] == ids
-            assert [run.position for run in row.runs] == np.cumsum([0, *(len(run.ids) for run in row.runs)])[:-1].tolist()
+            assert [run.position for run in row.runs] == np.cumsum([0, *(len(run.ids) for run in row.runs)])[
+                :-1
+            ].tolist()
             shown = "".join(run.text for run in row.runs)
             decoded = reference.decode(ids, skip_special_tokens=False)
             # Only characters that the row's ends cut through differ.
@@ -226,7 +251,9 @@ def test_epoch_position_follows_the_loader(stores, tokenizer):
     stages = [Stage("one", (("sample_ja", 1.0),), 3), Stage("two", (("sample_ja", 1.0),), 9)]
     one = Loader(opened, stages, batch_size=4, sequence_length=48, seed=0)
     places = [one.place(step, row) for step in range(12) for row in range(4)]
-    assert [place.epoch * place.windows + place.turn for place in places] == list(range(48))  # epochs go on across stages
+    assert [place.epoch * place.windows + place.turn for place in places] == list(
+        range(48)
+    )  # epochs go on across stages
     assert len({(place.epoch, place.start) for place in places}) == 48
     assert all(place.start % 48 == 0 and place.start < len(opened["sample_ja"]) for place in places)
     assert (one.place(4, 0).stage, one.place(4, 0).stage_step) == ("two", 1)
@@ -242,7 +269,9 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer):
     runs = list(runs_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
     assert "".join(run.text for run in runs) == text
     assert any(len(run.ids) > 1 for run in runs)
-    assert [run.text for run in runs_of(tokenizer.encode("\ufffd"), [True] * 3, [0] * 3, tokenizer)] == ["\ufffd"]  # the character itself
+    assert [run.text for run in runs_of(tokenizer.encode("\ufffd"), [True] * 3, [0] * 3, tokenizer)] == [
+        "\ufffd"
+    ]  # the character itself
     cut = list(runs_of(ids[1:-1], [True] * (len(ids) - 2), [0] * (len(ids) - 2), tokenizer))
     assert PARTIAL in cut[0].text
     assert not any("\ufffd" in run.text for run in cut)
@@ -258,7 +287,9 @@ def test_sentencepiece_keeps_its_spaces(tmp_path):
 
     text = "the quick brown fox jumps over the lazy dog"
     (tmp_path / "text").write_text((text + "\n") * 50)
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=30, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=30, minloglevel=2
+    )
     tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
     runs = list(runs_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
@@ -295,7 +326,19 @@ def test_show_on_the_command_line_and_as_a_page(stores, tokenizer, mini_tokenize
     step = 5
     number = next(row for row in range(8) if loader.place(step, row).task == "sample_fi")
     row = read_row(loader, opened, tokenizer, step, number)
-    show = ["data", "show", "nano_cap", "--stores", str(stores), "--seed", "3", "--batch-size", "8", "--sequence-length", "48"]
+    show = [
+        "data",
+        "show",
+        "nano_cap",
+        "--stores",
+        str(stores),
+        "--seed",
+        "3",
+        "--batch-size",
+        "8",
+        "--sequence-length",
+        "48",
+    ]
     named = [*show, "--tokenizer", str(mini_tokenizer), "--step", str(step), "--row", str(number)]
     assert main([*named, "--html", str(tmp_path / "row.html")]) == 0
     said = capsys.readouterr().out
@@ -320,7 +363,21 @@ def test_show_on_the_command_line_and_as_a_page(stores, tokenizer, mini_tokenize
     assert tokenizer.sha256[:12] in capsys.readouterr().err
     assert main(["data", "show", "aurora_m_cap", "--stores", str(stores), "--tokenizer", str(mini_tokenizer)]) == 2
     assert "aurora_wikipedia_fi" in capsys.readouterr().err
-    assert main(["data", "show", "aurora_m_cap", "--stores", str(stores), "--tokenizer", str(mini_tokenizer), "--skip-missing"]) == 2
+    assert (
+        main(
+            [
+                "data",
+                "show",
+                "aurora_m_cap",
+                "--stores",
+                str(stores),
+                "--tokenizer",
+                str(mini_tokenizer),
+                "--skip-missing",
+            ]
+        )
+        == 2
+    )
     assert "none of its tasks has a store" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""The step on a mesh equals the step on one device, over every axis; each run in a process that has eight CPU devices."""
+"""The step on a mesh equals the step on one device, over every axis; each run in a process that has eight CPU
+devices."""
 
 from pathlib import Path
 

@@ -50,12 +50,19 @@ class Parsed(Exception):
 
 
 def commands(path: Path) -> list[str]:
-    """Commands of the fenced blocks without a language (of configs: their docstrings' lines), continuation lines joined."""
+    """Commands of the fenced blocks without a language (of configs: their docstrings' lines), continuation
+    lines joined."""
     text = path.read_text()
     if path.suffix == ".py":
         return re.findall(r"^ *((?:aurora|python -m) .*)$", text.split('"""')[1], flags=re.M)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
-    return [line for language, block in blocks if not language for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines() if line.strip()]
+    return [
+        line
+        for language, block in blocks
+        if not language
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()
+        if line.strip()
+    ]
 
 
 def checked(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +77,20 @@ def checked(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         program, words = words[2], words[2:]
     if program in ("aurora", "convert", "aurora_jax"):
         config = "configs/nano_aurora.py" if words[1] == "train" else "configs/starcoderplus_v5p_128.py"
-        read_by(convert if program == "convert" else aurora, [THEIRS.sub(config, word) for word in words[1:]], monkeypatch)
+        read_by(
+            convert if program == "convert" else aurora, [THEIRS.sub(config, word) for word in words[1:]], monkeypatch
+        )
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(words[1:]) <= set(targets), f"{line}: the Makefile has {targets}"
     elif program == "launch_tpu.sh":
         words = [THEIRS.sub("configs/starcoderplus_v5p_128.py", word) for word in words]
         ran = subprocess.run(
-            ["bash", "launch_tpu.sh", words[1], "--dry-run", *words[2:]], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            ["bash", "launch_tpu.sh", words[1], "--dry-run", *words[2:]],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
         assert ran.returncode == 0, f"{line}: {ran.stderr}"
         config = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
@@ -111,7 +124,9 @@ def read_by(main, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None
     assert status == 0, f"{shlex.join(arguments)}: {said.getvalue()}"
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if commands(path)], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if commands(path)], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_commands_are_read_by_their_programs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
@@ -142,10 +157,14 @@ def test_a_wrong_command_would_be_found(line, monkeypatch):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built site; a warning of MkDocs (a page outside the navigation, a link or an anchor that is not there) fails the build."""
+    """The built site; a warning of MkDocs (a page outside the navigation, a link or an anchor that is not
+    there) fails the build."""
     folder = tmp_path_factory.mktemp("site")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr
     return folder
@@ -168,7 +187,9 @@ def test_flags_named_in_the_running_text_exist(site):
 def test_every_command_has_its_help_in_the_reference():
     page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     named = set(re.findall(r"<!-- help: (.+?) -->", page))
-    expected = {f"aurora data {name}" for name in DATA_COMMANDS} | {f"aurora {name}" for name in COMMANDS if name not in ("data", "train")}
+    expected = {f"aurora data {name}" for name in DATA_COMMANDS} | {
+        f"aurora {name}" for name in COMMANDS if name not in ("data", "train")
+    }
     expected |= {"aurora", "aurora train configs/nano_aurora.py"} | {
         f"python -m convert{name}" for name in ("", " from-torch", " to-torch", " verify")
     }
@@ -177,11 +198,14 @@ def test_every_command_has_its_help_in_the_reference():
 
 
 def help_of_launcher() -> str:
-    return subprocess.run(["bash", "launch_tpu.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["bash", "launch_tpu.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_planned_cost_is_that_of_the_recorded_step_time(site):
-    """v5p, 2,048 tokens: 435B tokens in steps of 4,194,304 on 64 chips at $4.20, each in the seconds that the config states."""
+    """v5p, 2,048 tokens: 435B tokens in steps of 4,194,304 on 64 chips at $4.20, each in the seconds that the
+    config states."""
     (seconds,) = re.findall(r"([\d.]+) s a step", (ROOT / "configs" / "starcoderplus_v5p_128_2k.py").read_text())
     hours = 435e9 / 4_194_304 * float(seconds) / 3600 * 64
     assert f"{hours:,.0f}</td>" in (site / "reproduction" / "index.html").read_text()
@@ -199,7 +223,9 @@ class Links(HTMLParser):
         values = dict(attributes)
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
-        self.loaded += [values[name] for name in ("src", "href") if tag in ("img", "script", "link", "iframe") and values.get(name)]
+        self.loaded += [
+            values[name] for name in ("src", "href") if tag in ("img", "script", "link", "iframe") and values.get(name)
+        ]
 
 
 def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site):

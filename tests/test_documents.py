@@ -18,7 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from aurora_jax.data.text.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Instruction, MostSymbols, Piece, Rejected
+from aurora_jax.data.text.documents import (
+    CodeFormat,
+    Document,
+    DocumentStep,
+    FillInTheMiddle,
+    Instruction,
+    MostSymbols,
+    Piece,
+    Rejected,
+)
 from aurora_jax.data.text.recipe import Dropped, Outcome, Preparation, Tokenized
 from aurora_jax.data.text.sources import Bad
 from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -59,11 +68,18 @@ def tokens_of(tokenizer: Tokenizer, given: Document, *steps: DocumentStep) -> To
 
 def characters(pieces: Sequence[Piece]) -> list[tuple[str, bool, bool]]:
     """Every character of text and every special token, with what is said of it."""
-    return [(part, piece.special, piece.learn) for piece in pieces for part in ([piece.text] if piece.special else piece.text)]
+    return [
+        (part, piece.special, piece.learn)
+        for piece in pieces
+        for part in ([piece.text] if piece.special else piece.text)
+    ]
 
 
-def parted(pieces: tuple[Piece, ...], spm: bool = False) -> tuple[tuple[Piece, ...], tuple[Piece, ...], tuple[Piece, ...]]:
-    """Prefix, middle and suffix of a transformed document; of SPM, prefix and middle in one. With no prefix, both look the same."""
+def parted(
+    pieces: tuple[Piece, ...], spm: bool = False
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...], tuple[Piece, ...]]:
+    """Prefix, middle and suffix of a transformed document; of SPM, prefix and middle in one. With no prefix,
+    both look the same."""
     assert pieces[0] == PREFIX
     assert Counter(pieces)[PREFIX] == Counter(pieces)[SUFFIX] == Counter(pieces)[MIDDLE] == 1
     suffix_place, middle_place = pieces.index(SUFFIX), pieces.index(MIDDLE)
@@ -113,8 +129,11 @@ def test_layouts_are_those_of_the_reference() -> None:
         assert "".join(piece.text for piece in spm) == f"<fim_prefix><fim_suffix>{s}<fim_middle>{p}{m}"
 
 
-def megatron_permute(contents: str, boundaries: tuple[int, int], spm: bool, tokenizer: tokenizers.Tokenizer) -> list[int]:
-    """What `permute(truncate_or_pad=False)` of bigcode-project/Megatron-LM makes of a document, its random choices given."""
+def megatron_permute(
+    contents: str, boundaries: tuple[int, int], spm: bool, tokenizer: tokenizers.Tokenizer
+) -> list[int]:
+    """What `permute(truncate_or_pad=False)` of bigcode-project/Megatron-LM makes of a document, its random
+    choices given."""
 
     def tokenize(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -150,7 +169,8 @@ def test_tokens_are_megatrons(starcoder: HuggingFaceTokenizer, spm: bool) -> Non
 
 
 def test_cuts_are_uniform_over_the_characters() -> None:
-    """Each cut is one of the length + 1 places, both independent, as np_rng.randint(0, len(contents) + 1, size=2) draws them."""
+    """Each cut is one of the length + 1 places, both independent, as np_rng.randint(0, len(contents) + 1,
+    size=2) draws them."""
     length = 4
     drawn: Counter[tuple[int, int]] = Counter()
     for number in range(6000):
@@ -254,7 +274,9 @@ def test_ranges_of_stars(stars: int | str, written: str) -> None:
 
 @pytest.mark.parametrize("missing", [(), ("stars",), ("repository", "path"), ("repository", "path", "stars")])
 @pytest.mark.parametrize("empty", [None, "absent", ""])
-def test_header_tokens_are_those_of_the_string(starcoder: HuggingFaceTokenizer, missing: tuple[str, ...], empty: str | None) -> None:
+def test_header_tokens_are_those_of_the_string(
+    starcoder: HuggingFaceTokenizer, missing: tuple[str, ...], empty: str | None
+) -> None:
     """`tokenizers`, parsing special tokens, reads the same tokens out of `<reponame>R<filename>F<gh_stars>S\\ncode`."""
     fields = {name: value for name, value in REPOSITORY.items() if name not in missing}
     if empty != "absent":
@@ -282,9 +304,19 @@ def test_header_parts_come_and_go_independently() -> None:
 def test_code_with_a_header_can_be_filled_in(starcoder: HuggingFaceTokenizer) -> None:
     """Cuts leave special tokens whole, and the text is that of the header and the code."""
     for seed in range(40):
-        tokens = tokens_of(starcoder, document(CODE, **REPOSITORY), CodeFormat(rate=1), FillInTheMiddle(rate=1, seed=seed)).ids.tolist()
+        tokens = tokens_of(
+            starcoder, document(CODE, **REPOSITORY), CodeFormat(rate=1), FillInTheMiddle(rate=1, seed=seed)
+        ).ids.tolist()
         counted = Counter(tokens)
-        names = ("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<reponame>", "<filename>", "<gh_stars>")
+        names = (
+            "<|endoftext|>",
+            "<fim_prefix>",
+            "<fim_suffix>",
+            "<fim_middle>",
+            "<reponame>",
+            "<filename>",
+            "<gh_stars>",
+        )
         assert [counted[starcoder.special_id(name)] for name in names] == [1] * 7
         text = starcoder.decode(tokens)
         for piece in (*names, CODE[-1], "octo", "ret"):
@@ -298,7 +330,10 @@ def learnt(tokens: Tokenized) -> str:
     """The text of the tokens that are to be predicted, those left out as one | a stretch, EOS as $."""
     assert tokens.learn is not None
     assert len(tokens.learn) == len(tokens.ids)
-    written = ["$" if i == 1 else chr(i - 3) if learn else "|" for i, learn in zip(tokens.ids.tolist(), tokens.learn, strict=True)]
+    written = [
+        "$" if i == 1 else chr(i - 3) if learn else "|"
+        for i, learn in zip(tokens.ids.tolist(), tokens.learn, strict=True)
+    ]
     return "".join(one for place, one in enumerate(written) if one != "|" or place == 0 or written[place - 1] != "|")
 
 
@@ -316,7 +351,9 @@ def test_instruction_follows_the_template(x: str, y: str) -> None:
     tokens = tokens_of(ByteTokenizer(), only)
     assert tokens.learn is not None
     assert bytes((tokens.ids[tokens.learn][:-1] - 3).tolist()).decode() == y.strip()
-    assert tokens.learn.tolist() == [False] * (len(tokens.ids) - len(y.strip().encode()) - 1) + [True] * (len(y.strip().encode()) + 1)
+    assert tokens.learn.tolist() == [False] * (len(tokens.ids) - len(y.strip().encode()) - 1) + [True] * (
+        len(y.strip().encode()) + 1
+    )
 
 
 def test_everything_is_learnt_as_in_aurora_m() -> None:
@@ -325,10 +362,18 @@ def test_everything_is_learnt_as_in_aurora_m() -> None:
 
 TURNS = [("2 + 2?", "4"), ("And 3 + 3?", "6")]
 CONVERSATIONS = {
-    "roles": [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)],
-    "ShareGPT": [{"from": role, "value": text} for turn in TURNS for role, text in zip(("human", "gpt"), turn, strict=True)],
+    "roles": [
+        {"role": role, "content": text}
+        for turn in TURNS
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ],
+    "ShareGPT": [
+        {"from": role, "value": text} for turn in TURNS for role, text in zip(("human", "gpt"), turn, strict=True)
+    ],
     "prompter": [
-        {"role": role, "content": f" {text}\n"} for turn in TURNS for role, text in zip(("Prompter", "Assistant"), turn, strict=True)
+        {"role": role, "content": f" {text}\n"}
+        for turn in TURNS
+        for role, text in zip(("Prompter", "Assistant"), turn, strict=True)
     ],
     "strings": [text for turn in TURNS for text in turn],
 }
@@ -352,7 +397,9 @@ def test_system_message_comes_first() -> None:
 
 def test_context_goes_below_the_instruction() -> None:
     step = Instruction(context="input")
-    assert step(document("", instruction="Sum up.", input="A text.", response="ok")).text == template(("Sum up.\nA text.", "ok"))
+    assert step(document("", instruction="Sum up.", input="A text.", response="ok")).text == template(
+        ("Sum up.\nA text.", "ok")
+    )
     for nothing in ({}, {"input": ""}, {"input": None}):
         assert step(document("", instruction="Sum up.", response="ok", **nothing)).text == template(("Sum up.", "ok"))
 
@@ -393,7 +440,9 @@ def test_unanswered_instructions_are_rejected(fields: dict[str, Any]) -> None:
     step = Instruction(conversation="messages") if "messages" in fields else Instruction()
     with pytest.raises(Rejected, match="no answered instruction"):
         step(document("", **fields))
-    assert outcome_of(ByteTokenizer(), document("", **fields), step) == Dropped("Instruction: no answered instruction", "und")
+    assert outcome_of(ByteTokenizer(), document("", **fields), step) == Dropped(
+        "Instruction: no answered instruction", "und"
+    )
 
 
 @pytest.mark.parametrize("content", [[{"type": "image", "url": "x"}], {"call": "f"}])
@@ -428,7 +477,9 @@ def test_text_is_kept(language: str) -> None:
     assert MostSymbols()(given) is given
 
 
-@pytest.mark.parametrize("text", ["की में है से का के लिए", unicodedata.normalize("NFD", SENTENCES["vi"]), "ภาษาที่นี่", "", " \n"])
+@pytest.mark.parametrize(
+    "text", ["की में है से का के लिए", unicodedata.normalize("NFD", SENTENCES["vi"]), "ภาษาที่นี่", "", " \n"]
+)
 def test_marks_are_part_of_letters(text: str) -> None:
     given = document(text)
     assert MostSymbols()(given) is given

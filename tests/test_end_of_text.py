@@ -1,4 +1,5 @@
-"""Where a completion ends: at the tokens at which `transformers` ends it, however many the model's files name, and an export names them."""
+"""Where a completion ends: at the tokens at which `transformers` ends it, however many the model's files
+name, and an export names them."""
 
 import json
 import shutil
@@ -29,7 +30,9 @@ def folder(mini_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "hf"
     torch.manual_seed(3)
     sizes = {"vocab_size": 400, "n_positions": 128, "n_embd": 24, "n_layer": 2, "n_head": 3, "initializer_range": 0.6}
-    transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**sizes, eos_token_id=0, bos_token_id=0)).save_pretrained(folder)
+    transformers.GPTBigCodeForCausalLM(
+        transformers.GPTBigCodeConfig(**sizes, eos_token_id=0, bos_token_id=0)
+    ).save_pretrained(folder)
     shutil.copytree(mini_tokenizer, folder, dirs_exist_ok=True)
     return folder
 
@@ -88,7 +91,9 @@ def test_it_ends_where_transformers_ends_it(folder, free, tmp_path, case):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == config
     assert of_transformers(tmp_path / "back") == expected
     if generation is not None:
-        assert (tmp_path / "back" / "generation_config.json").read_bytes() == (hf / "generation_config.json").read_bytes()
+        assert (tmp_path / "back" / "generation_config.json").read_bytes() == (
+            hf / "generation_config.json"
+        ).read_bytes()
 
 
 def test_generate_stops_at_any_of_them(folder, free, tmp_path):
@@ -97,7 +102,11 @@ def test_generate_stops_at_any_of_them(folder, free, tmp_path):
     assert main(["from-torch", str(hf), str(tmp_path / "ours"), "--dtype", "float32"]) == 0
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
     GenerateCommand(
-        tmp_path / "ours", input=tmp_path / "prompts.jsonl", output=tmp_path / "out.jsonl", max_new_tokens=NEW_TOKENS, batch_size=1
+        tmp_path / "ours",
+        input=tmp_path / "prompts.jsonl",
+        output=tmp_path / "out.jsonl",
+        max_new_tokens=NEW_TOKENS,
+        batch_size=1,
     ).run()
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert record["finish_reason"] == "eos"
@@ -119,7 +128,12 @@ def test_what_was_trained_here_ends_with_its_documents_too(folder):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"{", "not JSON"), (b"[]", "not a JSON object"), (b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"), (b"\xff", "not JSON")],
+    [
+        (b"{", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
+        (b"\xff", "not JSON"),
+    ],
 )
 def test_a_malformed_generation_config_is_named(folder, content, said):
     metadata = CheckpointMetadata(ModelConfig(400, 8, 4, 1, 1, 4), "float32")

@@ -19,7 +19,9 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
 from convert.__main__ import main as convert
 
-CONFIG = ModelConfig(vocabulary_size=31, max_positions=16, width=16, layers=2, heads=2, mlp_width=24, initializer_range=0.5)
+CONFIG = ModelConfig(
+    vocabulary_size=31, max_positions=16, width=16, layers=2, heads=2, mlp_width=24, initializer_range=0.5
+)
 FP32 = ComputeConfig("float32", "float32")
 L = 16
 
@@ -50,7 +52,9 @@ def make_store(directory, documents: list[np.ndarray], text_bytes: int, **info) 
     return write_store(directory, documents, **(made | info))
 
 
-def evaluate(structure, parameters, store, tokenizer=None, *, windows=None, batch_size=3, length=L, across=True) -> Score:
+def evaluate(
+    structure, parameters, store, tokenizer=None, *, windows=None, batch_size=3, length=L, across=True
+) -> Score:
     evaluator = Evaluator(
         structure,
         FP32,
@@ -109,7 +113,9 @@ def test_a_quick_evaluation_reads_windows_from_all_over_the_text(tmp_path, docum
     """Two of four are the second and the fourth; as many as there are, the complete evaluation; so many, not so many
     batches."""
     structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
-    store = make_store(tmp_path / "store", documents, text_bytes=2 * size_of_text(documents))  # a normalising tokenizer's
+    store = make_store(
+        tmp_path / "store", documents, text_bytes=2 * size_of_text(documents)
+    )  # a normalising tokenizer's
     nll, tokens, sizes = direct(structure, parameters, documents, windows=[1, 3])
     for batch_size in (1, 3, 16):
         quick = evaluate(structure, parameters, store, windows=2, batch_size=batch_size)
@@ -125,7 +131,9 @@ def test_text_that_cannot_be_predicted_or_has_another_tokenizer_is_refused(tmp_p
     with pytest.raises(InputError, match="first token of an isolated document"):
         evaluate(structure, parameters, alone, across=False)
     with pytest.raises(InputError, match=f"{'u' * 12}.*{'t' * 12}"):
-        evaluate(structure, parameters, make_store(tmp_path / "other", documents, text_bytes=9, tokenizer_sha256="u" * 64))
+        evaluate(
+            structure, parameters, make_store(tmp_path / "other", documents, text_bytes=9, tokenizer_sha256="u" * 64)
+        )
 
 
 def test_questions_are_not_measured_as_they_are_not_trained(tmp_path, documents):
@@ -148,7 +156,14 @@ def hf_model(family: str, vocabulary: int):
         sizes = {"vocab_size": vocabulary, "hidden_size": 24, "n_layer": 2, "n_head": 3, "seq_length": LENGTH}
         model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).eval()
     else:
-        sizes = {"vocab_size": vocabulary, "n_positions": LENGTH, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40}
+        sizes = {
+            "vocab_size": vocabulary,
+            "n_positions": LENGTH,
+            "n_embd": 24,
+            "n_layer": 2,
+            "n_head": 3,
+            "n_inner": 40,
+        }
         model = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -161,7 +176,16 @@ def hf_model(family: str, vocabulary: int):
 def texts() -> list[str]:
     """Documents of three scripts and code, the shortest a single token, so that boundaries fall everywhere in the
     windows."""
-    return [SENTENCES["fi"], "a", SENTENCES["hi"], SENTENCES["code"], SENTENCES["ja"], "x = 1", SENTENCES["en"], SENTENCES["vi"]]
+    return [
+        SENTENCES["fi"],
+        "a",
+        SENTENCES["hi"],
+        SENTENCES["code"],
+        SENTENCES["ja"],
+        "x = 1",
+        SENTENCES["en"],
+        SENTENCES["vi"],
+    ]
 
 
 @pytest.fixture(scope="module", params=["gpt_bigcode", "bloom"])
@@ -179,9 +203,13 @@ def family(request, texts, mini_tokenizer, tmp_path_factory):
     stream = []  # (id, document, its bytes, whether it is the document's end)
     for number, text in enumerate(texts):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
-        sizes = [len(token) for token in theirs.convert_ids_to_tokens(ids)]  # a character of a byte-level token is a byte
+        sizes = [
+            len(token) for token in theirs.convert_ids_to_tokens(ids)
+        ]  # a character of a byte-level token is a byte
         assert sum(sizes) == len(text.encode())
-        stream += [(i, number, size, False) for i, size in zip(ids, sizes, strict=True)] + [(tokenizer.eos_id, number, 0, True)]
+        stream += [(i, number, size, False) for i, size in zip(ids, sizes, strict=True)] + [
+            (tokenizer.eos_id, number, 0, True)
+        ]
 
     def parts(window: list, across: bool) -> list[list]:
         numbers = sorted({number for _, number, _, _ in window})

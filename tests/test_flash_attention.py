@@ -37,7 +37,10 @@ SPLASH_LENGTH, SPLASH_HEADS, SPLASH_HEAD_DIM = 512, 4, 128
 def arrays(seed: int, B: int, H: int, K: int, L: int, M: int, C: int, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     shapes = {"q": (B, H, L, C), "k": (B, K, M, C), "v": (B, K, M, C), "d_context": (B, H, L, C), "d_lse": (B, H, L)}
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32 if name == "d_lse" else dtype) for name, shape in shapes.items()}
+    return {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32 if name == "d_lse" else dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def packed(seed: int, B: int, L: int, *, padding: int = 0):
@@ -55,7 +58,9 @@ def results(function, given, **options):
 
     @jax.jit
     def run(given, traced):
-        (context, lse), pull_back = jax.vjp(lambda q, k, v: function(q, k, v, **traced), given["q"], given["k"], given["v"])
+        (context, lse), pull_back = jax.vjp(
+            lambda q, k, v: function(q, k, v, **traced), given["q"], given["k"], given["v"]
+        )
         empty = jnp.isneginf(lse)
         gradients = pull_back((given["d_context"].astype(context.dtype), jnp.where(empty, 0, given["d_lse"])))
         return context, jnp.where(empty, 0, lse), *gradients
@@ -73,7 +78,9 @@ def ours(given, **options):
 def assert_equal(found, expected, tolerance: float):
     for name, one, other in zip(("context", "lse", "d_q", "d_k", "d_v"), found, expected, strict=True):
         scale = max(1.0, float(np.abs(other).max()))
-        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance * scale, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(one, np.float32), np.asarray(other, np.float32), atol=tolerance * scale, rtol=0, err_msg=name
+        )
 
 
 @settings(max_examples=20)
@@ -96,7 +103,9 @@ def test_self_attention(seed, heads, length, C, is_packed, alibi, generation, dt
     if alibi:
         options["alibi_slopes"] = jnp.asarray(2.0 ** -np.arange(1, heads[0] + 1), jnp.float32)
     tolerance = 2e-5 if dtype == jnp.float32 else 2e-2
-    assert_equal(ours(given, generation=generation, **options), results(reference_attention, given, **options), tolerance)
+    assert_equal(
+        ours(given, generation=generation, **options), results(reference_attention, given, **options), tolerance
+    )
 
 
 @settings(max_examples=10)
@@ -120,7 +129,8 @@ def test_queries_at_an_offset_and_other_keys(seed, lengths, offset, is_traced, c
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_bf16_is_no_less_accurate_than_splash_attention(generation, is_packed, capsys):
-    """Root-mean-square error against fp64, of ours and of JAX's splash attention (whose caller scales the queries), on the same inputs."""
+    """Root-mean-square error against fp64, of ours and of JAX's splash attention (whose caller scales the
+    queries), on the same inputs."""
     L, H, C = SPLASH_LENGTH, SPLASH_HEADS, SPLASH_HEAD_DIM
     given = arrays(5, 1, H, 1, L, L, C, jnp.bfloat16)
     segments_BL = packed(5, 1, L)
@@ -155,19 +165,27 @@ def test_bf16_is_no_less_accurate_than_splash_attention(generation, is_packed, c
         context_exact, _, *gradients_exact = results(reference_attention, exact, **options)
     lines = []
     for name, one, other, truth in zip(
-        ("context", "d_q", "d_k", "d_v"), (context, *gradients), found_peer, (context_exact, *gradients_exact), strict=True
+        ("context", "d_q", "d_k", "d_v"),
+        (context, *gradients),
+        found_peer,
+        (context_exact, *gradients_exact),
+        strict=True,
     ):
         error, error_peer = (float(np.sqrt(np.mean((np.asarray(x, np.float64) - truth) ** 2))) for x in (one, other))
         lines.append((name, error, error_peer))
     with capsys.disabled():
-        print(f"\nbf16 error, {generation}, packed={is_packed}: " + ", ".join(f"{n} ours {a:.2e} splash {b:.2e}" for n, a, b in lines))
+        print(
+            f"\nbf16 error, {generation}, packed={is_packed}: "
+            + ", ".join(f"{n} ours {a:.2e} splash {b:.2e}" for n, a, b in lines)
+        )
     for name, error, error_peer in lines:
         assert error <= error_peer, name
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_more_keys_than_fit_into_memory(is_packed):
-    """Keys that are read part by part: several resident parts a tile forward, several calls whose gradients are added backward."""
+    """Keys that are read part by part: several resident parts a tile forward, several calls whose gradients
+    are added backward."""
     given = arrays(6, 1, 8, 1, 1200, 1200, 64)
     options = {"segment_ids": (packed(6, 1, 1200),) * 2} if is_packed else {}
     whole = [blocks_for(direction, "v5e", jnp.float32, 128, 8, 1200, 1200) for direction in ("forward", "backward")]
@@ -184,7 +202,8 @@ def test_documents_do_not_see_each_other(generation):
     segments_BL = jnp.asarray((np.arange(L) >= cut).astype(np.int32)[None])
     changed = {name: array.at[:, :, :cut].add(1.5) for name, array in given.items()}
     for one, two in zip(
-        *(ours(each, segment_ids=(segments_BL, segments_BL), generation=generation) for each in (given, changed)), strict=True
+        *(ours(each, segment_ids=(segments_BL, segments_BL), generation=generation) for each in (given, changed)),
+        strict=True,
     ):
         np.testing.assert_array_equal(one[:, :, cut:], two[:, :, cut:])
         assert np.any(one[:, :, :cut] != two[:, :, :cut])
@@ -235,7 +254,8 @@ def test_two_cores_add_up():
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_no_race_and_no_uninitialised_memory(is_packed):
-    """Pallas' TPU interpreter, which models copies and memory spaces, with its race detector on and scratch memory that starts as NaN."""
+    """Pallas' TPU interpreter, which models copies and memory spaces, with its race detector on and scratch
+    memory that starts as NaN."""
     given = arrays(4, 1, 4, 1, 300, 300, 128, jnp.bfloat16)
     segments_BL = packed(4, 1, 300)
     options = {"segment_ids": (segments_BL, segments_BL)} if is_packed else {}
@@ -252,7 +272,8 @@ def test_no_race_and_no_uninitialised_memory(is_packed):
 
 
 def test_eight_devices():
-    """Divided over every axis of a mesh: the values and gradients of one device. In a process of its own, which has eight CPU devices."""
+    """Divided over every axis of a mesh: the values and gradients of one device. In a process of its own,
+    which has eight CPU devices."""
     done = run_on_eight_devices(Path(__file__).with_name("flash_attention_on_a_mesh.py"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 5
@@ -312,7 +333,9 @@ def test_blocks_fit_together_and_into_memory(direction, generation, dtype, head_
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_twenty_steps_of_training_agree_with_xla(is_packed):
     """The losses of a small model trained with the kernels and with `xla` attention."""
-    model = ModelConfig(vocabulary_size=64, max_positions=160, width=64, layers=2, heads=2, mlp_width=128).with_dropout(0.0)
+    model = ModelConfig(vocabulary_size=64, max_positions=160, width=64, layers=2, heads=2, mlp_width=128).with_dropout(
+        0.0
+    )
     optimizer = OptimizerConfig()
     rng = np.random.default_rng(0)
     # Sequences that can be learnt: each counts in steps of its own.
@@ -322,12 +345,21 @@ def test_twenty_steps_of_training_agree_with_xla(is_packed):
     for implementation in ("xla", "flash_interpreted"):
         compute = ComputeConfig("float32", "float32", attention=implementation)
         loss = make_loss(structure_of(model, compute), compute, z_loss=0.0, isolate_documents=is_packed)
-        step = jax.jit(make_train_step(make_gradient(loss, 1), optimizer, lambda step: 3e-3, dropout=False, seed=0, tasks=1))
+        step = jax.jit(
+            make_train_step(make_gradient(loss, 1), optimizer, lambda step: 3e-3, dropout=False, seed=0, tasks=1)
+        )
         state = initial_state(initial_parameters(model, 0), optimizer)
         losses[implementation] = []
         for tokens_BL, segments_BL in zip(tokens_SBL.astype(np.int32), segments_SBL.astype(np.int32), strict=True):
             places_BL = np.tile(np.arange(160, dtype=np.int32), (4, 1))
-            batch = Batch(tokens_BL[:, :-1], tokens_BL[:, 1:], np.ones((4, 160), np.float32), segments_BL, places_BL, np.zeros(4, np.int32))
+            batch = Batch(
+                tokens_BL[:, :-1],
+                tokens_BL[:, 1:],
+                np.ones((4, 160), np.float32),
+                segments_BL,
+                places_BL,
+                np.zeros(4, np.int32),
+            )
             state, metrics = step(state, batch)
             losses[implementation].append(float(metrics["loss"]))
     np.testing.assert_allclose(losses["flash_interpreted"], losses["xla"], atol=1e-3, rtol=0)

@@ -1,6 +1,7 @@
 """The TPU compiler accepts the kernels: libtpu compiles for chips that are not there.
 
-Short cases run in `make test`; all lengths and features, and the sharded training step of the 15.5B model, in `make test-full`.
+Short cases run in `make test`; all lengths and features, and the sharded training step of the 15.5B model, in
+`make test-full`.
 """
 
 from itertools import product
@@ -43,7 +44,13 @@ def kernels_of(
 
         return jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    arguments = struct(1, H, L, C), struct(1, K, L, C), struct(1, K, L, C), struct(1, L, dtype=jnp.int32), struct(H, dtype=jnp.float32)
+    arguments = (
+        struct(1, H, L, C),
+        struct(1, K, L, C),
+        struct(1, K, L, C),
+        struct(1, L, dtype=jnp.int32),
+        struct(H, dtype=jnp.float32),
+    )
     text = jax.jit(gradients).lower(*arguments).compile().as_text()
     return {name for name in KERNELS if name in text}
 
@@ -58,14 +65,18 @@ def test_packed_with_alibi_is_accepted():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("generation", "L", "packed", "alibi"), list(product(CHIPS, (2048, 8192), (False, True), (False, True))))
+@pytest.mark.parametrize(
+    ("generation", "L", "packed", "alibi"), list(product(CHIPS, (2048, 8192), (False, True), (False, True)))
+)
 def test_all_features_are_accepted(generation, L, packed, alibi):
     assert kernels_of(generation, L, packed=packed, alibi=alibi) == KERNELS
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("generation", CHIPS)
-@pytest.mark.parametrize(("H", "K", "C"), [(16, 16, 64), (12, 12, 96), (8, 2, 80), (71, 1, 64), (8, 8, 256), (4, 4, 128)])
+@pytest.mark.parametrize(
+    ("H", "K", "C"), [(16, 16, 64), (12, 12, 96), (8, 2, 80), (71, 1, 64), (8, 8, 256), (4, 4, 128)]
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_other_shapes_are_accepted(generation, H, K, C, dtype):
     assert kernels_of(generation, 1000, H=H, K=K, C=C, packed=True, alibi=K > 1, dtype=dtype) == KERNELS
@@ -83,7 +94,8 @@ def test_other_shapes_are_accepted(generation, H, K, C, dtype):
     ],
 )
 def test_sharded_step_of_starcoderplus_is_accepted(topology, fsdp, tensor, isolate):
-    """The step that `train` runs, 15.5B parameters, with the kernels inside; the compiler enforces the chips' memory."""
+    """The step that `train` runs, 15.5B parameters, with the kernels inside; the compiler enforces the chips'
+    memory."""
     compiled = lower_train_step(
         PRESETS["starcoderplus"].with_dropout(0.0),
         ComputeConfig(attention="flash", rematerialisation="full"),

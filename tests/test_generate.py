@@ -1,4 +1,5 @@
-"""Generation against `transformers`: greedy tokens, cached logits, the candidates of sampling; streams, prompts, meshes, the command.
+"""Generation against `transformers`: greedy tokens, cached logits, the candidates of sampling; streams,
+prompts, meshes, the command.
 
 B batch, L sequence, V vocabulary.
 """
@@ -41,10 +42,14 @@ LENGTHS = (5, 71, 1, 30)
 
 HF_MODELS = {
     "multi-query": lambda: transformers.GPTBigCodeForCausalLM(
-        transformers.GPTBigCodeConfig(vocab_size=V, n_positions=400, n_embd=48, n_layer=3, n_head=3, n_inner=91, eos_token_id=EOS)
+        transformers.GPTBigCodeConfig(
+            vocab_size=V, n_positions=400, n_embd=48, n_layer=3, n_head=3, n_inner=91, eos_token_id=EOS
+        )
     ),
     "multi-head": lambda: transformers.GPTBigCodeForCausalLM(
-        transformers.GPTBigCodeConfig(vocab_size=V, n_positions=400, n_embd=48, n_layer=3, n_head=3, multi_query=False, eos_token_id=EOS)
+        transformers.GPTBigCodeConfig(
+            vocab_size=V, n_positions=400, n_embd=48, n_layer=3, n_head=3, multi_query=False, eos_token_id=EOS
+        )
     ),
     "bloom": lambda: transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=V, seq_length=211, hidden_size=48, n_layer=3, n_head=6, eos_token_id=EOS)
@@ -54,7 +59,8 @@ HF_MODELS = {
 
 @pytest.fixture(scope="module", params=HF_MODELS)
 def pair(request, tmp_path_factory):
-    """A random `transformers` model, its weights large enough that attention is far from uniform, and our config and parameters."""
+    """A random `transformers` model, its weights large enough that attention is far from uniform, and our
+    config and parameters."""
     torch.manual_seed(1)
     model = HF_MODELS[request.param]().eval()
     with torch.no_grad():
@@ -81,13 +87,16 @@ def test_256_greedy_tokens_of_ragged_prompts_are_transformers(pair):
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid the token instead
     with torch.inference_mode():
-        theirs = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=EOS)[:, longest:].tolist()
+        theirs = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=EOS)[
+            :, longest:
+        ].tolist()
     assert ours == theirs
     assert len({token for row in ours for token in row}) >= 10  # not one token over and over
 
 
 def test_cached_logits_are_those_without_a_cache(pair):
-    """Of every place: the prompt is read at once, what follows token by token, in a row that is padded and one that is not."""
+    """Of every place: the prompt is read at once, what follows token by token, in a row that is padded and
+    one that is not."""
     _, config, path = pair
     parameters = checkpoint.restore_parameters(path)
     structure = structure_of(config, FP32)
@@ -125,7 +134,13 @@ def test_cached_logits_are_those_without_a_cache(pair):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(0.7), Sampling(1.0, top_k=10), Sampling(1.3, top_p=0.6), Sampling(0.9, 30, 0.8, 1.4), Sampling(1.0, V, 1.0, 0.7)],
+    [
+        Sampling(0.7),
+        Sampling(1.0, top_k=10),
+        Sampling(1.3, top_p=0.6),
+        Sampling(0.9, 30, 0.8, 1.4),
+        Sampling(1.0, V, 1.0, 0.7),
+    ],
 )
 def test_candidates_are_those_of_transformers(sampling):
     rng = np.random.default_rng(0)
@@ -151,8 +166,12 @@ def test_candidates_are_those_of_transformers(sampling):
 
 def test_draws_follow_the_candidates():
     logits_BV = jnp.asarray(np.tile(np.log([0.5, 0.2, 0.15, 0.1, 0.05]), (20_000, 1)), jnp.float32)
-    drawn_B = np.asarray(choose(logits_BV, None, jnp.arange(20_000, dtype=jnp.uint32), jnp.int32(3), Sampling(1.0, top_p=0.8)))
-    np.testing.assert_allclose(np.bincount(drawn_B, minlength=5) / 20_000, np.array([0.5, 0.2, 0.15, 0, 0]) / 0.85, atol=0.01)
+    drawn_B = np.asarray(
+        choose(logits_BV, None, jnp.arange(20_000, dtype=jnp.uint32), jnp.int32(3), Sampling(1.0, top_p=0.8))
+    )
+    np.testing.assert_allclose(
+        np.bincount(drawn_B, minlength=5) / 20_000, np.array([0.5, 0.2, 0.15, 0, 0]) / 0.85, atol=0.01
+    )
 
 
 def test_a_row_never_changes_another(pair):
@@ -168,7 +187,9 @@ def test_a_row_never_changes_another(pair):
     assert other[0] != together[0]
     # Nor does a row's own limit change what it writes until then, or what others write.
     limits = [40, 3, 17, 1]
-    for completion, whole, limit in zip(generator(rows, limits, seeds=[7, 8, 9, 10], **settings), together, limits, strict=True):
+    for completion, whole, limit in zip(
+        generator(rows, limits, seeds=[7, 8, 9, 10], **settings), together, limits, strict=True
+    ):
         assert completion.tokens == whole.tokens[:limit]
         assert completion.finish_reason == ("length" if len(whole.tokens) >= limit else whole.finish_reason)
 
@@ -228,7 +249,10 @@ def test_on_every_mesh_as_on_one_device():
 def test_a_mesh_that_the_model_cannot_be_divided_over():
     devices = jax.devices() * 6
     assert make_inference_mesh(PRESETS["starcoderplus"], devices).shape == {"fsdp": 1, "tensor": 6}
-    assert make_inference_mesh(replace(PRESETS["starcoderplus"], vocabulary_size=49_153), devices).shape == {"fsdp": 6, "tensor": 1}
+    assert make_inference_mesh(replace(PRESETS["starcoderplus"], vocabulary_size=49_153), devices).shape == {
+        "fsdp": 6,
+        "tensor": 1,
+    }
     with pytest.raises(InputError, match="cannot be divided over 4 of 6 devices"):
         make_inference_mesh(PRESETS["starcoderplus"], devices, 4)
 
@@ -303,7 +327,9 @@ def test_the_command_writes_what_transformers_writes(nano, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(NANO)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
-        theirs = model.generate(tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=40, do_sample=False, pad_token_id=0)
+        theirs = model.generate(
+            tokens.input_ids, attention_mask=tokens.attention_mask, max_new_tokens=40, do_sample=False, pad_token_id=0
+        )
     assert printed == tokenizer.decode(theirs[0, tokens.input_ids.shape[1] :], skip_special_tokens=True) + "\n"
 
 
@@ -336,7 +362,8 @@ def test_files_of_prompts(nano, tmp_path, capsys):
     assert main([*command, "--output", str(output)]) == 0
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [
-        {name: value for name, value in record.items() if name in before} for record, before in zip(written, RECORDS, strict=True)
+        {name: value for name, value in record.items() if name in before}
+        for record, before in zip(written, RECORDS, strict=True)
     ] == RECORDS
     assert all(record["finish_reason"] in ("eos", "length") and 0 <= record["new_tokens"] <= 16 for record in written)
     # Neither the batch size nor an interruption in the middle of a line changes a byte.
@@ -369,7 +396,8 @@ def generated(source: Path, *arguments: str) -> list[dict]:
 
 
 def test_a_record_depends_on_its_own_line(tiny, tmp_path, monkeypatch):
-    """On its own budget, and the program of its own length: the same text alone and beside a prompt that leaves no room."""
+    """On its own budget, and the program of its own length: the same text alone and beside a prompt that
+    leaves no room."""
     records = [{"prompt": "def main():"}, {"prompt": "x" * 250}, {"prompt": "Helsinki on"}]
     (tmp_path / "alone").write_text(json.dumps(records[0]))
     (tmp_path / "beside").write_text("\n".join(map(json.dumps, records)))
@@ -386,7 +414,24 @@ def test_a_record_depends_on_its_own_line(tiny, tmp_path, monkeypatch):
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(tiny, capsys):
     """A model whose rows were padded, or that is run with another's tokenizer."""
-    assert main(["generate", str(tiny), "def", "--tokenizer", "bytes", "--temperature", "5", "--max-new-tokens", "200", "--seed", "1"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(tiny),
+                "def",
+                "--tokenizer",
+                "bytes",
+                "--temperature",
+                "5",
+                "--max-new-tokens",
+                "200",
+                "--seed",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert len(capsys.readouterr().out) > 20
 
 
@@ -402,7 +447,9 @@ def test_new_tokens_counts_what_is_in_the_completion(nano, tmp_path, monkeypatch
     (tmp_path / "in").write_text(json.dumps({"prompt": "a"}))
     for stop, completion in ((", f", "one two three"), ("w", "one t"), ("o", ""), ("x ", text)):
         (record,) = generated(tmp_path / "in", str(nano), "--stop", stop)
-        counts = [count for count in range(len(tokens) + 1) if NANO_TOKENIZER.decode(tokens[:count]).startswith(completion)]
+        counts = [
+            count for count in range(len(tokens) + 1) if NANO_TOKENIZER.decode(tokens[:count]).startswith(completion)
+        ]
         assert (record["completion"], record["new_tokens"]) == (completion, min(counts))
 
 
@@ -460,10 +507,16 @@ BAD_LINES = {
     "a number": ('{"prompt": 3}', "line 2: its 'prompt' is no string"),
     "empty": ('{"prompt": ""}', "line 2: The prompt is empty"),
     "too long": (json.dumps({"prompt": "a b" * 300}), "line 2: The prompt has .* positions"),
-    "half a character": ('{"prompt": "a\\ud83d"}', r"line 2: its 'prompt' holds half of a surrogate pair \('a\\ud83d'\)"),
+    "half a character": (
+        '{"prompt": "a\\ud83d"}',
+        r"line 2: its 'prompt' holds half of a surrogate pair \('a\\ud83d'\)",
+    ),
     "not UTF-8": ("\udcff", "line 2: not UTF-8"),
     "a name twice": ('{"prompt": "a", "prompt": "b"}', "line 2: a name twice in an object: 'prompt'"),
-    "its own completion": ('{"prompt": "a", "completion": "b"}', "line 2: the record has a field 'completion' of its own.*--result-prefix"),
+    "its own completion": (
+        '{"prompt": "a", "completion": "b"}',
+        "line 2: the record has a field 'completion' of its own.*--result-prefix",
+    ),
     "its own tokens": ('{"prompt": "a", "new_tokens": 1}', "line 2: the record has a field 'new_tokens' of its own"),
 }
 
@@ -473,15 +526,18 @@ def test_bad_records_are_named_before_anything_is_loaded(nano, tmp_path, capsys,
     line, message = BAD_LINES[case]
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n", errors="surrogateescape")
     monkeypatch.setattr(Generator, "from_checkpoint", None)
-    assert main(["generate", str(nano), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert (
+        main(["generate", str(nano), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")])
+        == 2
+    )
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error), error
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_records_come_back_as_they_came(nano, tmp_path):
-    """Whatever stands in their strings, and where lines were cut off; results have the names that the user chose. An interruption
-    changes no byte."""
+    """Whatever stands in their strings, and where lines were cut off; results have the names that the user
+    chose. An interruption changes no byte."""
     records = [
         {"prompt": "a\u2028b\x85c\x0bd", "completion": "mine", "half": "\ud83d", "n": float("nan")},
         {"finish_reason": None, "prompt": "b", "new_tokens": [], "\udc00": "\x1c\u2029"},
@@ -489,7 +545,18 @@ def test_records_come_back_as_they_came(nano, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") for record in records]
     source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    command = ["generate", str(nano), "--max-new-tokens", "3", "--input", str(source), "--output", str(output), "--result-prefix", "new_"]
+    command = [
+        "generate",
+        str(nano),
+        "--max-new-tokens",
+        "3",
+        "--input",
+        str(source),
+        "--output",
+        str(output),
+        "--result-prefix",
+        "new_",
+    ]
     assert main(command) == 0
     written = output.read_bytes().decode().split("\n")
     assert written.pop() == ""
@@ -507,10 +574,24 @@ def test_records_come_back_as_they_came(nano, tmp_path):
 def test_a_file_that_is_not_the_commands_is_not_touched(nano, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Generator, "from_checkpoint", None)
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
-    for content, message in (('{"prompt": "a"}\n', "has no field 'completion'"), ('{"prompt": "a"}\n{"pro', "has no field 'completion'")):
+    for content, message in (
+        ('{"prompt": "a"}\n', "has no field 'completion'"),
+        ('{"prompt": "a"}\n{"pro', "has no field 'completion'"),
+    ):
         (tmp_path / "out.jsonl").write_text(content)
         assert (
-            main(["generate", str(nano), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--resume"]) == 2
+            main(
+                [
+                    "generate",
+                    str(nano),
+                    "--input",
+                    str(tmp_path / "in.jsonl"),
+                    "--output",
+                    str(tmp_path / "out.jsonl"),
+                    "--resume",
+                ]
+            )
+            == 2
         )
         assert message in " ".join(capsys.readouterr().err.split())
         assert (tmp_path / "out.jsonl").read_text() == content

@@ -15,7 +15,9 @@ POSITIONS_BYTES = MODEL.max_positions * MODEL.width * 2
 
 
 def planned(layers: int, topology: str, batch_size: int) -> DecodingPlan:
-    return plan_decoding(replace(MODEL, layers=layers), topology, batch_size=batch_size, prompt_slots=1_792, new_tokens=256)
+    return plan_decoding(
+        replace(MODEL, layers=layers), topology, batch_size=batch_size, prompt_slots=1_792, new_tokens=256
+    )
 
 
 def test_weights_and_cache_are_read_once():

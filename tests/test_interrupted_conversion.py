@@ -1,4 +1,5 @@
-"""Conversions that end before their time: killed processes, Ctrl-C, full disks. What is there afterwards, and what --resume makes of it."""
+"""Conversions that end before their time: killed processes, Ctrl-C, full disks. What is there afterwards, and
+what --resume makes of it."""
 
 import contextlib
 import json
@@ -45,7 +46,11 @@ def arguments_of(direction: str, hf: Path, tmp_path: Path) -> list[str]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Contents by name, without the time and the first path of the folder that Orbax notes."""
     files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    return {name: content for name, content in files.items() if Path(name).name not in ("_CHECKPOINT_METADATA", "commit_success.txt")}
+    return {
+        name: content
+        for name, content in files.items()
+        if Path(name).name not in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    }
 
 
 def noted(destination: Path) -> list[str]:
@@ -68,7 +73,8 @@ def recorded(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
 def test_killed_conversions_are_continued(tmp_path, hf, monkeypatch, capsys, direction):
-    """Killed at random moments, again and again; in the end it is what an undisturbed conversion makes, and no block was made twice."""
+    """Killed at random moments, again and again; in the end it is what an undisturbed conversion makes, and
+    no block was made twice."""
     arguments, destination = arguments_of(direction, hf, tmp_path), tmp_path / "made"
     with monkeypatch.context() as undisturbed:
         blocks = recorded(undisturbed)
@@ -77,7 +83,14 @@ def test_killed_conversions_are_continued(tmp_path, hf, monkeypatch, capsys, dir
     rng = random.Random(0)
     moments = [["skeleton", 1]] if direction == "from-torch" else []
     moments += [["block", rng.randint(2, len(blocks) // 4)] for _ in range(3)]
-    command = [sys.executable, "tests/killed_conversion.py", *arguments, str(destination), "--resume", json.dumps(moments)]
+    command = [
+        sys.executable,
+        "tests/killed_conversion.py",
+        *arguments,
+        str(destination),
+        "--resume",
+        json.dumps(moments),
+    ]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert not destination.exists()
@@ -87,7 +100,9 @@ def test_killed_conversions_are_continued(tmp_path, hf, monkeypatch, capsys, dir
     assert sum(call - 1 for place, call in moments if place == "block") >= len(before) == len({*before}) > 0
 
     assert main([*arguments, str(destination)]) == 2
-    assert re.search("made.partial holds an interrupted conversion.*--resume", " ".join(capsys.readouterr().err.split()))
+    assert re.search(
+        "made.partial holds an interrupted conversion.*--resume", " ".join(capsys.readouterr().err.split())
+    )
     # A kill in the middle of a chunk leaves TensorStore's NAME.__lock, which the next write of that chunk renames.
     chunks = {file: file.stat().st_mtime_ns for file in folder_of(destination).rglob("[0-9]*.*[0-9]") if file.is_file()}
     after = recorded(monkeypatch)
@@ -97,7 +112,9 @@ def test_killed_conversions_are_continued(tmp_path, hf, monkeypatch, capsys, dir
     assert is_checkpoint(destination) == (direction == "from-torch")
     assert not folder_of(destination).exists()
     if direction == "from-torch":
-        untouched = [file for file, time in chunks.items() if destination_of(file, destination).stat().st_mtime_ns == time]
+        untouched = [
+            file for file, time in chunks.items() if destination_of(file, destination).stat().st_mtime_ns == time
+        ]
         assert len(untouched) >= len(before), "a finished block is at least one chunk that nobody writes again"
 
 
@@ -146,7 +163,9 @@ partial.Partial.__init__ = interrupted
 
 
 @pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
-@pytest.mark.parametrize("moment", [BEFORE_THE_FIRST, AFTER_SOME_BLOCKS], ids=["before the first block", "after some blocks"])
+@pytest.mark.parametrize(
+    "moment", [BEFORE_THE_FIRST, AFTER_SOME_BLOCKS], ids=["before the first block", "after some blocks"]
+)
 def test_interrupt_keeps_finished_blocks(tmp_path, hf, monkeypatch, direction, moment):
     arguments, destination = arguments_of(direction, hf, tmp_path), tmp_path / "made"
     before = sorted(tmp_path.iterdir())
@@ -183,7 +202,10 @@ def interrupt_after(blocks: int, monkeypatch, error: BaseException) -> None:
     [
         (lambda hf: [], "dtype = bfloat16, this command has dtype = float32"),
         (lambda hf: ["--dtype", "bfloat16", "--vocabulary-divisible-by", "8"], "vocabulary_divisible_by = 1.*= 8"),
-        (lambda hf: os.utime(next(hf.glob("*.safetensors"))) or ["--dtype", "bfloat16"], "safetensors = [0-9]+ bytes, modified at"),
+        (
+            lambda hf: os.utime(next(hf.glob("*.safetensors"))) or ["--dtype", "bfloat16"],
+            "safetensors = [0-9]+ bytes, modified at",
+        ),
         (lambda hf: (hf / "merges.txt").write_text("a b\n") and ["--dtype", "bfloat16"], "config and tokenizer"),
         (lambda hf: hf.rename(hf.with_name("moved")) and ["--dtype", "bfloat16"], "source = "),
     ],
@@ -238,7 +260,9 @@ def test_a_source_that_ends_half_way_leaves_nothing(tmp_path, hf, monkeypatch, c
 @contextlib.contextmanager
 def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", str(folder)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"only root can mount a small disk: {mounted.stderr.strip()}")
     try:

@@ -1,4 +1,5 @@
-"""JSON lines: what we write other readers read, what other writers wrote we read, and a bad line is named by its number."""
+"""JSON lines: what we write other readers read, what other writers wrote we read, and a bad line is named by
+its number."""
 
 import codecs
 import json
@@ -22,11 +23,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(SEPAR
 
 @given(written=st.lists(texts, min_size=1, max_size=8))
 def test_what_we_write_arrow_reads(written: list[str]) -> None:
-    """pyarrow's reader of newline-delimited JSON finds the texts, and so do we, in as many lines as there are records."""
+    """pyarrow's reader of newline-delimited JSON finds the texts, and so do we, in as many lines as there are
+    records."""
     content = b"".join(json_lines.line_of({"text": text}) for text in written)
     assert content.count(b"\n") == len(written)
     table = arrow_json.read_json(
-        pa.BufferReader(content), parse_options=arrow_json.ParseOptions(explicit_schema=pa.schema({"text": pa.string()}))
+        pa.BufferReader(content),
+        parse_options=arrow_json.ParseOptions(explicit_schema=pa.schema({"text": pa.string()})),
     )
     assert table["text"].to_pylist() == written
     assert [record["text"] for _, record in json_lines.objects(content, "")] == written
@@ -36,7 +39,9 @@ def test_what_we_write_arrow_reads(written: list[str]) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n", " \n\n"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 def test_what_python_writes_we_read(tmp_path: Path, ensure_ascii: bool, end: str, mark: bytes) -> None:
-    records = [{"text": f"a{separator}b", "n": [1, 2.5, None, True]} for separator in SEPARATORS] + [{"ä": {"日本": "𝒳"}}]
+    records = [{"text": f"a{separator}b", "n": [1, 2.5, None, True]} for separator in SEPARATORS] + [
+        {"ä": {"日本": "𝒳"}}
+    ]
     content = "".join(json.dumps(record, ensure_ascii=ensure_ascii) + end for record in records).encode()
     (tmp_path / "a.jsonl").write_bytes(mark + content)
     assert json_lines.read(tmp_path / "a.jsonl") == records
@@ -92,7 +97,9 @@ def test_a_log_goes_on_wherever_its_writer_died(tmp_path: Path) -> None:
     for length in range(len(content) + 1):
         log.write_bytes(content[:length])
         whole = [
-            record for number, record in enumerate(records) if length >= len(b"".join(map(json_lines.line_of, records[: number + 1]))) - 1
+            record
+            for number, record in enumerate(records)
+            if length >= len(b"".join(map(json_lines.line_of, records[: number + 1]))) - 1
         ]
         assert json_lines.read_log(log) == read_metrics(log) == whole
         json_lines.mend_log(log)

@@ -16,7 +16,11 @@ PASSES = {"bfloat16": 1, "float32": 6}
 # K = 128 fills half of v6e's 256 x 256 unit and takes as long as K = 256. The five are those of a backward pass for
 # 1,024 x 1,024 scores.
 PRODUCTS = [
-    *({"generation": name, "dtype": dtype, "M": 128, "K": 128, "N": 256, "times": 1} for name in CHIPS for dtype in PASSES),
+    *(
+        {"generation": name, "dtype": dtype, "M": 128, "K": 128, "N": 256, "times": 1}
+        for name in CHIPS
+        for dtype in PASSES
+    ),
     {"generation": "v6e", "dtype": "bfloat16", "M": 256, "K": 256, "N": 256, "times": 1},
     *({"generation": name, "dtype": "bfloat16", "M": 1024, "K": 128, "N": 1024, "times": 5} for name in ("v5e", "v5p")),
 ]
@@ -50,13 +54,19 @@ def test_five_products_of_a_tile_take_10_240_cycles(compiled, case):
 
 
 def bundles(path: Path, *operations: str) -> Path:
-    path.write_text("".join(f"{place:#x}     : > {{ %{place} = {operation} }}\n" for place, operation in enumerate(operations, start=1)))
+    path.write_text(
+        "".join(
+            f"{place:#x}     : > {{ %{place} = {operation} }}\n" for place, operation in enumerate(operations, start=1)
+        )
+    )
     return path
 
 
 def test_a_block_takes_its_products_or_its_bundles(tmp_path):
     """Two products in one unit wait for each other, in two they do not; a block without products takes its bundles."""
-    one = bundles(tmp_path / "one", "vmatmul.bf16.gmra.mxu0 %v1", "vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2", "vadd.f32 %v1, %v2")
+    one = bundles(
+        tmp_path / "one", "vmatmul.bf16.gmra.mxu0 %v1", "vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2", "vadd.f32 %v1, %v2"
+    )
     two = bundles(tmp_path / "two", "vmatmul.bf16.gmra.mxu0 %v1", "vmatmul.bf16.gmra.mxu3 %v2", "vadd.f32 %v1, %v2")
     none = bundles(tmp_path / "none", *["vadd.f32 %v1, %v2"] * 7)
     cycles = [[block.cycles for block in basic_blocks(path, "v5e")] for path in (one, two, none)]

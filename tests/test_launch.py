@@ -1,6 +1,8 @@
-"""`launch_tpu.sh` against a gcloud that keeps state (tests/fake_gcloud.py): which commands, in which order, and what is left in the end.
+"""`launch_tpu.sh` against a gcloud that keeps state (tests/fake_gcloud.py): which commands, in which order,
+and what is left in the end.
 
-The hosts' side is real: the code is copied and unpacked, and supervisors run; only `aurora train` and its environment are stand-ins.
+The hosts' side is real: the code is copied and unpacked, and supervisors run; only `aurora train` and its
+environment are stand-ins.
 """
 
 import contextlib
@@ -55,7 +57,9 @@ class Launcher:
 
     def __call__(self, verb: str, *words: str, status: int = 0) -> str:
         """Runs a verb to its end; stdout and stderr."""
-        done = subprocess.run(self.command(verb, *words), env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            self.command(verb, *words), env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -81,7 +85,12 @@ class Launcher:
             if words[1] == "ssh":
                 text = next(word for word in command if word.startswith("--command="))
                 name = next(
-                    (f"ssh {action}" for action in ("install", "ready", "start", "status", "stop") if f"on-host {action}" in text), "ssh"
+                    (
+                        f"ssh {action}"
+                        for action in ("install", "ready", "start", "status", "stop")
+                        if f"on-host {action}" in text
+                    ),
+                    "ssh",
                 )
             if words[1] not in ("list", "describe") and found[-1:] != [name]:
                 found.append(name)
@@ -165,7 +174,10 @@ def test_step_by_step_and_every_verb_twice(launcher):
     assert "TPU VM aurora: READY" in status
     assert status.count(" running, since") == 2
     starts = launcher.started(2)
-    assert sorted(start["host"] for start in starts) == ["aurora-w0", "aurora-w1"]  # one on each, however often `run` is said
+    assert sorted(start["host"] for start in starts) == [
+        "aurora-w0",
+        "aurora-w1",
+    ]  # one on each, however often `run` is said
     for start in starts:
         assert start["arguments"] == ["train", *RUN]
         assert start["environment"] == {"AURORA_DISTRIBUTED": "auto", "AURORA_HEARTBEAT_SECONDS": "30", "EXTRA": "a b"}
@@ -182,13 +194,22 @@ def test_step_by_step_and_every_verb_twice(launcher):
     assert (state["created"], state["deleted"], state["queued"], state["nodes"]) == (1, 1, None, {})
     create = next(command for command in launcher.commands() if "create" in command)
     assert create == [
-        *("compute", "tpus", "queued-resources", "create", "aurora", "--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5"),
+        *(
+            "compute",
+            "tpus",
+            "queued-resources",
+            "create",
+            "aurora",
+            "--accelerator-type=v5p-128",
+            "--runtime-version=v2-alpha-tpuv5",
+        ),
         *("--node-id=aurora", "--spot", "--quiet", "--zone=us-east5-a", "--project=p"),
     ]
 
 
 def test_a_run_goes_on_over_preemption_and_suspension(launcher):
-    """Preempted under an ACTIVE resource, then suspended; deleted, gone, asked for again, set up, resumed; down in the end."""
+    """Preempted under an ACTIVE resource, then suspended; deleted, gone, asked for again, set up, resumed;
+    down in the end."""
     with launcher.watching("--down", *POD, *RUN) as watch:
         launcher.wait(watch, lambda: len(launcher.starts()) == 2)
         with launcher.cloud.change() as state:
@@ -200,10 +221,23 @@ def test_a_run_goes_on_over_preemption_and_suspension(launcher):
         launcher.wait(watch, lambda: len(launcher.starts()) == 6)
         launcher.order(0)
         assert watch.wait() == 0, launcher.said()
-    cycle = ["queued-resources create", "ssh ready", "tpu-vm scp", "ssh install", "ssh start", "queued-resources delete"]
+    cycle = [
+        "queued-resources create",
+        "ssh ready",
+        "tpu-vm scp",
+        "ssh install",
+        "ssh start",
+        "queued-resources delete",
+    ]
     assert [verb for verb in launcher.verbs() if verb != "ssh status"] == 3 * cycle
     state = launcher.state
-    assert (state["created"], state["deleted"], state["queued"], state["nodes"], state["most_nodes"]) == (3, 3, None, {}, 1)
+    assert (state["created"], state["deleted"], state["queued"], state["nodes"], state["most_nodes"]) == (
+        3,
+        3,
+        None,
+        {},
+        1,
+    )
     assert "the run is done" in launcher.said()
 
 
@@ -211,7 +245,9 @@ def test_a_watch_that_was_killed_makes_nothing_twice(launcher):
     with launcher.watching(*POD, *RUN) as watch:
         launcher.wait(watch, lambda: len(launcher.starts()) == 2)
     with launcher.watching(*POD, *RUN) as watch, launcher.watching(*POD, *RUN) as second:
-        launcher.wait(watch, lambda: launcher.verbs().count("ssh status") >= 1 and launcher.said().count("running on 2") >= 2)
+        launcher.wait(
+            watch, lambda: launcher.verbs().count("ssh status") >= 1 and launcher.said().count("running on 2") >= 2
+        )
         launcher.order(0)
         assert watch.wait() == second.wait() == 0, launcher.said()
     assert (launcher.state["created"], launcher.state["deleted"], len(launcher.starts())) == (1, 0, 2)
@@ -219,7 +255,9 @@ def test_a_watch_that_was_killed_makes_nothing_twice(launcher):
 
 
 def test_no_quota_is_waited_for(launcher):
-    refused = {"refused": "RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPreemptible' has been exceeded. Limit: 0 in zone us-east5-a."}
+    refused = {
+        "refused": "RESOURCE_EXHAUSTED: Quota limit 'TPUV5PPreemptible' has been exceeded. Limit: 0 in zone us-east5-a."
+    }
     failed = {"states": ["PROVISIONING", "FAILED"], "message": "Quota exceeded for TPUV5P"}
     launcher.plan(refused, refused, failed, {})
     with launcher.watching(*POD, *RUN) as watch:
@@ -243,8 +281,22 @@ def test_one_of_several_slices_fails(launcher):
         launcher.wait(watch, lambda: len(launcher.starts()) == 6)
         launcher.order(0)
         assert watch.wait() == 0, launcher.said()
-    assert launcher.verbs()[:4] == ["queued-resources create", "queued-resources delete", "tpu-vm delete", "queued-resources create"]
-    assert ["compute", "tpus", "tpu-vm", "delete", "aurora-0", "--quiet", "--zone=us-east5-a", "--project=p"] in launcher.commands()
+    assert launcher.verbs()[:4] == [
+        "queued-resources create",
+        "queued-resources delete",
+        "tpu-vm delete",
+        "queued-resources create",
+    ]
+    assert [
+        "compute",
+        "tpus",
+        "tpu-vm",
+        "delete",
+        "aurora-0",
+        "--quiet",
+        "--zone=us-east5-a",
+        "--project=p",
+    ] in launcher.commands()
     assert launcher.state["most_nodes"] == 3
     for start in launcher.starts():
         assert start["environment"] == {
@@ -289,7 +341,9 @@ def test_a_request_that_was_made_without_our_hearing(launcher):
 
 def test_another_request_of_the_name_is_left_alone(launcher):
     launcher("up", *POD)
-    assert "is 1 x v5p-128 (spot), and you ask for 1 x v6e-256 (on-demand)" in launcher("up", "--accelerator-type", "v6e-256", status=2)
+    assert "is 1 x v5p-128 (spot), and you ask for 1 x v6e-256 (on-demand)" in launcher(
+        "up", "--accelerator-type", "v6e-256", status=2
+    )
     assert "'my-aurora'" not in str(launcher.state)
     assert (launcher.state["created"], launcher.state["deleted"]) == (1, 0)
 
@@ -325,13 +379,25 @@ def test_a_host_that_ended_before_the_others_joins_them_again(launcher):
 DRY = [
     (
         ["watch", *PLACE, "--spot", "--accelerator-type", "v5p-128", *RUN],
-        ["queued-resources list", "tpu-vm list", "queued-resources create", "tpu-vm ssh", "git", "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"],
+        [
+            "queued-resources list",
+            "tpu-vm list",
+            "queued-resources create",
+            "tpu-vm ssh",
+            "git",
+            "tpu-vm scp",
+            "tpu-vm ssh",
+            "tpu-vm ssh",
+        ],
     ),
     (
         ["up", *PLACE, "--accelerator-type", "v6e-256", "--num-slices", "2"],
         ["queued-resources list", "tpu-vm list", "queued-resources create"],
     ),
-    (["down", *PLACE], ["queued-resources list", "tpu-vm list", "queued-resources delete", "queued-resources list", "tpu-vm list"]),
+    (
+        ["down", *PLACE],
+        ["queued-resources list", "tpu-vm list", "queued-resources delete", "queued-resources list", "tpu-vm list"],
+    ),
     (["stop", *PLACE], ["queued-resources list", "tpu-vm ssh"]),
     (["logs", "--follow", *PLACE], ["queued-resources list", "tpu-vm ssh"]),
     (["run", "--hosts", "a,me@b", *RUN], ["ssh", "ssh"]),
@@ -344,26 +410,38 @@ def test_dry_run_prints_and_does_nothing(launcher, words, expected):
         trap = launcher.folder / "bin" / name
         real = shutil.which(name) if name == "git" else None
         trap.write_text(
-            f'#!/bin/sh\ncase "$*" in *rev-parse*|*cat-file*|*status*) exec {real} "$@";; esac\ntouch {launcher.folder}/executed\n'
+            f'#!/bin/sh\ncase "$*" in *rev-parse*|*cat-file*|*status*) exec {real} "$@";; esac\ntouch '
+            f"{launcher.folder}/executed\n"
         )
         trap.chmod(0o755)
     command = [SCRIPT, words[0], "--dry-run", *words[1:]]
     done = subprocess.run(command, env=launcher.environment, capture_output=True, text=True, check=True)
     assert not (launcher.folder / "executed").exists()
     found = [line.replace(" alpha", "").removeprefix("gcloud compute tpus ") for line in done.stdout.splitlines()]
-    assert [next((name for name in expected if line.startswith(name)), line) for line in found][: len(expected)] == expected
+    assert [next((name for name in expected if line.startswith(name)), line) for line in found][
+        : len(expected)
+    ] == expected
 
 
 @pytest.mark.skipif(REAL_GCLOUD is None, reason="the Google Cloud CLI is not installed: its own parser cannot be asked")
 def test_googles_own_parser_accepts_every_command(launcher):
-    """What the script prints, through the parser of the real gcloud; and the fake's idea of the formats through its real formatter."""
+    """What the script prints, through the parser of the real gcloud; and the fake's idea of the formats
+    through its real formatter."""
     lines = []
     for words, _ in [*DRY, (["run", *PLACE, "--num-slices", "2", *RUN], []), (["ssh", *PLACE, "--worker", "3"], [])]:
         words = [words[0], "--dry-run", *words[1:]]
-        out = subprocess.run([SCRIPT, *words], env=launcher.environment, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [SCRIPT, *words], env=launcher.environment, capture_output=True, text=True, check=True
+        ).stdout
         lines += [line for line in out.splitlines() if line.startswith("gcloud ")]
-    environment = {**os.environ, "CLOUDSDK_CONFIG": str(launcher.folder / "config"), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-    (launcher.folder / "commands.json").write_text(json.dumps([{"command_string": line} for line in dict.fromkeys(lines)]))
+    environment = {
+        **os.environ,
+        "CLOUDSDK_CONFIG": str(launcher.folder / "config"),
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+    }
+    (launcher.folder / "commands.json").write_text(
+        json.dumps([{"command_string": line} for line in dict.fromkeys(lines)])
+    )
     lint = [REAL_GCLOUD, "meta", "lint-gcloud-commands", f"--commands-file={launcher.folder / 'commands.json'}"]
     answers = json.loads(subprocess.run(lint, env=environment, capture_output=True, text=True, check=True).stdout)
     answers = [answer for group in answers.values() for answer in group] if isinstance(answers, dict) else answers
@@ -383,9 +461,17 @@ def test_googles_own_parser_accepts_every_command(launcher):
         "tpu": {"nodeSpec": [{"node": {"acceleratorType": "v4-8"}}]},
     }
     del reserved["spot"]
-    others = [{**queued, "name": f"projects/p/locations/z/queuedResources/{name}"} for name in ("my-aurora", "aurora-2")]
-    nodes = [{"name": f"projects/p/locations/z/nodes/{name}", "state": "READY"} for name in ("aurora", "aurora-0", "aurora-x", "my-aurora")]
-    filters = {name: next(shlex.split(line) for line in lines if f"{name} list" in line) for name in ("queued-resources", "tpu-vm")}
+    others = [
+        {**queued, "name": f"projects/p/locations/z/queuedResources/{name}"} for name in ("my-aurora", "aurora-2")
+    ]
+    nodes = [
+        {"name": f"projects/p/locations/z/nodes/{name}", "state": "READY"}
+        for name in ("aurora", "aurora-0", "aurora-x", "my-aurora")
+    ]
+    filters = {
+        name: next(shlex.split(line) for line in lines if f"{name} list" in line)
+        for name in ("queued-resources", "tpu-vm")
+    }
     for name, resources, expected in (
         ("queued-resources", [queued, reserved, *others], ["FAILED|v5p-128|2|e30=||no chips", "ACTIVE|v4-8|||True|"]),
         ("tpu-vm", nodes, ["aurora|READY", "aurora-0|READY"]),
@@ -393,4 +479,7 @@ def test_googles_own_parser_accepts_every_command(launcher):
         flags = [word for word in filters[name] if word.startswith(("--filter", "--format"))]
         (launcher.folder / "list.json").write_text(json.dumps(resources))
         listing = [REAL_GCLOUD, "meta", "list-from-json", str(launcher.folder / "list.json"), *flags]
-        assert subprocess.run(listing, env=environment, capture_output=True, text=True, check=True).stdout.splitlines() == expected
+        assert (
+            subprocess.run(listing, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+            == expected
+        )

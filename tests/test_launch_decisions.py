@@ -1,4 +1,5 @@
-"""What the launcher knows without a cloud: what `watch` decides, what a line says, which words are options; and what it may import."""
+"""What the launcher knows without a cloud: what `watch` decides, what a line says, which words are options;
+and what it may import."""
 
 import ast
 import subprocess
@@ -119,7 +120,8 @@ def test_a_start_that_does_not_come_about_counts():
     assert look(host("none"), memory=memory, limits=Limits(fruitless_starts=3))[0] is HostsAction.NO_PROGRESS
     # Of a pod that is being taken away the hosts may go before the cloud says so.
     assert Memory().after_start(well=True).after_start(well=False).after_loss().fruitless == 1
-    # The start before has made a checkpoint: it was for something, and the one after it is not blamed for the loss of the pod.
+    # The start before has made a checkpoint: it was for something, and the one after it is not blamed for the
+    # loss of the pod.
     _, memory = look(host("none"), host("running", step=50), memory=Memory(newest=40, lost=1).after_start(well=True))
     memory = memory.after_start(well=False)
     assert memory.after_loss().fruitless == 0
@@ -130,7 +132,10 @@ def test_hosts_that_cannot_say_where_the_run_is_are_not_counted_while_it_runs():
     unknown = replace(host("running"), newest=None)
     memory = replace(Memory(), lost=5, begun=True)
     assert look(unknown, memory=memory, limits=Limits(fruitless_starts=5))[0] is HostsAction.GO_ON
-    assert look(unknown, host("running", step=None), memory=memory, limits=Limits(fruitless_starts=5))[0] is HostsAction.NO_PROGRESS
+    assert (
+        look(unknown, host("running", step=None), memory=memory, limits=Limits(fruitless_starts=5))[0]
+        is HostsAction.NO_PROGRESS
+    )
 
 
 def test_an_unreachable_host_is_given_up_after_the_stated_time():
@@ -148,14 +153,21 @@ def test_an_unreachable_host_is_given_up_after_the_stated_time():
 
 def test_a_line_of_a_host():
     head = "[n-0] aurora-status w1 "
-    facts = "since 2026-11-25 04:00:00 UTC, start 7, code 0123456789ab, checkpoint 1200 (code ba9876543210), 2 starts without a new one"
+    facts = (
+        "since 2026-11-25 04:00:00 UTC, start 7, code 0123456789ab, checkpoint 1200 (code ba9876543210), "
+        "2 starts without a new one"
+    )
     line = f"{head}waiting, {facts}, last exit status 1, log: x, checkpoint 9, code f, 8 starts without a new one"
-    assert HostStatus.parse(line) == HostStatus("w1", HostState.WAITING, line, "0123456789ab", Newest(1200, "ba9876543210"), 2)
+    assert HostStatus.parse(line) == HostStatus(
+        "w1", HostState.WAITING, line, "0123456789ab", Newest(1200, "ba9876543210"), 2
+    )
     assert HostStatus.parse(f"{head}none, not set up") == HostStatus("w1", HostState.NONE, f"{head}none, not set up")
     new = HostStatus.parse(f"{head}none, checkpoint none")
     assert new is not None
     assert (new.code, new.newest) == (None, Newest(None))
-    old = HostStatus.parse(f"{head}running, since 2026-11-25 04:00:00 UTC, start 1, log: training")  # of hosts set up by older code
+    old = HostStatus.parse(
+        f"{head}running, since 2026-11-25 04:00:00 UTC, start 1, log: training"
+    )  # of hosts set up by older code
     assert old is not None
     assert (old.state, old.code, old.newest, old.fruitless) == (HostState.RUNNING, None, None, 0)
     other = HostStatus.parse(f"{head}other, since 2026-11-25 04:00:00 UTC, start 1, code 0123456789ab")
@@ -165,7 +177,17 @@ def test_a_line_of_a_host():
 
 
 def test_words_after_the_config_are_not_ours():
-    words = ["watch", "--create-flag", "--network=default", "--ssh-options=-v", "--spot", "configs/x.py", "--name", "theirs", "--help"]
+    words = [
+        "watch",
+        "--create-flag",
+        "--network=default",
+        "--ssh-options=-v",
+        "--spot",
+        "configs/x.py",
+        "--name",
+        "theirs",
+        "--help",
+    ]
     options = ["--create-flag=--network=default", "--ssh-options=-v", "--spot"]
     assert divide(words) == ("watch", options, ["configs/x.py", "--name", "theirs", "--help"])
     assert divide(["--name", "x", "ssh", "--", "--help"]) == ("ssh", ["--name=x"], ["--help"])
@@ -193,8 +215,14 @@ def test_only_the_standard_library_is_imported():
                 assert not node.level, path
                 names = [str(node.module)]
             for name in names:
-                assert name.split(".")[0] in sys.stdlib_module_names or f"{name}.".startswith("aurora_jax.launch."), f"{path.name}: {name}"
-    assert not [node for node in ast.parse((ROOT / "aurora_jax" / "__init__.py").read_text()).body if not isinstance(node, ast.Expr)]
+                assert name.split(".")[0] in sys.stdlib_module_names or f"{name}.".startswith("aurora_jax.launch."), (
+                    f"{path.name}: {name}"
+                )
+    assert not [
+        node
+        for node in ast.parse((ROOT / "aurora_jax" / "__init__.py").read_text()).body
+        if not isinstance(node, ast.Expr)
+    ]
 
 
 def test_it_runs_without_any_installed_package():

@@ -1,4 +1,5 @@
-"""A real run over several hosts: `launch_tpu.sh --hosts`, ssh, `jax.distributed` over gloo, a cable that is pulled out."""
+"""A real run over several hosts: `launch_tpu.sh --hosts`, ssh, `jax.distributed` over gloo, a cable that is
+pulled out."""
 
 import os
 import subprocess
@@ -34,7 +35,9 @@ class Hosts:
         for home in self.network.homes:
             if (home / "aurora/run/supervisor.log").read_text().count(": waiting") > 5:
                 raise AssertionError(
-                    "\n".join((each / "aurora/run/log").read_text(errors="replace")[-3000:] for each in self.network.homes)
+                    "\n".join(
+                        (each / "aurora/run/log").read_text(errors="replace")[-3000:] for each in self.network.homes
+                    )
                 )
 
     def wait_for(self, *states: str) -> str:
@@ -49,7 +52,11 @@ class Hosts:
 
 
 def losses(run: Path) -> list[tuple]:
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row] if (run / "metrics.jsonl").exists() else []
+    rows = (
+        [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+        if (run / "metrics.jsonl").exists()
+        else []
+    )
     return [(row["step"], row["loss"], row["gradient_norm"], tuple(row["task_loss"].items())) for row in rows]
 
 
@@ -61,9 +68,27 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
     convert = [sys.executable, "-m", "convert", "from-torch", "examples/nano", str(base), "--dtype", "float32"]
     subprocess.run(convert, cwd=ROOT, env=environment, check=True)
     config = ["configs/nano_aurora.py", "--initial-checkpoint", str(base), "--data.corpus", str(mini_corpus)]
-    config += ["--data.stores", str(tmp_path / "stores"), "--evaluation.tasks", "sample_en", "sample_fi", "--checkpoint.every", "20"]
+    config += [
+        "--data.stores",
+        str(tmp_path / "stores"),
+        "--evaluation.tasks",
+        "sample_en",
+        "sample_fi",
+        "--checkpoint.every",
+        "20",
+    ]
     # One process by itself builds the stores, which the hosts then share; it stops after its first step.
-    alone = [sys.executable, "-m", "aurora_jax", "train", *config, "--output", str(tmp_path / "alone"), "--stop-after", "1"]
+    alone = [
+        sys.executable,
+        "-m",
+        "aurora_jax",
+        "train",
+        *config,
+        "--output",
+        str(tmp_path / "alone"),
+        "--stop-after",
+        "1",
+    ]
     subprocess.run(alone, cwd=ROOT, env=environment, check=True)
     config += ["--stop-after", str(STEPS)]
     run_options = ["--env", "JAX_PLATFORMS=cpu", "--env", "OMP_NUM_THREADS=1", "--heartbeat", "10"]
@@ -103,7 +128,10 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
         died = {}
         while len(died) < 2:
             for number, home in enumerate(network.homes):
-                if number not in died and "start 1 ended" in (home / "aurora/run/supervisor.log").read_text().split("status 0: done")[-1]:
+                if (
+                    number not in died
+                    and "start 1 ended" in (home / "aurora/run/supervisor.log").read_text().split("status 0: done")[-1]
+                ):
                     died[number] = time.monotonic() - pulled
             time.sleep(0.1)
         assert len(losses(run)) < STEPS
@@ -112,7 +140,9 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
         before = len(losses(run))
         status = launch.wait_for("done")
         record_property("steps before the cut", before)
-        record_property("seconds from the cut to each host's exit", {number: round(seconds, 1) for number, seconds in died.items()})
+        record_property(
+            "seconds from the cut to each host's exit", {number: round(seconds, 1) for number, seconds in died.items()}
+        )
         record_property("seconds from the cable's return to the end", round(time.monotonic() - back))
         record_property("cut run, seconds", round(time.monotonic() - begun))
         print(status)

@@ -1,4 +1,5 @@
-"""When `watch` gives up and what it says then, and the code that a run keeps, against the cloud of tests/fake_gcloud.py."""
+"""When `watch` gives up and what it says then, and the code that a run keeps, against the cloud of
+tests/fake_gcloud.py."""
 
 import json
 import shutil
@@ -26,7 +27,9 @@ class Watched(Launcher):
 
     def git(self, *words: str) -> str:
         name = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-        done = subprocess.run(["git", "-C", self.script.parent, *name, *words], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", self.script.parent, *name, *words], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     def own_repository(self) -> None:
@@ -69,7 +72,8 @@ class Watched(Launcher):
         return sum("on-host status" in str(command) for command in self.commands())
 
     def wait_for_looks(self, watch: subprocess.Popen, count: int = 4) -> None:
-        """Two that a start takes for itself, one that was under way and may have seen less than what is there now, and one that has not."""
+        """Two that a start takes for itself, one that was under way and may have seen less than what is there
+        now, and one that has not."""
         looked = self.looked()
         self.wait(watch, lambda: self.looked() >= looked + count)
 

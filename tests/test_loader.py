@@ -41,14 +41,16 @@ def test_permutation_of_any_size_inverts(n: int, key: int, data: st.DataObject) 
 
 @pytest.mark.parametrize("n", [1000, 65_536, 100_003])
 def test_permutation_mixes(n: int) -> None:
-    """Serial correlations and those between keys stay within five standard errors of none; steps are as varied as a random order's."""
+    """Serial correlations and those between keys stay within five standard errors of none; steps are as
+    varied as a random order's."""
     image = Permutation(n, key=1)(np.arange(n)).astype(np.float64)
     bound = 5 / np.sqrt(n)
     for lag in (1, 2, 3, 7, 64):
         assert abs(np.corrcoef(image[:-lag], image[lag:])[0, 1]) < bound
     assert abs(np.corrcoef(image, np.arange(n))[0, 1]) < bound
     assert abs(np.corrcoef(image, Permutation(n, key=2)(np.arange(n)))[0, 1]) < bound
-    # An affine map may show no serial correlation, but has one step only; a random permutation has about (1 - 1/e) n different ones mod n.
+    # An affine map may show no serial correlation, but has one step only; a random permutation has about (1 -
+    # 1/e) n different ones mod n.
     steps = len(np.unique(np.diff(image) % n))
     assert steps == pytest.approx((1 - np.exp(-1)) * n, rel=0.1)
 
@@ -57,7 +59,10 @@ def test_permutation_mixes(n: int) -> None:
 def test_many_permutations_at_once_are_each_of_them(sizes: list[int], data: st.DataObject) -> None:
     permutations = [Permutation(n, key=number) for number, n in enumerate(sizes)]
     draws = data.draw(
-        st.lists(st.integers(0, len(sizes) - 1).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, sizes[p] - 1))), max_size=20)
+        st.lists(
+            st.integers(0, len(sizes) - 1).flatmap(lambda p: st.tuples(st.just(p), st.integers(0, sizes[p] - 1))),
+            max_size=20,
+        )
     )
     which, indices = np.array(draws, dtype=np.int64).reshape(-1, 2).T
     found = permute(permutations, which, indices)
@@ -107,7 +112,8 @@ def test_mixture_far_out_keeps_its_rates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "message"), [([], "positive"), ([1, 0], "positive"), ([1, float("nan")], "positive"), ([1, 0.001], "at least 1001")]
+    ("rates", "message"),
+    [([], "positive"), ([1, 0], "positive"), ([1, float("nan")], "positive"), ([1, 0.001], "at least 1001")],
 )
 def test_impossible_rates(rates: list[float], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -143,10 +149,17 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 @pytest.fixture(scope="module")
 def stores() -> dict[str, TokenStore]:
-    return {"a": make_store(random_documents(1, 403)), "b": make_store(random_documents(2, 90)), "c": make_store(random_documents(3, 1000))}
+    return {
+        "a": make_store(random_documents(1, 403)),
+        "b": make_store(random_documents(2, 90)),
+        "c": make_store(random_documents(3, 1000)),
+    }
 
 
-STAGES = (Stage("one", (("a", 3.0), ("b", 1.0)), steps=37), Stage("two", (("c", 1.0), ("a", 1.0), ("b", 1.0)), steps=50))
+STAGES = (
+    Stage("one", (("a", 3.0), ("b", 1.0)), steps=37),
+    Stage("two", (("c", 1.0), ("a", 1.0), ("b", 1.0)), steps=50),
+)
 
 
 def make_loader(stores: dict[str, TokenStore], seed: int = 5, across: bool = True, batch_size: int = 6) -> Loader:
@@ -156,12 +169,15 @@ def make_loader(stores: dict[str, TokenStore], seed: int = 5, across: bool = Tru
 @settings(deadline=None, max_examples=40)
 @given(tokens=st.integers(2, 300), batch_size=st.integers(1, 7), seed=st.integers(0, 100), across=st.booleans())
 def test_every_token_is_a_target_once_an_epoch(tokens: int, batch_size: int, seed: int, across: bool) -> None:
-    """Tokens are numbered by their places, so that targets tell where they came from. Two epochs, each complete, in different orders."""
+    """Tokens are numbered by their places, so that targets tell where they came from. Two epochs, each
+    complete, in different orders."""
     store = make_store([range(tokens)], eos_id=None)
     windows = -(-(tokens - 1) // L)
     steps = -(-2 * windows // batch_size)
     stage = Stage("only", (("t", 1.0),), steps=steps)
-    loader = Loader({"t": store}, [stage], batch_size=batch_size, sequence_length=L, seed=seed, attend_across_documents=across)
+    loader = Loader(
+        {"t": store}, [stage], batch_size=batch_size, sequence_length=L, seed=seed, attend_across_documents=across
+    )
     batches = [loader.batch(step) for step in range(steps)]
     tokens_NL, targets_NL, weights_NL, segments_NL = (
         np.concatenate([batch[field] for batch in batches])[: 2 * windows] for field in range(4)
@@ -200,7 +216,10 @@ def test_rows_of_hosts_make_the_batch(stores: dict[str, TokenStore], across: boo
         whole = loader.batch(step)
         for hosts in (2, 3, 6):
             share = 6 // hosts
-            parts = [make_loader(stores, across=across).batch(step, slice(host * share, (host + 1) * share)) for host in range(hosts)]
+            parts = [
+                make_loader(stores, across=across).batch(step, slice(host * share, (host + 1) * share))
+                for host in range(hosts)
+            ]
             assert_equal(whole, Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True))))
 
 
@@ -231,12 +250,16 @@ def test_batches_do_not_depend_on_history(stores: dict[str, TokenStore]) -> None
 
 def test_seed_decides(stores: dict[str, TokenStore]) -> None:
     assert_equal(make_loader(stores, seed=1).batch(4), make_loader(stores, seed=1).batch(4))
-    assert not np.array_equal(make_loader(stores, seed=1).batch(4).tokens_BL, make_loader(stores, seed=2).batch(4).tokens_BL)
+    assert not np.array_equal(
+        make_loader(stores, seed=1).batch(4).tokens_BL, make_loader(stores, seed=2).batch(4).tokens_BL
+    )
 
 
 def test_realised_rates() -> None:
     stores = {name: make_store(random_documents(7, 2000)) for name in ("x", "y", "z")}
-    loader = Loader(stores, [Stage("s", (("x", 0.7), ("y", 0.2), ("z", 0.1)), steps=320)], batch_size=16, sequence_length=L, seed=0)
+    loader = Loader(
+        stores, [Stage("s", (("x", 0.7), ("y", 0.2), ("z", 0.1)), steps=320)], batch_size=16, sequence_length=L, seed=0
+    )
     drawn = np.concatenate([loader.batch(step).task_ids_B for step in range(320)])
     np.testing.assert_allclose(np.bincount(drawn), 5120 * np.array([0.7, 0.2, 0.1]), atol=1)
     early = np.bincount(drawn[:80], minlength=3)  # 5 steps: a fair sample inside one block
@@ -258,10 +281,17 @@ def test_segments_follow_documents_not_values(stores: dict[str, TokenStore]) -> 
     stream = [(token, number, place) for number, ids in enumerate(documents) for place, token in enumerate(ids)]
     assert Counter(token for ids in documents for token in ids[:-1])[0] > 20
     loader = Loader(
-        {"a": stores["a"]}, [Stage("s", (("a", 1.0),), 51)], batch_size=1, sequence_length=L, seed=0, attend_across_documents=False
+        {"a": stores["a"]},
+        [Stage("s", (("a", 1.0),), 51)],
+        batch_size=1,
+        sequence_length=L,
+        seed=0,
+        attend_across_documents=False,
     )
     across = Loader({"a": stores["a"]}, [Stage("s", (("a", 1.0),), 51)], batch_size=1, sequence_length=L, seed=0)
-    windows = {tuple(token for token, _, _ in stream[start : start + L + 1]): start for start in range(0, len(stream) - 1, L)}
+    windows = {
+        tuple(token for token, _, _ in stream[start : start + L + 1]): start for start in range(0, len(stream) - 1, L)
+    }
     for step in range(51):
         batch, flat = loader.batch(step), across.batch(step)
         length = int((batch.segment_ids_BL > 0).sum())
@@ -276,7 +306,9 @@ def test_segments_follow_documents_not_values(stores: dict[str, TokenStore]) -> 
         np.testing.assert_array_equal(flat.targets_BL, batch.targets_BL)
         assert flat.loss_weights_BL[0].tolist() == [1] * length + [0] * (L - length)
         begins_a_document = [place == 0 for _, _, place in stream[start + 1 : start + length + 1]]
-        assert batch.loss_weights_BL[0].tolist() == [float(not begins) for begins in begins_a_document] + [0] * (L - length)
+        assert batch.loss_weights_BL[0].tolist() == [float(not begins) for begins in begins_a_document] + [0] * (
+            L - length
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -289,9 +321,18 @@ def test_no_target_crosses_an_isolated_boundary(across: bool, masked: bool) -> N
     firsts = set(np.cumsum(lengths)[:-1].tolist())
     learn = np.random.default_rng(0).random(sum(lengths)) < 0.7 if masked else np.ones(sum(lengths), bool)
     store = write_store(
-        f"memory://loader/{next(counter)}/", np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]), learn=learn if masked else None
+        f"memory://loader/{next(counter)}/",
+        np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]),
+        learn=learn if masked else None,
     )
-    loader = Loader({"a": store}, [Stage("s", (("a", 1.0),), 3)], batch_size=5, sequence_length=L, seed=0, attend_across_documents=across)
+    loader = Loader(
+        {"a": store},
+        [Stage("s", (("a", 1.0),), 3)],
+        batch_size=5,
+        sequence_length=L,
+        seed=0,
+        attend_across_documents=across,
+    )
     training = [loader.batch(step) for step in range(3)]  # all windows, and some of the next epoch
     evaluation = list(evaluation_batches(store, 5, L, attend_across_documents=across))
     for batches in (training, evaluation):
@@ -401,7 +442,9 @@ def test_bad_stage_tables(stores: dict[str, TokenStore]) -> None:
     check([Stage("s", (("a", 1.0), ("a", 1.0)), 1)], "twice")
     check([Stage("s", (("a", -1.0),), 1)], "positive")
     check([Stage("s", (("a", 1.0),), 1)], "at least 2 make a window", a=make_store([[0]]))
-    check([Stage("s", (("a", 1.0), ("b", 1.0)), 1)], "different tokenizers", b=make_store([[1, 0]], tokenizer="another"))
+    check(
+        [Stage("s", (("a", 1.0), ("b", 1.0)), 1)], "different tokenizers", b=make_store([[1, 0]], tokenizer="another")
+    )
 
 
 def test_what_is_not_to_be_learnt_has_no_loss() -> None:

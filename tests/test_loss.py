@@ -32,12 +32,18 @@ def test_value_and_gradients(monkeypatch, chunk, z_loss):
     hidden, embedding, targets, weights = inputs(3, 11, 8, 37)
 
     def ours(hidden, embedding):
-        return 2 * cross_entropy(hidden, embedding, targets, weights, jnp.float32(17), dtype=jnp.float32, z_loss=z_loss)[0]
+        return (
+            2 * cross_entropy(hidden, embedding, targets, weights, jnp.float32(17), dtype=jnp.float32, z_loss=z_loss)[0]
+        )
 
     value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, embedding)
-    expected_value, expected = jax.value_and_grad(lambda h, e: 2 * plain(h, e, targets, weights, 17.0, z_loss), (0, 1))(hidden, embedding)
+    expected_value, expected = jax.value_and_grad(lambda h, e: 2 * plain(h, e, targets, weights, 17.0, z_loss), (0, 1))(
+        hidden, embedding
+    )
     assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
-    assert float(ours(hidden, embedding)) == pytest.approx(float(value), rel=1e-6)  # without the gradient's forward pass
+    assert float(ours(hidden, embedding)) == pytest.approx(
+        float(value), rel=1e-6
+    )  # without the gradient's forward pass
     for one, other in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4)
 
@@ -45,8 +51,12 @@ def test_value_and_gradients(monkeypatch, chunk, z_loss):
 def test_nll_of_every_token_without_gradient():
     hidden, embedding, targets, weights = inputs(2, 9, 8, 37)
     _, nll_BL = cross_entropy(hidden, embedding, targets, weights, jnp.float32(1), dtype=jnp.float32)
-    np.testing.assert_allclose(nll_BL, optax.softmax_cross_entropy_with_integer_labels(hidden @ embedding.T, targets), rtol=1e-5, atol=1e-5)
-    gradient = jax.grad(lambda h: cross_entropy(h, embedding, targets, weights, jnp.float32(1), dtype=jnp.float32)[1].sum())(hidden)
+    np.testing.assert_allclose(
+        nll_BL, optax.softmax_cross_entropy_with_integer_labels(hidden @ embedding.T, targets), rtol=1e-5, atol=1e-5
+    )
+    gradient = jax.grad(
+        lambda h: cross_entropy(h, embedding, targets, weights, jnp.float32(1), dtype=jnp.float32)[1].sum()
+    )(hidden)
     assert not np.any(gradient)
 
 
@@ -63,7 +73,8 @@ def test_parts_add_up_to_the_whole():
     total = weights.sum()
     whole, _ = cross_entropy(hidden, embedding, targets, weights, total, dtype=jnp.float32)
     parts = [
-        cross_entropy(hidden[i : i + 1], embedding, targets[i : i + 1], weights[i : i + 1], total, dtype=jnp.float32)[0] for i in range(4)
+        cross_entropy(hidden[i : i + 1], embedding, targets[i : i + 1], weights[i : i + 1], total, dtype=jnp.float32)[0]
+        for i in range(4)
     ]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 

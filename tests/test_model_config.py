@@ -50,7 +50,9 @@ gpt_bigcode_configs = st.builds(
     eos_token_id=st.none() | st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
     pad_token_id=st.none() | st.integers(0, 9),
 )
-bloom_configs = gpt_bigcode_configs.map(lambda config: replace(config, mlp_width=4 * config.width, embedding_dropout=0.0, **BLOOM))
+bloom_configs = gpt_bigcode_configs.map(
+    lambda config: replace(config, mlp_width=4 * config.width, embedding_dropout=0.0, **BLOOM)
+)
 configs = gpt_bigcode_configs | bloom_configs
 
 
@@ -101,7 +103,10 @@ def test_names_of_activations_are_those_of_transformers():
     torch = pytest.importorskip("torch")
     activations = pytest.importorskip("transformers.activations")
     x = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
-    ours = {"gelu": jax.nn.gelu(x.numpy().astype("float32"), approximate=False), "gelu_tanh": jax.nn.gelu(x.numpy().astype("float32"))}
+    ours = {
+        "gelu": jax.nn.gelu(x.numpy().astype("float32"), approximate=False),
+        "gelu_tanh": jax.nn.gelu(x.numpy().astype("float32")),
+    }
     found = {}
     for name in activations.ACT2FN:
         if name == "prelu":  # it has a parameter

@@ -28,7 +28,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 FP32 = ComputeConfig("float32", "float32")
-# Odd on purpose: a prime vocabulary, n_inner not 4 x, 3 heads, and sequences that end inside the second block of 128 queries.
+# Odd on purpose: a prime vocabulary, n_inner not 4 x, 3 heads, and sequences that end inside the second block
+# of 128 queries.
 SIZES = {
     "vocab_size": 199,
     "n_positions": 211,
@@ -136,8 +137,11 @@ def test_given_positions(pair):
         pytest.skip("BLOOM has no position ids")
     positions_BL = np.random.default_rng(1).integers(SIZES["n_positions"], size=(B, L))
     with torch.inference_mode():
-        # An explicit mask of ones: without one, transformers takes a jump in position_ids for the start of another packed document.
-        expected = model(torch.tensor(tokens_BL()), position_ids=torch.tensor(positions_BL), attention_mask=torch.ones(B, L)).logits.numpy()
+        # An explicit mask of ones: without one, transformers takes a jump in position_ids for the start of
+        # another packed document.
+        expected = model(
+            torch.tensor(tokens_BL()), position_ids=torch.tensor(positions_BL), attention_mask=torch.ones(B, L)
+        ).logits.numpy()
     ours = our_logits(structure, parameters, tokens_BL(), positions_BL=jnp.asarray(positions_BL))
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
@@ -149,7 +153,9 @@ def test_left_padding(pair, attention):
     positions_BL = np.maximum(np.cumsum(real_BL, axis=1) - 1, 0)
     their_positions = {} if model.config.model_type == "bloom" else {"position_ids": torch.tensor(positions_BL)}
     with torch.inference_mode():
-        expected = model(torch.tensor(tokens_BL()), attention_mask=torch.tensor(real_BL).long(), **their_positions).logits.numpy()
+        expected = model(
+            torch.tensor(tokens_BL()), attention_mask=torch.tensor(real_BL).long(), **their_positions
+        ).logits.numpy()
     inputs = {"positions_BL": jnp.asarray(positions_BL), "segment_ids_BL": jnp.asarray(real_BL.astype(np.int32))}
     ours = our_logits(structure, parameters, tokens_BL(), attention, **inputs)
     assert np.isfinite(ours).all()
@@ -174,7 +180,8 @@ def test_documents_in_one_row_are_as_each_alone(pair, attention):
 
 @of_both_families
 def test_a_row_never_changes_another(pair, attention):
-    """Other tokens and other padding beside a row leave its every bit (reported of BLOOM in bf16: transformers#18809)."""
+    """Other tokens and other padding beside a row leave its every bit (reported of BLOOM in bf16:
+    transformers#18809)."""
     _, structure, parameters = pair
     tokens, changed = tokens_BL(), tokens_BL()
     changed[1] = tokens_BL(1)[1]
@@ -216,7 +223,9 @@ def test_64_greedy_tokens(pair):
     prompt = tokens_BL(2)[:, :30]
     inputs = {"attention_mask": torch.ones(B, 30, dtype=torch.long), "pad_token_id": 0}
     with torch.inference_mode():
-        expected = model.generate(torch.tensor(prompt), **inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False).numpy()
+        expected = model.generate(
+            torch.tensor(prompt), **inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False
+        ).numpy()
 
     @jax.jit
     def next_token(tokens_BL, length):
@@ -269,19 +278,30 @@ def value_and_gradients(compute: ComputeConfig):
         ComputeConfig("float32", "float32", rematerialisation="offload"),
         ComputeConfig("float32", "float32", separate_activation=True),
     ],
-    ids=["unrolled", "remat-full", "remat-attention", "remat-projections", "remat-products", "remat-offload", "separate-activation"],
+    ids=[
+        "unrolled",
+        "remat-full",
+        "remat-attention",
+        "remat-projections",
+        "remat-products",
+        "remat-offload",
+        "separate-activation",
+    ],
 )
 def test_how_it_is_run_does_not_change_what_it_computes(compute):
     value, gradients = value_and_gradients(compute)
     expected_value, expected = value_and_gradients(FP32)
     assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
     for path, gradient in flatten(gradients).items():
-        np.testing.assert_allclose(gradient, flatten(expected)[path], atol=1e-6 * float(jnp.abs(gradient).max()), rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            gradient, flatten(expected)[path], atol=1e-6 * float(jnp.abs(gradient).max()), rtol=1e-5, err_msg=path
+        )
 
 
 @pytest.mark.parametrize("activation_dtype", ["float32", "bfloat16"])
 def test_bf16_products_stay_close_to_fp32(activation_dtype):
-    """bf16 keeps 8 bits: a relative error of 2^-8 for each rounding, some dozens of which lie on a path through three layers."""
+    """bf16 keeps 8 bits: a relative error of 2^-8 for each rounding, some dozens of which lie on a path
+    through three layers."""
     value, gradients = value_and_gradients(ComputeConfig("bfloat16", activation_dtype))
     expected_value, expected = value_and_gradients(FP32)
     assert float(value) == pytest.approx(float(expected_value), rel=2e-2)

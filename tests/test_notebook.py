@@ -17,7 +17,8 @@ def notebook() -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode, **parameters: str) -> nbformat.NotebookNode:
-    """Runs all cells, with other values in the cell that is tagged `parameters`; a cell that raises fails the test with its output."""
+    """Runs all cells, with other values in the cell that is tagged `parameters`; a cell that raises fails the
+    test with its output."""
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     cell.source = "\n".join([cell.source, *(f"{name} = {value}" for name, value in parameters.items())])
     return NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
@@ -27,7 +28,9 @@ def scores(run: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Bits per byte by language before a run's first step and after its last."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     complete = [row["evaluation"] for row in rows if row.get("complete")]
-    first, last = ({task.removeprefix("sample_"): score["bits_per_byte"] for task, score in each.items()} for each in complete)
+    first, last = (
+        {task.removeprefix("sample_"): score["bits_per_byte"] for task, score in each.items()} for each in complete
+    )
     return first, last
 
 

@@ -1,4 +1,5 @@
-"""Object storage, against an emulator of Google's: `fake-gcs-server`, which speaks the protocol to TensorStore and pyarrow alike."""
+"""Object storage, against an emulator of Google's: `fake-gcs-server`, which speaks the protocol to
+TensorStore and pyarrow alike."""
 
 import json
 import os
@@ -49,9 +50,24 @@ def endpoint() -> Iterator[str]:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     url = f"http://{address}"
     host, port = address.split(":")
-    options = ["-scheme", "http", "-backend", "memory", "-host", host, "-port", port, "-external-url", url, "-public-host", address]
+    options = [
+        "-scheme",
+        "http",
+        "-backend",
+        "memory",
+        "-host",
+        host,
+        "-port",
+        port,
+        "-external-url",
+        url,
+        "-public-host",
+        address,
+    ]
     server = subprocess.Popen([SERVER, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    request = urllib.request.Request(f"{url}/storage/v1/b?project=p", b'{"name": "bucket"}', {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/storage/v1/b?project=p", b'{"name": "bucket"}', {"Content-Type": "application/json"}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         patch.setenv("STORAGE_EMULATOR_HOST", url)
@@ -87,7 +103,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> tuple[Pat
     """The same files in a folder and in the bucket; one record is bad."""
     folder = tmp_path_factory.mktemp("corpus")
     for language, sentence in SENTENCES.items():
-        lines = [json.dumps({"text": f"{number}: {sentence}", "language": language}, ensure_ascii=False) for number in range(50)]
+        lines = [
+            json.dumps({"text": f"{number}: {sentence}", "language": language}, ensure_ascii=False)
+            for number in range(50)
+        ]
         (folder / f"{language}.jsonl").write_text("\n".join([*lines[:25], '{"text": 3}', *lines[25:]]) + "\n")
     turns = [{"messages": [f"{number} + 1?", str(number + 1), "And then?", str(number + 2)]} for number in range(50)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
@@ -148,7 +167,8 @@ def test_stores_in_a_bucket_are_those_in_a_folder(corpus: tuple[Path, str], loca
 
 
 def test_six_languages_come_back(corpus: tuple[Path, str], endpoint: str) -> None:
-    """With StarCoder's tokenizer, from the bucket and into it: every document is in the store once, as text or to be filled in."""
+    """With StarCoder's tokenizer, from the bucket and into it: every document is in the store once, as text
+    or to be filled in."""
     if not STARCODER.is_file():
         pytest.skip(f"StarCoder's tokenizer is not at {STARCODER}; set AURORA_SHARED")
     store = built(corpus[1], f"{BUCKET}/starcoder", HuggingFaceTokenizer(STARCODER))["text/train"]
@@ -192,15 +212,29 @@ def test_batches_from_a_bucket_are_those_from_a_folder(local: Path) -> None:
         np.testing.assert_array_equal(one.tokens_BL, other.tokens_BL)
 
 
-def test_killed_build_goes_on(corpus: tuple[Path, str], local: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL between a part's chunks and its manifest, then between two shards: the same command again does what was not done, and the
-    objects are those of a build that ran through."""
+def test_killed_build_goes_on(
+    corpus: tuple[Path, str], local: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL between a part's chunks and its manifest, then between two shards: the same command again does
+    what was not done, and the objects are those of a build that ran through."""
     output = f"{BUCKET}/killed"
-    parts = sum(len(recipe.reader.parts(file)) for recipe in recipes(corpus[1], tokenizer) for file in recipe.reader.files("train"))
+    parts = sum(
+        len(recipe.reader.parts(file))
+        for recipe in recipes(corpus[1], tokenizer)
+        for file in recipe.reader.files("train")
+    )
     before: dict[str, int] = {}
     for function, calls, manifests in (("tokenize_part", 9, 8), ("write_range", 7, parts)):
         run = subprocess.run(
-            [sys.executable, ROOT / "tests" / "killed_build.py", corpus[1], output, tokenizer.path, function, str(calls)],
+            [
+                sys.executable,
+                ROOT / "tests" / "killed_build.py",
+                corpus[1],
+                output,
+                tokenizer.path,
+                function,
+                str(calls),
+            ],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -240,7 +274,9 @@ def test_every_format_is_read_from_a_bucket(tmp_path: Path, endpoint: str) -> No
         (file,) = source.files("train")
         assert (file.url, file.size) == (f"{BUCKET}/formats/a b/日本/{name}", (tmp_path / name).stat().st_size)
         documents = [document for part in source.parts(file) for document in source.read(part)]
-        assert [getattr(document, "text", document) for document in documents] == [record["text"] for record in RECORDS], name
+        assert [getattr(document, "text", document) for document in documents] == [
+            record["text"] for record in RECORDS
+        ], name
 
 
 def test_globs_in_a_bucket_are_those_in_a_folder(tmp_path: Path, endpoint: str) -> None:
@@ -248,7 +284,19 @@ def test_globs_in_a_bucket_are_those_in_a_folder(tmp_path: Path, endpoint: str) 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     upload(tmp_path, f"{BUCKET}/globs")
-    for pattern in ("*.txt", "**/*.txt", "d/**/b*.txt", "d/*", "d/**", "*/*/b?.txt", "a.txt", "d", "no/*.txt", "no.txt", "**/.h/*"):
+    for pattern in (
+        "*.txt",
+        "**/*.txt",
+        "d/**/b*.txt",
+        "d/*",
+        "d/**",
+        "*/*/b?.txt",
+        "a.txt",
+        "d",
+        "no/*.txt",
+        "no.txt",
+        "**/.h/*",
+    ):
         here, there = find(f"{tmp_path}/{pattern}"), find(f"{BUCKET}/globs/{pattern}")
         names = [file.url.removeprefix(f"{BUCKET}/globs/") for file in there]
         assert names == [file.url.removeprefix(f"{tmp_path}/") for file in here], pattern
@@ -283,8 +331,14 @@ def _read_all(store: TokenStore) -> None:
 def test_literal_names_in_a_bucket(tmp_path: Path, endpoint: str) -> None:
     for name in ("a[1].txt", "a1.txt", "[g]/a b{c}.txt"):
         kvstore_at(f"{BUCKET}/literal").write(name, b"x").result()
-    for pattern, names in {"a[1].txt": ["a[1].txt"], "[g]/*": ["[g]/a b{c}.txt"], "[g]/a b{c}.txt": ["[g]/a b{c}.txt"]}.items():
-        assert [file.url for file in find(f"{BUCKET}/literal/{pattern}")] == [f"{BUCKET}/literal/{name}" for name in names]
+    for pattern, names in {
+        "a[1].txt": ["a[1].txt"],
+        "[g]/*": ["[g]/a b{c}.txt"],
+        "[g]/a b{c}.txt": ["[g]/a b{c}.txt"],
+    }.items():
+        assert [file.url for file in find(f"{BUCKET}/literal/{pattern}")] == [
+            f"{BUCKET}/literal/{name}" for name in names
+        ]
     with pytest.raises(InputError, match=r"literal/a1\.txt would be read twice, found by .* and .*"):
         Source({"train": (f"{BUCKET}/literal/a?.txt", f"{BUCKET}/literal/*.txt")}, "lines").files("train")
 
@@ -299,21 +353,38 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_command_line_builds_in_a_bucket(mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, endpoint: str) -> None:
+def test_command_line_builds_in_a_bucket(
+    mini_corpus: Path, mini_tokenizer: Path, tmp_path: Path, endpoint: str
+) -> None:
     """`aurora data build`, with two worker processes, of a corpus on gs:// into gs://."""
     upload(mini_corpus, f"{BUCKET}/sample")
     output = f"{BUCKET}/cli/stores"
-    run = command("nano_base", "--tokenizer", str(mini_tokenizer), "--output", output, "--data-root", f"{BUCKET}/sample", "--workers", "2")
+    run = command(
+        "nano_base",
+        "--tokenizer",
+        str(mini_tokenizer),
+        "--output",
+        output,
+        "--data-root",
+        f"{BUCKET}/sample",
+        "--workers",
+        "2",
+    )
     assert run.returncode == 0, run.stderr
     assert re.search(r"sample_en\W+train\W+en\W+40\W", run.stdout)  # task, split, language, documents
     for language in ("en", "code"):
         lines = (mini_corpus / "train" / f"{language}.jsonl").read_text().splitlines()
         store = TokenStore.open(f"{output}/sample_{language}/train")
-        texts = [HuggingFaceTokenizer(mini_tokenizer).decode(store.document(index)[:-1]) for index in range(store.info.documents)]
+        texts = [
+            HuggingFaceTokenizer(mini_tokenizer).decode(store.document(index)[:-1])
+            for index in range(store.info.documents)
+        ]
         assert texts == [json.loads(line)["text"] for line in lines]
 
 
-def test_missing_bucket_for_stores_is_named(corpus: tuple[Path, str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bucket_for_stores_is_named(
+    corpus: tuple[Path, str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before a document is read."""
     monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("read for nothing"))
     with pytest.raises(InputError, match=r"gs://nowhere/stores/text/train: cannot be written: NOT_FOUND.*--output"):
@@ -321,7 +392,9 @@ def test_missing_bucket_for_stores_is_named(corpus: tuple[Path, str], tokenizer:
 
 
 def test_missing_bucket_of_sources_is_named(tokenizer: Tokenizer, endpoint: str) -> None:
-    with pytest.raises(InputError, match=r"(?s)sources of 2 of 2 tasks are missing; looked for.*text: gs://nowhere/corpus/"):
+    with pytest.raises(
+        InputError, match=r"(?s)sources of 2 of 2 tasks are missing; looked for.*text: gs://nowhere/corpus/"
+    ):
         built("gs://nowhere/corpus", f"{BUCKET}/never", tokenizer)
     assert contents(f"{BUCKET}/never") == {}
     with pytest.raises(InputError, match="no complete token store"):

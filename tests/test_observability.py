@@ -45,7 +45,13 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         output=folder / "run",
         stages=(Stage("cap", "nano_cap", 4, LearningRate(peak=1e-2, warmup_steps=2, decay_steps=10)),),
         model=ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24),
-        data=DataConfig(corpus=str(mini_corpus), tokenizer=mini_tokenizer, stores=str(folder / "stores"), batch_size=8, sequence_length=32),
+        data=DataConfig(
+            corpus=str(mini_corpus),
+            tokenizer=mini_tokenizer,
+            stores=str(folder / "stores"),
+            batch_size=8,
+            sequence_length=32,
+        ),
         compute=ComputeConfig("float32", "float32"),
         evaluation=EvaluationConfig(tasks=("sample_en", "sample_fi"), every=100, quick_windows=2, batch_size=2),
         checkpoint=CheckpointConfig(every=2),
@@ -69,7 +75,9 @@ def observed(base):
 def test_flops_of_starcoderplus_are_those_counted_by_hand():
     """The matrices of 40 layers, and the embedding that is the head; biases, norms and positions are left out here."""
     matrices = 40 * 6144 * (6144 + 2 * 128 + 6144 + 2 * 24576) + 49152 * 6144
-    scores = 40 * 2 * 48 * 128 * 8192 / 2  # queries times keys and weights times values, multiply-adds a token, the causal half
+    scores = (
+        40 * 2 * 48 * 128 * 8192 / 2
+    )  # queries times keys and weights times values, multiply-adds a token, the causal half
     assert flops_per_token(PRESETS["starcoderplus"], 8192) == pytest.approx(6 * (matrices + scores), rel=0.005)
 
 
@@ -85,13 +93,18 @@ def test_mfu_is_that_of_the_plan_for_the_same_step_time():
 
 
 def test_no_mfu_without_a_known_peak():
-    assert "mfu" not in Throughput.of(PRESETS["starcoderplus"], batch_size=2, sequence_length=8, chips=1, device_kind="cpu").at(1.0)
+    assert "mfu" not in Throughput.of(
+        PRESETS["starcoderplus"], batch_size=2, sequence_length=8, chips=1, device_kind="cpu"
+    ).at(1.0)
 
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_chips_go_by_the_names_that_the_tpu_compiler_gives_them(name):
     (kind,) = {device.device_kind for device in tpu_topology(f"{name}:{CHIPS[name].sizes[0]}").devices}
-    assert Throughput.of(PRESETS["starcoderplus"], batch_size=1, sequence_length=8, chips=1, device_kind=kind).peak == CHIPS[name].peak
+    assert (
+        Throughput.of(PRESETS["starcoderplus"], batch_size=1, sequence_length=8, chips=1, device_kind=kind).peak
+        == CHIPS[name].peak
+    )
 
 
 def test_speed_is_in_every_row(observed):
@@ -117,7 +130,11 @@ def test_quick_and_complete_evaluations_are_curves_of_their_own(base, observed):
     rows = [row for row in read_metrics(observed[0] / "metrics.jsonl") if "evaluation" in row]
     assert [(row["step"], row["complete"]) for row in rows] == [(0, False), (0, True), (4, False), (4, True)]
     for name, complete in (("bits_per_byte/sample_fi", True), ("bits_per_byte_of_2_windows/sample_fi", False)):
-        expected = [(row["step"], row["evaluation"]["sample_fi"]["bits_per_byte"]) for row in rows if row["complete"] == complete]
+        expected = [
+            (row["step"], row["evaluation"]["sample_fi"]["bits_per_byte"])
+            for row in rows
+            if row["complete"] == complete
+        ]
         drawn = [(tensor.step, float(tensor.tensor_proto.float_val[0])) for tensor in events.Tensors(name)]
         assert drawn == [(step, pytest.approx(value)) for step, value in expected]
         assert [step for step, scalars in observed[1].logged if name in scalars] == [0, 4]
@@ -126,8 +143,16 @@ def test_quick_and_complete_evaluations_are_curves_of_their_own(base, observed):
 def test_the_console_tells_quick_from_complete_and_shows_the_change(base, tmp_path, capsys):
     train(replace(base, output=tmp_path / "run"))
     said = " ".join(capsys.readouterr().out.split())
-    rows = {row["complete"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "evaluation" in row and row["step"] == 4}
-    before = {row["complete"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "evaluation" in row and row["step"] == 0}
+    rows = {
+        row["complete"]: row
+        for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "evaluation" in row and row["step"] == 4
+    }
+    before = {
+        row["complete"]: row
+        for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "evaluation" in row and row["step"] == 0
+    }
     for complete, name in ((False, "quick, 2 windows a task, of 32 tokens"), (True, "all held-out text, of 32 tokens")):
         values = [each[complete]["evaluation"]["sample_en"]["bits_per_byte"] for each in (before, rows)]
         assert f"start step 0 bits per byte ({name}): en {values[0]:.3f} fi" in said

@@ -37,7 +37,10 @@ def test_ten_updates_equal_pytorchs_adamw():
     state = transform.init(parameters)
     for scale in (0.01, 1, 3, 0.1, 1, 1, 1, 1, 1, 1):
         gradients = nest(
-            {path: jnp.asarray(rng.normal(size=array.shape, scale=scale), jnp.float32) for path, array in flatten(parameters).items()}
+            {
+                path: jnp.asarray(rng.normal(size=array.shape, scale=scale), jnp.float32)
+                for path, array in flatten(parameters).items()
+            }
         )
         norm = optax.tree.norm(gradients)
         direction, state = transform.update(clip(gradients, norm, config.clip_norm), state, parameters)
@@ -51,10 +54,13 @@ def test_ten_updates_equal_pytorchs_adamw():
 
 
 def test_moments_in_bf16_follow_those_in_fp32():
-    """Each step rounds the moments by 2^-9 at most; over their memory of 20 steps that adds up to a few per cent of an update."""
+    """Each step rounds the moments by 2^-9 at most; over their memory of 20 steps that adds up to a few per
+    cent of an update."""
     rng = np.random.default_rng(0)
     parameters = initial_parameters(CONFIG, 0)
-    exact, rounded = (adamw(OptimizerConfig(moments_dtype=dtype, weight_decay=0.0)) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (
+        adamw(OptimizerConfig(moments_dtype=dtype, weight_decay=0.0)) for dtype in ("float32", "bfloat16")
+    )
     state, state_rounded = exact.init(parameters), rounded.init(parameters)
     assert {leaf.dtype for leaf in jax.tree.leaves(state_rounded[0].mu)} == {jnp.dtype("bfloat16")}
     for _ in range(60):
@@ -97,7 +103,14 @@ def test_warm_up_and_cosine():
 
 
 def test_warm_up_stable_decay():
-    found = rates(Stage("one", "m", 20, LearningRate(peak=2.0, warmup_steps=4, shape="warmup_stable_decay", final=0.5, decay_steps=6)))
+    found = rates(
+        Stage(
+            "one",
+            "m",
+            20,
+            LearningRate(peak=2.0, warmup_steps=4, shape="warmup_stable_decay", final=0.5, decay_steps=6),
+        )
+    )
     expected = [0.5, 1.0, 1.5, 2.0] + [2.0] * 10 + [2.0 - 1.5 * step / 6 for step in range(6)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -113,7 +126,9 @@ def test_a_stage_warms_up_again():
 def test_a_stage_without_a_schedule_rides_on_the_one_before():
     """As Aurora-M's second stage went on along the tail of the first one's cosine."""
     long = LearningRate(peak=1.0, warmup_steps=3, final=0.1, decay_steps=27)
-    np.testing.assert_allclose(rates(Stage("one", "m", 20, long), Stage("two", "m", 10)), rates(Stage("all", "m", 30, long)), rtol=1e-6)
+    np.testing.assert_allclose(
+        rates(Stage("one", "m", 20, long), Stage("two", "m", 10)), rates(Stage("all", "m", 30, long)), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +136,10 @@ def test_a_stage_without_a_schedule_rides_on_the_one_before():
     [
         ((Stage("one", "m", 10),), "'one'"),
         ((Stage("one", "m", 5, LearningRate(peak=1.0, warmup_steps=5)),), "5 steps"),
-        ((Stage("one", "m", 9, LearningRate(peak=1.0, warmup_steps=5, shape="warmup_stable_decay", decay_steps=5)),), "9 steps"),
+        (
+            (Stage("one", "m", 9, LearningRate(peak=1.0, warmup_steps=5, shape="warmup_stable_decay", decay_steps=5)),),
+            "9 steps",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(stages, said):
@@ -137,10 +155,22 @@ STABLE = LearningRate(peak=1.0, warmup_steps=2, shape="warmup_stable_decay", dec
 @pytest.mark.parametrize(
     ("stages", "at_zero", "said"),
     [
-        ((Stage("one", "m", 10, COSINE), Stage("two", "m", 5)), 5, "5 of the 5 steps of stage 'two'.*'one'.*decay_steps=13"),
-        ((Stage("one", "m", 10, COSINE), Stage("two", "m", 5, COSINE), Stage("three", "m", 3)), 3, "'three'.*'two'.*decay_steps=6"),
+        (
+            (Stage("one", "m", 10, COSINE), Stage("two", "m", 5)),
+            5,
+            "5 of the 5 steps of stage 'two'.*'one'.*decay_steps=13",
+        ),
+        (
+            (Stage("one", "m", 10, COSINE), Stage("two", "m", 5, COSINE), Stage("three", "m", 3)),
+            3,
+            "'three'.*'two'.*decay_steps=6",
+        ),
         ((Stage("one", "m", 10, SHORT), Stage("two", "m", 9)), 5, "5 of the 9 steps of stage 'two'.*decay_steps=17"),
-        ((Stage("one", "m", 10, SHORT), Stage("two", "m", 4), Stage("three", "m", 1)), 1, "1 of the 1 steps of stage 'three'"),
+        (
+            (Stage("one", "m", 10, SHORT), Stage("two", "m", 4), Stage("three", "m", 1)),
+            1,
+            "1 of the 1 steps of stage 'three'",
+        ),
         ((Stage("one", "m", 20, SHORT),), 6, "6 of the 20 steps of stage 'one'.*decay_steps=18"),
         ((Stage("one", "m", 10, STABLE), Stage("two", "m", 2)), 2, "2 of the 2 steps of stage 'two'.*final=RATE"),
     ],
@@ -168,10 +198,14 @@ def test_a_stage_may_ride_at_a_final_rate(shape):
     rate = LearningRate(peak=1.0, warmup_steps=2, shape=shape, final=0.25)
     assert rates(Stage("one", "m", 10, rate), Stage("two", "m", 3))[-3:] == [0.25] * 3
     assert min(rates(Stage("one", "m", 12, SHORT), Stage("two", "m", 2))) > 0
-    learning_rate_schedule([Stage("long", "m", 120_000, LearningRate(peak=1e-4, warmup_steps=2_000))])  # the last round to 0 in fp32
+    learning_rate_schedule(
+        [Stage("long", "m", 120_000, LearningRate(peak=1e-4, warmup_steps=2_000))]
+    )  # the last round to 0 in fp32
 
 
-@pytest.mark.parametrize("wrong", [{"peak": 0.0}, {"peak": -1.0}, {"final": -0.1}, {"warmup_steps": -1}, {"decay_steps": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"peak": 0.0}, {"peak": -1.0}, {"final": -0.1}, {"warmup_steps": -1}, {"decay_steps": 0}]
+)
 def test_rates_that_are_none_are_refused(wrong):
     with pytest.raises(InputError, match="learning rate"):
         LearningRate(**{"peak": 1.0, **wrong})

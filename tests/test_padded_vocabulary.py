@@ -50,7 +50,9 @@ def batch(B: int = 3, L: int = 20) -> Batch:
 
 def value_and_gradients(config: ModelConfig, parameters: dict):
     function = make_loss(structure_of(config, FP32), FP32, z_loss=1e-2, isolate_documents=True)
-    (value, nll_BL), gradients = jax.jit(jax.value_and_grad(function, has_aux=True))(parameters, batch(), jnp.float32(40), None)
+    (value, nll_BL), gradients = jax.jit(jax.value_and_grad(function, has_aux=True))(
+        parameters, batch(), jnp.float32(40), None
+    )
     return value, nll_BL, flatten(gradients)
 
 
@@ -70,7 +72,10 @@ def test_loss_and_gradients_are_those_without_padding(monkeypatch):
 def test_padding_has_no_probability():
     parameters = initial_parameters(PLAIN, 0)
     tokens_BL = batch().tokens_BL
-    plain, padded = merge(structure_of(PLAIN, FP32), parameters), merge(structure_of(PADDED, FP32), with_padding(parameters))
+    plain, padded = (
+        merge(structure_of(PLAIN, FP32), parameters),
+        merge(structure_of(PADDED, FP32), with_padding(parameters)),
+    )
     expected, found = plain.logits(plain(tokens_BL)), padded.logits(padded(tokens_BL))
     assert found.shape[-1] == 64
     assert np.all(found[..., 61:] == -np.inf)
@@ -121,7 +126,9 @@ def test_real_vocabularies(tmp_path, capsys, vocabulary, padded, positions):
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)
     (tmp_path / "config.json").write_text(json.dumps(to_hf_config(config)))
-    assert main(["from-torch", str(tmp_path), str(tmp_path / "x"), "--dry-run", "--vocabulary-divisible-by", "128"]) == 0
+    assert (
+        main(["from-torch", str(tmp_path), str(tmp_path / "x"), "--dry-run", "--vocabulary-divisible-by", "128"]) == 0
+    )
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if " transformer." in line}
     assert f"[{vocabulary}, 6144]" in lines["transformer.wte.weight"]
     assert f"[{padded}, 6144]" in lines["transformer.wte.weight"]

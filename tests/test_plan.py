@@ -1,4 +1,5 @@
-"""Plans: what is read from compiled programs against arithmetic and against an unrolled program; what does not fit or divide is refused.
+"""Plans: what is read from compiled programs against arithmetic and against an unrolled program; what does
+not fit or divide is refused.
 
 The TPU compiler does the compiling, for chips that are not there.
 """
@@ -60,7 +61,8 @@ def test_a_loop_counts_as_often_as_it_runs():
     sizes = ((4096, 1024), (6, 1024, 8192), (6, 8192, 1024))
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in sizes]
     scanned, unrolled = (
-        read_program(jax.jit(layers, static_argnums=3).lower(*shapes, unroll).compile().as_text(), CHIPS["v5e"]).cycles for unroll in (1, 6)
+        read_program(jax.jit(layers, static_argnums=3).lower(*shapes, unroll).compile().as_text(), CHIPS["v5e"]).cycles
+        for unroll in (1, 6)
     )
     assert scanned == pytest.approx(unrolled, rel=0.1)
 
@@ -74,7 +76,10 @@ def test_products_of_a_compiled_program_are_counted_exactly(product):
     sizes = dict(zip("bldhcfqk", (2, 256, 384, 4, 128, 512, 256, 256), strict=True))
     left, right = product.partition("->")[0].split(",")
     here = NamedSharding(Mesh(np.array(tpu_topology("v5e:2x2").devices)[:1], ("x",)), PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct([sizes[axis] for axis in operand], jnp.bfloat16, sharding=here) for operand in (left, right)]
+    shapes = [
+        jax.ShapeDtypeStruct([sizes[axis] for axis in operand], jnp.bfloat16, sharding=here)
+        for operand in (left, right)
+    ]
     text = jax.jit(lambda left, right: jnp.einsum(product, left, right)).lower(*shapes).compile().as_text()
     flops = 2 * math.prod(sizes[axis] for axis in set(left + right))
     as_if_free = re.sub(r'"estimated_cycles":"\d+"', '"estimated_cycles":"1"', text)
@@ -100,7 +105,10 @@ def test_no_plan_computes_faster_than_the_chips_can(monkeypatch):
 
 
 def test_a_product_that_is_written_in_another_way_is_not_taken_for_free():
-    line = "ENTRY %main () -> bf16[8,8] {\n  %p = bf16[8,8]{1,0} convolution(bf16[8,8] %a, bf16[8,8] %b), dim_labels=bf_io->bf\n}"
+    line = (
+        "ENTRY %main () -> bf16[8,8] {\n  %p = bf16[8,8]{1,0} convolution(bf16[8,8] %a, bf16[8,8] %b), "
+        "dim_labels=bf_io->bf\n}"
+    )
     with pytest.raises(InputError, match="product of the compiled program cannot be read"):
         read_program(line, CHIPS["v5e"])
 
@@ -112,7 +120,8 @@ def plans():
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
-    """Each matrix is gathered in bf16 along both axes, twice a layer with everything rematerialised, and its gradient scattered once."""
+    """Each matrix is gathered in bf16 along both axes, twice a layer with everything rematerialised, and its
+    gradient scattered once."""
     gathered = scattered = 0.0
     for path, shape in parameter_shapes(MODEL).items():
         if not any(isinstance(entry, tuple) and "fsdp" in entry for entry in TABLE[path].partition):
@@ -122,17 +131,24 @@ def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
         gathered += once * (2 if path.startswith("layers.") else 1)
         scattered += once
     rows = plans[topology].collectives
-    found = {kind: sum(row.gigabytes for row in rows if row.kind == kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    found = {
+        kind: sum(row.gigabytes for row in rows if row.kind == kind)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    }
     assert found["all-gather"] == pytest.approx(gathered / 1e9, rel=0.05)
-    # An all-reduce of a whole matrix sends twice what a reduce-scatter does: what was not scattered must not have come back as one.
+    # An all-reduce of a whole matrix sends twice what a reduce-scatter does: what was not scattered must not
+    # have come back as one.
     assert found["reduce-scatter"] + found["all-reduce"] / 2 == pytest.approx(scattered / 1e9, rel=0.05)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, topology):
-    """Two and five products of the causal triangle in steps of 128 places, by 4 units of 128 x 128; a sequence a chip, forward twice."""
+    """Two and five products of the causal triangle in steps of 128 places, by 4 units of 128 x 128; a
+    sequence a chip, forward twice."""
     generation = topology.split(":")[0]
-    cycles = attention_cycles(generation, 48, 1, 128, 2048, alibi=False)  # those that the plans were made with, not compiled again
+    cycles = attention_cycles(
+        generation, 48, 1, 128, 2048, alibi=False
+    )  # those that the plans were made with, not compiled again
     one_product = 48 * sum(128 * keys for keys in range(128, 2048 + 1, 128)) * 128 // (4 * 128 * 128)
     assert cycles["forward floor"] == 2 * one_product <= cycles["forward"]
     assert cycles["backward floor"] == 5 * one_product <= cycles["backward"]
@@ -141,7 +157,10 @@ def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, t
 
 
 # Lines as two generations of the compiler write them; a product runs between the start and the end of each collective.
-PRODUCT = '  %p{0} = bf16[64]{{0}} fusion(%a, %b), kind=kOutput, backend_config={{"window_config":{{"estimated_cycles":"{1}"}}}}'
+PRODUCT = (
+    "  %p{0} = bf16[64]{{0}} fusion(%a, %b), kind=kOutput, "
+    'backend_config={{"window_config":{{"estimated_cycles":"{1}"}}}}'
+)
 SPARSE = """
 %called.1 (param.0: bf16[1024], param.1: token[]) -> bf16[128] {{
   ROOT %rs = bf16[128]{{0}} reduce-scatter(%param.0), channel_id=1, replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}
@@ -182,15 +201,20 @@ PODS = (
 
 @pytest.mark.parametrize(("topology", "fsdp", "inner"), PODS)
 def test_no_gradient_of_a_matrix_is_all_reduced_on_a_pod(topology, fsdp, inner):
-    """The meshes of our configs, on which the compiler makes reduce-scatters; over one flat axis it would all-reduce whole matrices."""
-    config = replace(CONFIG, data=replace(CONFIG.data, batch_size=fsdp * inner), mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner))
+    """The meshes of our configs, on which the compiler makes reduce-scatters; over one flat axis it would
+    all-reduce whole matrices."""
+    config = replace(
+        CONFIG, data=replace(CONFIG.data, batch_size=fsdp * inner), mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner)
+    )
     compiled = compile_step(config, MODEL, make_mesh(config.mesh, tpu_topology(topology).devices))
     program = read_program(compiled.as_text(), CHIPS[topology.partition(":")[0]])
     matrix = MODEL.width * MODEL.width * 2
     in_layers = [each for each in program.collectives if each.times > 1]
     assert [each for each in in_layers if each.kind == "all-reduce" and each.bytes >= matrix] == []
     layers = sum(
-        math.prod(shape.shape) * 2 for path, shape in parameter_shapes(MODEL).items() if TABLE[path].partition[1:] and "kernel" in path
+        math.prod(shape.shape) * 2
+        for path, shape in parameter_shapes(MODEL).items()
+        if TABLE[path].partition[1:] and "kernel" in path
     )
     # All but the narrow matrix of keys and values, which some pods all-reduce.
     assert program.wire_bytes("reduce-scatter") >= layers * (1 - 1 / fsdp / inner) * 0.98
@@ -232,12 +256,15 @@ def test_weights_that_are_gathered_once_are_told_apart(tensor):
     ],
 )
 def test_groups_in_every_way_of_writing_them(written, members):
-    line = f"ENTRY %main () -> f32[8] {{\n  %a = f32[8]{{0}} all-reduce(%b), replica_groups={written}, to_apply=%add\n}}"
+    line = (
+        f"ENTRY %main () -> f32[8] {{\n  %a = f32[8]{{0}} all-reduce(%b), replica_groups={written}, to_apply=%add\n}}"
+    )
     assert read_program(line, CHIPS["v5e"]).collectives[0].members == members
 
 
 def test_two_slices_add_up_gradients_over_the_network():
-    """Over `data` a chip sends its part of every gradient, in fp32, once a step; the network between slices is slow, and said to be."""
+    """Over `data` a chip sends its part of every gradient, in fp32, once a step; the network between slices
+    is slow, and said to be."""
     config = replace(CONFIG, mesh=MeshConfig(data=2, fsdp=2, fsdp_inner=2), data=replace(CONFIG.data, batch_size=8))
     plan = make_plan(config, MODEL, "v5p:2x2x1", slices=2)
     across = [row for row in plan.collectives if "data" in row.axis]
@@ -249,7 +276,9 @@ def test_two_slices_add_up_gradients_over_the_network():
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
-    long = replace(CONFIG, data=replace(CONFIG.data, batch_size=64), compute=replace(CONFIG.compute, rematerialisation="nothing"))
+    long = replace(
+        CONFIG, data=replace(CONFIG.data, batch_size=64), compute=replace(CONFIG.compute, rematerialisation="nothing")
+    )
     with pytest.raises(DoesNotFit, match="does not fit: a chip would need") as error:
         make_plan(long, MODEL, "v5e:2x2")
     assert error.value.needed > error.value.available > 15 * GIB
@@ -263,7 +292,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
         ({"data": replace(CONFIG.data, batch_size=6)}, "v5e:2x2", "must be a multiple of 4"),
         ({"optimizer": OptimizerConfig(micro_batches=2)}, "v5e:2x2", "must be a multiple of 8"),
         ({"mesh": MeshConfig(fsdp=1, tensor=5)}, "v5e:2x2", "does not fit 4 devices"),
-        ({"mesh": MeshConfig(fsdp=-1, tensor=32), "data": replace(CONFIG.data, batch_size=8)}, "v5e:16x16", "heads 48 cannot be divided"),
+        (
+            {"mesh": MeshConfig(fsdp=-1, tensor=32), "data": replace(CONFIG.data, batch_size=8)},
+            "v5e:16x16",
+            "heads 48 cannot be divided",
+        ),
         ({"data": replace(CONFIG.data, sequence_length=16_384)}, "v5e:2x2", "exceeds the model's 8192"),
         ({}, "v9:2x2", "no chip 'v9'"),
         ({}, "v5e:3x2", "named like v5p:4x4x4"),
@@ -286,8 +319,12 @@ def test_command(plans, tmp_path, monkeypatch, capsys):
 
 
 def test_search_ranks_goes_on_where_it_stopped_and_leaves_out_what_cannot_win(plans, tmp_path, capsys):
-    """The planner is a stand-in with the arithmetic of a real one: every candidate takes its bound, more for each micro-batch."""
-    model, config = PRESETS["starcoderplus"], replace(CONFIG, data=replace(CONFIG.data, batch_size=512, sequence_length=8192))
+    """The planner is a stand-in with the arithmetic of a real one: every candidate takes its bound, more for
+    each micro-batch."""
+    model, config = (
+        PRESETS["starcoderplus"],
+        replace(CONFIG, data=replace(CONFIG.data, batch_size=512, sequence_length=8192)),
+    )
     asked: list[TrainConfig] = []
 
     def planner(config, model, topology, slices):

@@ -17,7 +17,8 @@ def memory(rematerialisation: str) -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_estimated_memory_is_what_a_step_takes():
-    """What rematerialisation saves is 1.3 GB by both accounts; a step takes some 0.1 GB more, scratch that XLA does not count."""
+    """What rematerialisation saves is 1.3 GB by both accounts; a step takes some 0.1 GB more, scratch that
+    XLA does not count."""
     nothing, full = memory("nothing"), memory("full")
     assert nothing["estimated"] - full["estimated"] > 1e9
     assert nothing["measured"] - full["measured"] == pytest.approx(nothing["estimated"] - full["estimated"], rel=0.1)

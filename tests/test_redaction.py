@@ -80,7 +80,9 @@ def test_table():
         ("text", lambda label: label["language"] != "code"),
         ("code", lambda label: label["language"] == "code"),
     ]
-    groups += [(name, lambda label, name=name: label["language"] == name) for name in ("en", "fi", "de", "hi", "ja", "vi")]
+    groups += [
+        (name, lambda label, name=name: label["language"] == name) for name in ("en", "fi", "de", "hi", "ja", "vi")
+    ]
     groups += [
         (f"{kind}, {where}", lambda label, kind=kind, within=within: label["kind"] == kind and within(label))
         for kind in pii.KINDS
@@ -88,7 +90,9 @@ def test_table():
     ]
     lines = []
     for half in ("rules", "held_out", "later"):
-        lines.append(f"\n{half}\n\n| | strings | that must stay | spans | precision | recall | of strings | of strings |")
+        lines.append(
+            f"\n{half}\n\n| | strings | that must stay | spans | precision | recall | of strings | of strings |"
+        )
         lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         for name, belongs in groups:
             chosen = [label for label in LABELS if label["half"] == half and belongs(label)]
@@ -171,7 +175,15 @@ def test_overlapping_kinds_give_one_placeholder():
 PIECES = st.one_of(
     st.text(alphabet="ab1ä漢か@＠.．-_+/:()<>[] \n%\\$'\"é\u0301", max_size=8),
     st.sampled_from(
-        ["a.b@firma.fi", "ä@漢.jp", "+358401234567", "host 8.8.8.8", "token=9fK2mQx7Lw4TzR8bVc3N", "＠firma．ｊｐ", "[at]x.org"]
+        [
+            "a.b@firma.fi",
+            "ä@漢.jp",
+            "+358401234567",
+            "host 8.8.8.8",
+            "token=9fK2mQx7Lw4TzR8bVc3N",
+            "＠firma．ｊｐ",
+            "[at]x.org",
+        ]
     ),
 )
 
@@ -220,8 +232,11 @@ def test_drawn_values_are_told_from_written_ones(alphabet, length):
         assert found >= 0.95 * 300
 
 
-# Every step of the search for addresses is at one sign for "at", and looks at a bounded stretch of text. Counted, not timed.
-@pytest.mark.parametrize("piece", ["a@", "@", "a.", "a.b@", "a@b.", "[at] ", "a(at)", "x@" + "b." * 9, "a" * 70 + "@", "://", "a@b.c/"])
+# Every step of the search for addresses is at one sign for "at", and looks at a bounded stretch of text.
+# Counted, not timed.
+@pytest.mark.parametrize(
+    "piece", ["a@", "@", "a.", "a.b@", "a@b.", "[at] ", "a(at)", "x@" + "b." * 9, "a" * 70 + "@", "://", "a@b.c/"]
+)
 def test_work_grows_with_the_text_and_no_faster(piece, monkeypatch):
     looked_at = Counter[str]()
 
@@ -267,7 +282,8 @@ def test_work_grows_with_the_text_and_no_faster(piece, monkeypatch):
     ],
 )
 def test_processor_time_grows_with_the_text_and_no_faster(piece):
-    """Sixteen times the text takes some sixteen times as long: quadratic would be 256 times, nested repeats for ever."""
+    """Sixteen times the text takes some sixteen times as long: quadratic would be 256 times, nested repeats
+    for ever."""
 
     def seconds(repeats: int) -> float:
         text = "-----BEGIN PRIVATE KEY-----" + piece * repeats + "@"

@@ -24,13 +24,23 @@ AFTER = dict(zip(LANGUAGES, (2.04, 1.47, 3.0, 2.0, 3.0, 2.0), strict=True))
 
 
 def evaluation(step: int, stage: str, values: dict[str, float], complete: bool = True) -> dict:
-    scores = {f"sample_{language}": {"loss": value, "bits_per_byte": value, "tokens": 10} for language, value in values.items()}
+    scores = {
+        f"sample_{language}": {"loss": value, "bits_per_byte": value, "tokens": 10}
+        for language, value in values.items()
+    }
     return {"step": step, "stage": stage, "complete": complete, "evaluation": scores}
 
 
 def training(step: int, stage: str, loss: float = 3.0) -> dict:
     prefix = "sample_clean" if stage == "cat" else "sample"
-    scalars = {"loss": loss, "gradient_norm": 1.0, "learning_rate": 1e-3, "accepted": 1.0, "tokens": 64.0, "skipped": 0.0}
+    scalars = {
+        "loss": loss,
+        "gradient_norm": 1.0,
+        "learning_rate": 1e-3,
+        "accepted": 1.0,
+        "tokens": 64.0,
+        "skipped": 0.0,
+    }
     return {
         "step": step,
         "stage": stage,
@@ -42,8 +52,16 @@ def training(step: int, stage: str, loss: float = 3.0) -> dict:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    rows = [evaluation(0, "start", BEFORE), *(training(step, "cap") for step in range(6)), evaluation(3, "cap", AFTER, complete=False)]
-    rows += [evaluation(6, "cap", AFTER | {"fi": 3.5}), *(training(step, "cat") for step in range(6, 9)), evaluation(9, "cat", AFTER)]
+    rows = [
+        evaluation(0, "start", BEFORE),
+        *(training(step, "cap") for step in range(6)),
+        evaluation(3, "cap", AFTER, complete=False),
+    ]
+    rows += [
+        evaluation(6, "cap", AFTER | {"fi": 3.5}),
+        *(training(step, "cat") for step in range(6, 9)),
+        evaluation(9, "cat", AFTER),
+    ]
     folder = tmp_path / "my <run>"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,12 +94,17 @@ def test_the_end_of_a_stage_does_not_stand_for_the_start(run):
     rewritten(run, lambda rows: rows[1:])
     assert before_after(read_metrics(run / "metrics.jsonl")) == []
     (said,) = write_report(run, run / "report.html")
-    assert "lacks the evaluation of all held-out text before the first step (step 0), and that of step 6, after stage cap, cannot" in said
+    assert (
+        "lacks the evaluation of all held-out text before the first step (step 0), and that of step 6, after "
+        "stage cap, cannot" in said
+    )
     page = (run / "report.html").read_text()
     assert said in page
     assert "<table>" not in page
     assert not (run / "before_after.png").exists()
-    assert "Finnish was not evaluated before and after." in check_expectations(before_after(read_metrics(run / "metrics.jsonl")))
+    assert "Finnish was not evaluated before and after." in check_expectations(
+        before_after(read_metrics(run / "metrics.jsonl"))
+    )
 
 
 def test_steps_that_are_gone_are_missed(run):
@@ -112,7 +135,10 @@ def test_rows_of_two_runs_are_refused(run, change, said):
         ({"attend_across_documents": False}, "attend_across_documents True there, False here"),
         ({"tokenizer_sha256": "u" * 64}, "tokenizer_sha256 "),
         ({"compute_dtype": "bfloat16"}, "compute_dtype float32 there, bfloat16 here"),
-        ({"texts": {f"sample_{language}": "x" if language != "fi" else "y" for language in LANGUAGES}}, "text x there, y here"),
+        (
+            {"texts": {f"sample_{language}": "x" if language != "fi" else "y" for language in LANGUAGES}},
+            "text x there, y here",
+        ),
     ],
 )
 def test_figures_of_other_settings_are_not_compared(run, changed, said):
@@ -150,7 +176,10 @@ def test_a_curve_has_figures_of_equal_settings_only(run):
 def test_page_has_the_numbers_and_stands_alone(run, tmp_path):
     samples = tmp_path / "samples.json"
     samples.write_text(
-        json.dumps([{"language": "hi", "prompt": "नमस्ते", "before": "<script>alert(1)</script>", "after": "दुनिया"}], ensure_ascii=False)
+        json.dumps(
+            [{"language": "hi", "prompt": "नमस्ते", "before": "<script>alert(1)</script>", "after": "दुनिया"}],
+            ensure_ascii=False,
+        )
     )
     write_report(run, tmp_path / "page" / "report.html", samples=samples, commands=["aurora train <config>"])
     page = (tmp_path / "page" / "report.html").read_text()

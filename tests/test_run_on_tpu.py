@@ -1,4 +1,5 @@
-"""What a run of StarCoderPlus (15.5B) does besides its step, for the TPU compiler: the first state and the evaluation fit on each chip."""
+"""What a run of StarCoderPlus (15.5B) does besides its step, for the TPU compiler: the first state and the
+evaluation fit on each chip."""
 
 from pathlib import Path
 
@@ -36,7 +37,12 @@ def on_mesh(name: str, topology: str, slices: int):
 
 
 V5E = ("v5e_256", "v5e:16x16", 1)
-OTHERS = [("v6e_256", "v6e:16x16", 1), ("v4_256", "v4:4x4x8", 1), ("v5p_128", "v5p:4x4x4", 1), ("two_v5p_128", "v5p:4x4x4", 2)]
+OTHERS = [
+    ("v6e_256", "v6e:16x16", 1),
+    ("v4_256", "v4:4x4x8", 1),
+    ("v5p_128", "v5p:4x4x4", 1),
+    ("two_v5p_128", "v5p:4x4x4", 2),
+]
 LONG = [pytest.param(*each, marks=pytest.mark.full) for each in OTHERS]
 
 

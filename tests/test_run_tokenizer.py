@@ -1,4 +1,5 @@
-"""The tokenizer of a run is that of its stores: compared with the checkpoint's before anything is built, and carried to the export."""
+"""The tokenizer of a run is that of its stores: compared with the checkpoint's before anything is built, and
+carried to the export."""
 
 import io
 import json
@@ -58,7 +59,11 @@ def mine(folder) -> Path:
     """Another tokenizer, of a name of its own, in a folder that has a tokenizer.json as well."""
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(list(SENTENCES.values()) * 4), model_writer=content, vocab_size=390, byte_fallback=True, minloglevel=2
+        sentence_iterator=iter(list(SENTENCES.values()) * 4),
+        model_writer=content,
+        vocab_size=390,
+        byte_fallback=True,
+        minloglevel=2,
     )
     (folder / "tokenizers").mkdir()
     (folder / "tokenizers" / "tokenizer.json").write_text("somebody else's")
@@ -70,7 +75,9 @@ def mine(folder) -> Path:
 @pytest.fixture(scope="module")
 def config(folder, old, mine, mini_corpus) -> TrainConfig:
     """A step on Finnish with `mine`, from weights that have learned the other tokenizer's ids."""
-    data = DataConfig(corpus=str(mini_corpus), tokenizer=mine, stores=str(folder / "stores"), batch_size=8, sequence_length=32)
+    data = DataConfig(
+        corpus=str(mini_corpus), tokenizer=mine, stores=str(folder / "stores"), batch_size=8, sequence_length=32
+    )
     return TrainConfig(
         output=folder / "run",
         stages=(Stage("one", "sample_fi", 1, LearningRate(peak=1e-3)),),
@@ -94,7 +101,11 @@ def both_named(one: str, other: str) -> str:
 
 
 def test_the_tokenizer_of_other_weights_is_refused(config, old, mine, mini_tokenizer, tmp_path):
-    strict = replace(config, output=tmp_path / "run", data=replace(config.data, allow_other_tokenizer=False, stores=str(tmp_path / "s")))
+    strict = replace(
+        config,
+        output=tmp_path / "run",
+        data=replace(config.data, allow_other_tokenizer=False, stores=str(tmp_path / "s")),
+    )
     digests = both_named(tokenizer_from(mini_tokenizer).sha256, SentencePieceTokenizer(mine).sha256)
     with pytest.raises(InputError, match=f"{old} carries the tokenizer {digests}.*--data.allow-other-tokenizer"):
         train(strict)
@@ -107,12 +118,18 @@ def test_a_run_its_stages_and_the_export_carry_the_tokenizer_of_the_data(run, mi
         files, metadata = checkpoint.read_files(where), checkpoint.read_metadata(where)
         assert files == {"tokenizer.model": mine.read_bytes(), "LICENSE": OTHERS["LICENSE"]}
         assert metadata.tokenizer_sha256 == SentencePieceTokenizer(mine).sha256
-        assert (metadata.config.eos_token_id, metadata.config.pad_token_id) == (SentencePieceTokenizer(mine).eos_id, None)
+        assert (metadata.config.eos_token_id, metadata.config.pad_token_id) == (
+            SentencePieceTokenizer(mine).eos_id,
+            None,
+        )
     assert main(["to-torch", str(run / "stages" / "one"), str(tmp_path / "back")]) == 0
     names = {file.name for file in (tmp_path / "back").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "LICENSE"}
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == mine.read_bytes()
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == SentencePieceTokenizer(mine).eos_id
+    assert (
+        json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"]
+        == SentencePieceTokenizer(mine).eos_id
+    )
 
 
 def test_a_run_goes_on_with_its_own_tokenizer_only(run, config, mini_tokenizer, mine):
@@ -125,13 +142,18 @@ def test_a_run_goes_on_with_its_own_tokenizer_only(run, config, mini_tokenizer, 
 
 
 def test_stores_of_another_tokenizer_are_refused(run, config, old, mine, mini_tokenizer, tmp_path):
-    """By a run on the checkpoint's own tokenizer, to train on and held out, and by `aurora eval`; both digests are named."""
+    """By a run on the checkpoint's own tokenizer, to train on and held out, and by `aurora eval`; both
+    digests are named."""
     digests = both_named(SentencePieceTokenizer(mine).sha256, tokenizer_from(mini_tokenizer).sha256)
     own = replace(config, output=tmp_path / "run", data=replace(config.data, tokenizer=None))
-    with pytest.raises(InputError, match=f"sample_fi/train: the store of sample_fi was made with the tokenizer {digests}"):
+    with pytest.raises(
+        InputError, match=f"sample_fi/train: the store of sample_fi was made with the tokenizer {digests}"
+    ):
         train(own)
     unregister()
-    evaluate = EvalCommand(run / "stages" / "one", config.data.corpus, config.data.stores, tasks=("sample_fi",), batch_size=4)
+    evaluate = EvalCommand(
+        run / "stages" / "one", config.data.corpus, config.data.stores, tasks=("sample_fi",), batch_size=4
+    )
     evaluate.run()
     unregister()
     with pytest.raises(InputError, match=f"sample_fi/validation: .*{digests}"):
@@ -153,7 +175,8 @@ def test_generate_reads_the_carried_tokenizer_and_refuses_another(run, old, mine
 
 
 def test_what_is_carried_is_decided_by_the_files(mini_tokenizer, mine, old, tmp_path):
-    """The checkpoint's files where the tokenizer is the same; the data's, and no licence of theirs, where there is no other."""
+    """The checkpoint's files where the tokenizer is the same; the data's, and no licence of theirs, where
+    there is no other."""
     data = DataConfig(corpus="", tokenizer=mini_tokenizer)
     carried = checkpoint.read_files(old)
     assert files_of_run(data, old, carried).contents == carried
@@ -162,7 +185,9 @@ def test_what_is_carried_is_decided_by_the_files(mini_tokenizer, mine, old, tmp_
         (tmp_path / name).write_bytes(content)
     from_data = files_of_run(replace(data, tokenizer=tmp_path), None, {}).contents
     assert from_data == {**read_tokenizer_files(mini_tokenizer), "mine.model": b""}
-    without = files_of_run(replace(data, tokenizer=mine), old, {"LICENSE": b"", "merges.txt": b"alone it is no tokenizer"})
+    without = files_of_run(
+        replace(data, tokenizer=mine), old, {"LICENSE": b"", "merges.txt": b"alone it is no tokenizer"}
+    )
     assert without.contents == {"LICENSE": b"", "tokenizer.model": mine.read_bytes()}
     assert isinstance(files_of_run(replace(data, tokenizer=Path("bytes")), None, {}).tokenizer, ByteTokenizer)
     for checkpoint_path in (old, None):

@@ -1,4 +1,5 @@
-"""The sample corpus: each extractor on files in their real formats, the cleaning, and the promises of a built corpus."""
+"""The sample corpus: each extractor on files in their real formats, the cleaning, and the promises of a built
+corpus."""
 
 from __future__ import annotations
 
@@ -72,10 +73,18 @@ def test_pak_of_another_version_is_refused() -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_gettext_catalogue_is_read_as_the_standard_library_reads_it(order: str) -> None:
-    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", "menu\x04Save": "Tallenna", "Open": "Avaa", "Untranslated": ""}
+    messages = {
+        "": "Content-Type: text/plain; charset=UTF-8\n",
+        "menu\x04Save": "Tallenna",
+        "Open": "Avaa",
+        "Untranslated": "",
+    }
     catalogue = write_mo(messages, order)
     oracle = gettext.GNUTranslations(io.BytesIO(catalogue))
-    assert dict(extract.gettext_messages(catalogue)) == {"Save": oracle.pgettext("menu", "Save"), "Open": oracle.gettext("Open")}
+    assert dict(extract.gettext_messages(catalogue)) == {
+        "Save": oracle.pgettext("menu", "Save"),
+        "Open": oracle.gettext("Open"),
+    }
 
 
 def test_plural_messages_give_their_first_form() -> None:
@@ -90,7 +99,10 @@ def test_po_messages_take_the_english_from_the_default_comment() -> None:
         '#: a.py:1\nmsgid "Long "\n"text"\nmsgstr ""\n"Pitkä "\n"teksti"\n\n'
         '#, fuzzy\nmsgid "Guess"\nmsgstr "Arvaus"\n\nmsgid "None"\nmsgstr ""\n'
     )
-    assert list(extract.po_messages(text)) == [("label_x", "Users can ", "A"), ("Long text", "Long text", "Pitkä teksti")]
+    assert list(extract.po_messages(text)) == [
+        ("label_x", "Users can ", "A"),
+        ("Long text", "Long text", "Pitkä teksti"),
+    ]
 
 
 def test_help_page_keeps_the_default_of_each_variant_and_no_navigation() -> None:
@@ -103,13 +115,16 @@ def test_help_page_keeps_the_default_of_each_variant_and_no_navigation() -> None
 
 
 def test_html_says_nothing_twice_and_leaves_listings_out() -> None:
-    page = b"<h2>Title</h2><ul><li><p>In a paragraph</p></li><li>Alone</li></ul><pre>listing</pre><nav><p>skip</p></nav>"
+    page = (
+        b"<h2>Title</h2><ul><li><p>In a paragraph</p></li><li>Alone</li></ul><pre>listing</pre><nav><p>skip</p></nav>"
+    )
     assert extract.html(page) == ["Title", "In a paragraph", "Alone"]
 
 
 def test_mallard_page() -> None:
     page = (
-        b'<page xmlns="http://projectmallard.org/1.0/"><info><credit><name>A</name></credit><title type="link">Short</title></info>'
+        b'<page xmlns="http://projectmallard.org/1.0/"><info><credit><name>A</name></credit><title '
+        b'type="link">Short</title></info>'
         b"<title>Change the <em>clock</em></title><section><p>Open <gui>Settings</gui>.</p></section></page>"
     )
     assert extract.mallard(page) == ["Change the clock", "Open Settings."]
@@ -117,7 +132,10 @@ def test_mallard_page() -> None:
 
 
 def test_rst_leaves_markup_listings_and_directives_out() -> None:
-    page = b"Title\n=====\n\nSee :doc:`the guide </guide>` and\n``settings`` in `Django <https://x>`_.\n\n.. note::\n\n    Indented.\n"
+    page = (
+        b"Title\n=====\n\nSee :doc:`the guide </guide>` and\n``settings`` in `Django <https://x>`_.\n\n.. "
+        b"note::\n\n    Indented.\n"
+    )
     assert extract.rst(page) == ["Title", "See the guide and settings in Django."]
 
 
@@ -126,7 +144,8 @@ def test_firefox_language_pack() -> None:
     with zipfile.ZipFile(pack, "w") as archive:
         archive.writestr(
             "a.ftl",
-            "# note\nopen = Avaa { -brand-short-name }\n    .label = Avaa sivu\nlong =\n    Eka\n    toka\nn = { $n ->\n *[other] x\n }\n",
+            "# note\nopen = Avaa { -brand-short-name }\n    .label = Avaa sivu\nlong =\n    Eka\n    toka\nn "
+            "= { $n ->\n *[other] x\n }\n",
         )
         archive.writestr("b.properties", "# note\nclose=Sulje v\\u00e4lilehti\n")
         archive.writestr("c.json", "{}")
@@ -176,14 +195,19 @@ def test_symbols_and_names_of_time_zones_are_no_text() -> None:
 
 def test_duplicates_differ_by_more_than_case_and_punctuation() -> None:
     lines = Deduplicator(barred=["Held out."])
-    assert lines.new(["Save the file", "save  the file.", "HELD OUT", "Save the files"]) == ["Save the file", "Save the files"]
+    assert lines.new(["Save the file", "save  the file.", "HELD OUT", "Save the files"]) == [
+        "Save the file",
+        "Save the files",
+    ]
     # Vowel signs carry meaning in Hindi.
     assert fingerprint("कल") != fingerprint("काला")
 
 
 def test_prose_keeps_whole_sentences_only() -> None:
     sentence = "This sentence is long enough to count as prose and it ends with a full stop."
-    assert prose([sentence, "Short one.", sentence[:-1], sentence.replace("long", "…"), "1+2=3; " * 12 + "."], "en") == [sentence]
+    assert prose(
+        [sentence, "Short one.", sentence[:-1], sentence.replace("long", "…"), "1+2=3; " * 12 + "."], "en"
+    ) == [sentence]
 
 
 def test_documented_python() -> None:
@@ -206,7 +230,11 @@ def test_standard_library_leaves_tests_tables_and_large_files_out(tmp_path: Path
 
 def test_npm_takes_permissive_licences_only(tmp_path: Path) -> None:
     code = "function name (argument) {\n  return argument.method(other)\n}\n" * 6
-    for package, license in {".": "Artistic-2.0", "node_modules/free": "MIT", "node_modules/closed": "UNLICENSED"}.items():
+    for package, license in {
+        ".": "Artistic-2.0",
+        "node_modules/free": "MIT",
+        "node_modules/closed": "UNLICENSED",
+    }.items():
         (tmp_path / package).mkdir(parents=True, exist_ok=True)
         (tmp_path / package / "package.json").write_text(json.dumps({"version": "1.2.3", "license": license}))
         (tmp_path / package / "index.js").write_text(code)
@@ -221,7 +249,9 @@ def test_members_of_a_deb_are_read_in_order_without_unpacking(tmp_path: Path) ->
         pytest.skip("dpkg-deb is not here")
     tree = tmp_path / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
-    (tree / "DEBIAN" / "control").write_text("Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.org>\nDescription: x\n")
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.org>\nDescription: x\n"
+    )
     for name in ("b.txt", "a.txt", "c.bin"):
         (tree / name).write_text(name)
     subprocess.run(["dpkg-deb", "--build", str(tree), str(tmp_path / "x.deb")], check=True, capture_output=True)
@@ -250,7 +280,8 @@ def numbered(language: str, number: int) -> str:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> list[Package]:
-    """Packages with real formats: sentences 0-99 are aligned and so held out; the guide repeats 90-109 of them, the program 110-199."""
+    """Packages with real formats: sentences 0-99 are aligned and so held out; the guide repeats 90-109 of
+    them, the program 110-199."""
     files: dict[str, dict[str, bytes]] = {"browser": {}, "guide": {}, "program": {}}
     for language in LANGUAGES:
         pak = write_pak({number: numbered(language, number).encode() for number in range(100)}, aliases={})
@@ -258,7 +289,9 @@ def packages(tmp_path: Path) -> list[Package]:
         page = "".join(f"<p>{numbered(language, number).upper()}</p>" for number in range(60, 130))
         files["guide"][f"{language}/page.html"] = (page + f"<p>{numbered('en', 500)}</p>").encode()
         if language != "en":
-            files["program"][f"{language}/x.mo"] = write_mo({numbered("en", n): numbered(language, n) for n in range(110, 200)})
+            files["program"][f"{language}/x.mo"] = write_mo(
+                {numbered("en", n): numbered(language, n) for n in range(110, 200)}
+            )
     made = []
     for name, members in files.items():
         path = tmp_path / f"{name}-1.0-py3-none-any.whl"
@@ -270,7 +303,10 @@ def packages(tmp_path: Path) -> list[Package]:
 
 
 def code_files() -> list[CodeFile]:
-    return [CodeFile("cpython", "3", f"package/module{number}.py", "PSF-2.0", f"value = {number % 150}\n" * 9) for number in range(200)]
+    return [
+        CodeFile("cpython", "3", f"package/module{number}.py", "PSF-2.0", f"value = {number % 150}\n" * 9)
+        for number in range(200)
+    ]
 
 
 def build_mini(directory: Path, packages: list[Package]) -> Manifest:
@@ -280,7 +316,9 @@ def build_mini(directory: Path, packages: list[Package]) -> Manifest:
 
 
 def texts(corpus: Path, split: str, part: str) -> list[str]:
-    return [json.loads(line)["text"] for line in (corpus / split / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["text"] for line in (corpus / split / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_a_built_corpus_keeps_its_promises(tmp_path: Path, packages: list[Package]) -> None:
@@ -300,7 +338,10 @@ def test_a_built_corpus_keeps_its_promises(tmp_path: Path, packages: list[Packag
     assert Manifest.read(corpus) == manifest
 
     held_out = {language: [text.split("\n") for text in texts(corpus, "heldout", language)] for language in LANGUAGES}
-    train = {language: [line for text in texts(corpus, "train", language) for line in text.split("\n")] for language in LANGUAGES}
+    train = {
+        language: [line for text in texts(corpus, "train", language) for line in text.split("\n")]
+        for language in LANGUAGES
+    }
     numbers = {numbered(language, number): number for language in LANGUAGES for number in range(100)}
     order = [[numbers[line] for line in document] for document in held_out["en"]]
     assert [len(document) for document in order] == [40, 40]
@@ -371,8 +412,12 @@ def test_the_real_corpus(tmp_path: Path) -> None:
     for language in LANGUAGES:
         assert manifest.totals["train"][language]["bytes"] > 1_500_000
         assert manifest.totals["heldout"][language]["lines"] == manifest.totals["heldout"]["en"]["lines"]
-        train = {fingerprint(line) for text in texts(tmp_path / "corpus", "train", language) for line in text.split("\n")}
-        held_out = {fingerprint(line) for text in texts(tmp_path / "corpus", "heldout", language) for line in text.split("\n")}
+        train = {
+            fingerprint(line) for text in texts(tmp_path / "corpus", "train", language) for line in text.split("\n")
+        }
+        held_out = {
+            fingerprint(line) for text in texts(tmp_path / "corpus", "heldout", language) for line in text.split("\n")
+        }
         assert train.isdisjoint(held_out)
     assert 80_000 <= manifest.totals["heldout"]["en"]["bytes"] <= 120_000
     assert manifest.totals["train"]["code"]["bytes"] > 4_000_000

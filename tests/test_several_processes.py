@@ -1,4 +1,5 @@
-"""One step over several processes (`jax.distributed`, gloo) gives the losses and gradients of one device, the batch being the same."""
+"""One step over several processes (`jax.distributed`, gloo) gives the losses and gradients of one device, the
+batch being the same."""
 
 import os
 import socket

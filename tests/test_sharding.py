@@ -1,4 +1,5 @@
-"""The shardings of every parameter of StarCoderPlus and of BLOOM 176B, against a file that people have read: `tests/golden/shardings.json`.
+"""The shardings of every parameter of StarCoderPlus and of BLOOM 176B, against a file that people have read:
+`tests/golden/shardings.json`.
 
 python tests/test_sharding.py      writes the file anew
 """

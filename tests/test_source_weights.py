@@ -1,4 +1,5 @@
-"""Which weights of a folder are the model: several that could be, tied tensors under either name, names of wrapped modules."""
+"""Which weights of a folder are the model: several that could be, tied tensors under either name, names of
+wrapped modules."""
 
 import json
 import re
@@ -93,7 +94,9 @@ def test_a_lone_variant_is_named(tmp_path, capsys):
     make_model().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "model.fp16.safetensors")
     assert_refused(tmp_path / "hf", tmp_path / "ours", r"--weights model\.fp16\.safetensors", capsys)
-    assert main(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours"), "--weights", "model.fp16.safetensors"]) == 0
+    assert (
+        main(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours"), "--weights", "model.fp16.safetensors"]) == 0
+    )
 
 
 def test_safetensors_come_before_bin_as_in_transformers_and_it_is_said(tmp_path, capsys):
@@ -109,7 +112,8 @@ def test_safetensors_come_before_bin_as_in_transformers_and_it_is_said(tmp_path,
 
 
 def test_a_folder_may_choose_itself(tmp_path, both, capsys):
-    """By a key of config.json that `transformers` obeys too, and that an export, whose files are others, does not have."""
+    """By a key of config.json that `transformers` obeys too, and that an export, whose files are others, does
+    not have."""
     values = json.loads((both / "config.json").read_text())
     (both / "config.json").write_text(json.dumps({**values, "transformers_weights": INDEX}))
     assert main(["from-torch", str(both), str(tmp_path / "ours")]) == 0
@@ -220,9 +224,18 @@ UP = "transformer.h.1.mlp.c_fc.weight"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: {f"_orig_mod.{UP}": t.pop(UP), **t}, rf"_orig_mod\.{UP} has the prefix '_orig_mod' of torch\.compile, but .* has none"),
-        (lambda t: {f"transformer._orig_mod.{UP[12:]}": t[UP] + 1, **t}, f"{UP} and .*_orig_mod.* are both|_orig_mod.* and .* are both"),
-        (lambda t: {f"gpt.{name}": value for name, value in t.items()}, r"gpt\.transformer\.wte\.weight, whose prefix is unknown"),
+        (
+            lambda t: {f"_orig_mod.{UP}": t.pop(UP), **t},
+            rf"_orig_mod\.{UP} has the prefix '_orig_mod' of torch\.compile, but .* has none",
+        ),
+        (
+            lambda t: {f"transformer._orig_mod.{UP[12:]}": t[UP] + 1, **t},
+            f"{UP} and .*_orig_mod.* are both|_orig_mod.* and .* are both",
+        ),
+        (
+            lambda t: {f"gpt.{name}": value for name, value in t.items()},
+            r"gpt\.transformer\.wte\.weight, whose prefix is unknown",
+        ),
     ],
     ids=["some only", "twice", "unknown"],
 )
@@ -239,6 +252,8 @@ def test_the_embedding_is_the_head_bit_for_bit(tmp_path):
     model.config.save_pretrained(tmp_path / "hf")
     safetensors_torch.save_model(model, str(tmp_path / "hf" / "model.safetensors"))
     assert main(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours"), "--vocabulary-divisible-by", "8"]) == 0
-    embedding = np.asarray(checkpoint.restore_parameters(tmp_path / "ours", dtype="float32")["token_embedding"]["embedding"])
+    embedding = np.asarray(
+        checkpoint.restore_parameters(tmp_path / "ours", dtype="float32")["token_embedding"]["embedding"]
+    )
     np.testing.assert_array_equal(embedding[:97], model.lm_head.weight.detach().float().numpy())
     assert not embedding[97:].any()

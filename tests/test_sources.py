@@ -1,4 +1,5 @@
-"""Sources: files that the formats' own libraries wrote are read back, whole or in parts, and what is damaged is named."""
+"""Sources: files that the formats' own libraries wrote are read back, whole or in parts, and what is damaged
+is named."""
 
 import glob
 import gzip
@@ -63,7 +64,9 @@ def texts(records: Sequence[Document | Bad]) -> list[str]:
 
 
 def json_lines(records: Sequence[dict]) -> bytes:
-    return b"".join(json.dumps(record, ensure_ascii=number % 2 == 0).encode() + b"\n" for number, record in enumerate(records))
+    return b"".join(
+        json.dumps(record, ensure_ascii=number % 2 == 0).encode() + b"\n" for number, record in enumerate(records)
+    )
 
 
 def example(record: dict) -> bytes:
@@ -75,7 +78,9 @@ def example(record: dict) -> bytes:
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode()]))
 
     flat = {name: value for name, value in record.items() if name != "meta"} | {"meta.stars": record["meta"]["stars"]}
-    return tf.train.Example(features=tf.train.Features(feature={name: feature(value) for name, value in flat.items()})).SerializeToString()
+    return tf.train.Example(
+        features=tf.train.Features(feature={name: feature(value) for name, value in flat.items()})
+    ).SerializeToString()
 
 
 def json_record(record: dict) -> bytes:
@@ -101,7 +106,9 @@ def write_array_record(path: Path, contents: Sequence[bytes], options: str = "gr
 
 def write_arrow(path: Path, records: Sequence[dict]) -> None:
     table = pa.Table.from_pylist(list(records))
-    with ipc.new_stream(str(path), table.schema.with_metadata({"huggingface": json.dumps({"info": {"features": {}}})})) as writer:
+    with ipc.new_stream(
+        str(path), table.schema.with_metadata({"huggingface": json.dumps({"info": {"features": {}}})})
+    ) as writer:
         writer.write_table(table, max_chunksize=7)
 
 
@@ -109,14 +116,22 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "a.jsonl": lambda path: path.write_bytes(json_lines(RECORDS)) and None,
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(json_lines(RECORDS))) and None,
     "several-members.jsonl.gz": lambda path: (
-        path.write_bytes(gzip.compress(json_lines(RECORDS[:20])) + gzip.compress(b"") + gzip.compress(json_lines(RECORDS[20:]))) and None
+        path.write_bytes(
+            gzip.compress(json_lines(RECORDS[:20])) + gzip.compress(b"") + gzip.compress(json_lines(RECORDS[20:]))
+        )
+        and None
     ),
     "a.jsonl.zst": lambda path: path.write_bytes(pa.compress(json_lines(RECORDS), "zstd", asbytes=True)) and None,
     "several-frames.jsonl.zst": lambda path: (
-        path.write_bytes(b"".join(pa.compress(json_lines(part), "zstd", asbytes=True) for part in (RECORDS[:20], RECORDS[20:]))) and None
+        path.write_bytes(
+            b"".join(pa.compress(json_lines(part), "zstd", asbytes=True) for part in (RECORDS[:20], RECORDS[20:]))
+        )
+        and None
     ),
     "a.parquet": lambda path: parquet.write_table(pa.Table.from_pylist(RECORDS), path),
-    "groups.parquet": lambda path: parquet.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=7, compression="zstd"),
+    "groups.parquet": lambda path: parquet.write_table(
+        pa.Table.from_pylist(RECORDS), path, row_group_size=7, compression="zstd"
+    ),
     "bytes.parquet": lambda path: parquet.write_table(
         pa.Table.from_pylist([record | {"text": record["text"].encode()} for record in RECORDS]), path
     ),
@@ -131,7 +146,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("part_bytes", [300, 1 << 24])
 @pytest.mark.parametrize("name", WRITERS)
-def test_what_a_library_wrote_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part_bytes: int) -> None:
+def test_what_a_library_wrote_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part_bytes: int
+) -> None:
     """Every record once, in order, with the fields asked for, however small the parts."""
     monkeypatch.setattr(sources, "PART_BYTES", part_bytes)
     WRITERS[name](tmp_path / name)
@@ -156,7 +173,9 @@ def test_rows_are_counted_through_the_file(tmp_path: Path) -> None:
     numbers = [str(number) for number in range(150_000)]
     parquet.write_table(pa.table({"text": numbers}), tmp_path / "a.parquet", row_group_size=100_000)
     documents = read(source_of(tmp_path / "a.parquet"))
-    assert [document.where for document in documents] == [f"{tmp_path}/a.parquet, row {number:,}" for number in range(150_000)]
+    assert [document.where for document in documents] == [
+        f"{tmp_path}/a.parquet, row {number:,}" for number in range(150_000)
+    ]
     assert texts(documents) == numbers
 
 
@@ -175,7 +194,11 @@ def test_dataset_saved_on_disk(tmp_path: Path) -> None:
 def test_text_is_a_document_a_file(tmp_path: Path, suffix: str) -> None:
     contents = {"a": "ensimmäinen\r\n\n日本語", "b": "𝒳\n"}
     for name, text in contents.items():
-        packed = {"": text.encode(), ".gz": gzip.compress(text.encode()), ".zst": pa.compress(text.encode(), "zstd", asbytes=True)}
+        packed = {
+            "": text.encode(),
+            ".gz": gzip.compress(text.encode()),
+            ".zst": pa.compress(text.encode(), "zstd", asbytes=True),
+        }
         (tmp_path / f"{name}.md{suffix}").write_bytes(packed[suffix])
     documents = read(Source({"train": (f"{tmp_path}/*.md{suffix}",)}, "text", fields={"path": "path"}))
     assert texts(documents) == list(contents.values())
@@ -186,8 +209,12 @@ def test_text_is_a_document_a_file(tmp_path: Path, suffix: str) -> None:
 
 def test_fields_instead_of_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"q": "2 + 2?", "a": {"b": [{"c": "4"}]}}\n')
-    (document,) = read(source_of(tmp_path / "a.jsonl", text=None, fields={"question": "q", "answer": "a.b", "deeper": "a.b.c"}))
-    assert document == Document((), {"language": "und", "question": "2 + 2?", "answer": [{"c": "4"}]}, f"{tmp_path}/a.jsonl, byte 0")
+    (document,) = read(
+        source_of(tmp_path / "a.jsonl", text=None, fields={"question": "q", "answer": "a.b", "deeper": "a.b.c"})
+    )
+    assert document == Document(
+        (), {"language": "und", "question": "2 + 2?", "answer": [{"c": "4"}]}, f"{tmp_path}/a.jsonl, byte 0"
+    )
 
 
 def test_inward_text(tmp_path: Path) -> None:
@@ -210,11 +237,17 @@ line = st.text(st.characters(codec="utf-8", exclude_characters="\n") | st.sample
 
 
 @settings(max_examples=250)
-@given(lines=st.lists(line, max_size=12), ends=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), part_bytes=st.integers(1, 40))
+@given(
+    lines=st.lists(line, max_size=12),
+    ends=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+    part_bytes=st.integers(1, 40),
+)
 def test_parts_have_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], ends: str, last: bool, part_bytes: int
 ) -> None:
-    """Wherever the cuts fall: in a line end, in a character, in the middle of nothing. Python's own splitting is the measure."""
+    """Wherever the cuts fall: in a line end, in a character, in the middle of nothing. Python's own splitting
+    is the measure."""
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     content = ends.join([*lines, *([""] if last else [])]).encode()
     path.write_bytes(content)
@@ -251,10 +284,14 @@ def test_parts_have_every_json_line_once(
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("format", ["jsonl", "json", "lines", "text"])
-def test_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, compressed: bool) -> None:
+def test_byte_order_mark_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, compressed: bool
+) -> None:
     """As Python's own codec takes it: at the beginning of a file, and there alone."""
     monkeypatch.setattr(sources, "PART_BYTES", 4)
-    written = {"jsonl": '{"text": "a"}\n{"text": "\ufeffb"}\n', "json": '[{"text": "a"}, {"text": "\ufeffb"}]'}.get(format, "a\n\ufeffb\n")
+    written = {"jsonl": '{"text": "a"}\n{"text": "\ufeffb"}\n', "json": '[{"text": "a"}, {"text": "\ufeffb"}]'}.get(
+        format, "a\n\ufeffb\n"
+    )
     content = written.encode("utf-8-sig")
     path = tmp_path / ("a.gz" if compressed else "a")
     path.write_bytes(gzip.compress(content) if compressed else content)
@@ -264,7 +301,9 @@ def test_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_separators_in_strings_part_no_lines(tmp_path: Path) -> None:
     written = [f"a{separator}b" for separator in "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in written), newline="")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in written), newline=""
+    )
     (tmp_path / "a.txt").write_text("\n".join(written), newline="")
     for name in ("a.jsonl", "a.txt"):
         assert texts(read(source_of(tmp_path / name))) == written
@@ -340,10 +379,11 @@ FAR_OFF, FINE = pa.array([2**60, 1], pa.timestamp("ms")), pa.array([1, 1001], pa
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_columns_that_nobody_asks_for_are_not_read(tmp_path: Path, name: str) -> None:
-    """Times that Python cannot hold, beside the text and inside a column of which another field is wanted. A row of such a column that
-    is wanted is bad, and the others are not."""
+    """Times that Python cannot hold, beside the text and inside a column of which another field is wanted. A
+    row of such a column that is wanted is bad, and the others are not."""
     nested = pa.StructArray.from_arrays(
-        [FAR_OFF, pa.array([3, 4]), pa.StructArray.from_arrays([FINE, pa.array(["x", "y"])], ["t", "s"])], ["t", "n", "in"]
+        [FAR_OFF, pa.array([3, 4]), pa.StructArray.from_arrays([FINE, pa.array(["x", "y"])], ["t", "s"])],
+        ["t", "n", "in"],
     )
     columns = {"text": pa.array(["a", "b"]), "far": FAR_OFF, "fine": FINE, "meta": nested, "a.b": pa.array([5, 6])}
     table = pa.table(columns)
@@ -363,7 +403,9 @@ def test_columns_that_nobody_asks_for_are_not_read(tmp_path: Path, name: str) ->
     bad, good = read(source_of(tmp_path / name, fields={"far": "far"}))
     assert (bad.reason, bad.where) == ("a value that Python has no type for", f"{tmp_path / name}, row 0")  # type: ignore[union-attr]
     assert texts([good]) == ["b"]
-    assert [bad.reason for bad in bad_of(read(source_of(tmp_path / name, text="nowhere")))] == ["no field 'nowhere'"] * 2
+    assert [bad.reason for bad in bad_of(read(source_of(tmp_path / name, text="nowhere")))] == [
+        "no field 'nowhere'"
+    ] * 2
 
 
 @pytest.mark.parametrize("name", ["a.tfrecord", "a.array_record"])
@@ -390,11 +432,14 @@ def test_bad_records_are_named_and_stop_nothing(tmp_path: Path, name: str) -> No
     (write_tfrecord if name == "a.tfrecord" else write_array_record)(tmp_path / name, list(contents))
     records = read(source_of(tmp_path / name))
     assert [record.reason if isinstance(record, Bad) else "" for record in records] == list(contents.values())
-    assert [record.where for record in records] == [f"{tmp_path / name}, record {number}" for number in range(len(contents))]
+    assert [record.where for record in records] == [
+        f"{tmp_path / name}, record {number}" for number in range(len(contents))
+    ]
 
 
 def test_surrogates_in_other_fields_stop_no_build(tmp_path: Path) -> None:
-    """JSON can spell half a surrogate pair in any field: the record is bad once a step makes text of it, and can be looked up as JSON."""
+    """JSON can spell half a surrogate pair in any field: the record is bad once a step makes text of it, and
+    can be looked up as JSON."""
     lines = [{"text": "good", "path": "a.py"}, {"text": "bad", "path": "a\ud800.py"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     source = source_of(tmp_path / "a.jsonl", fields={"path": "path"})
@@ -409,7 +454,9 @@ def test_surrogates_in_other_fields_stop_no_build(tmp_path: Path) -> None:
 class _PathAsText(CodeFormat):
     def __call__(self, document: Document) -> Document:
         (piece,) = document.pieces
-        return Document((piece._replace(text=f"{document.fields['path']} {piece.text}"),), document.fields, document.where)
+        return Document(
+            (piece._replace(text=f"{document.fields['path']} {piece.text}"),), document.fields, document.where
+        )
 
 
 # ---------------------------------------------------------------- Damaged files
@@ -454,12 +501,43 @@ def test_flipped_bit_in_a_compressed_file_is_noticed(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- Finding files
 
-TREE = ["a.txt", "b.txt", "c", ".hidden.txt", "d/a.txt", "d/xb.txt", "d/b1.txt", "d/e/b2.txt", "d/e/f/b3.txt", "d/e/UP.TXT"]
+TREE = [
+    "a.txt",
+    "b.txt",
+    "c",
+    ".hidden.txt",
+    "d/a.txt",
+    "d/xb.txt",
+    "d/b1.txt",
+    "d/e/b2.txt",
+    "d/e/f/b3.txt",
+    "d/e/UP.TXT",
+]
 TREE += ["d/.h/b4.txt", "d/e/.x.txt", "we[ird]/a.txt", "spa ce/日本.txt", "two/e/b.txt", ".d/a.txt"]
 PATTERNS = ["*.txt", "**/*.txt", "**/b*.txt", "d/**/b*.txt", "d/**", "**", "*/**", "d/**/e/*.txt", "*/*.txt", "?.txt"]
 PATTERNS += ["[ab].txt", "[!a].txt", "[a-b]*", "d/*/b?.txt", "**/.x*", "**.txt", "d/**.txt", "we[[]ird]/*", "we*/a.txt"]
-PATTERNS += ["d/e/**/b3.txt", "d/**/**/b*.txt", "nothere/*.txt", "link/*.txt", "link/**/*.txt", "**/e/**/*.txt", ".*", ".*/*"]
-PATTERNS += ["d/.h/*", "*/e/*", "**/e/b*", "**/f/**", "a.txt", "nothere.txt", "d", "d/e/../*.txt", "[.]hidden.txt", "**/**"]
+PATTERNS += [
+    "d/e/**/b3.txt",
+    "d/**/**/b*.txt",
+    "nothere/*.txt",
+    "link/*.txt",
+    "link/**/*.txt",
+    "**/e/**/*.txt",
+    ".*",
+    ".*/*",
+]
+PATTERNS += [
+    "d/.h/*",
+    "*/e/*",
+    "**/e/b*",
+    "**/f/**",
+    "a.txt",
+    "nothere.txt",
+    "d",
+    "d/e/../*.txt",
+    "[.]hidden.txt",
+    "**/**",
+]
 PATTERNS += ["a.txt/*", "a.txt/**", "d//*.txt", "./a.txt", "spa*/日*", "**/日本.txt", "*.TXT", "**/UP.*"]
 
 
@@ -484,7 +562,9 @@ def test_find_is_pythons_glob(tree: Path, monkeypatch: pytest.MonkeyPatch, patte
     found = find(pattern if how != "URL" else f"file://{pattern}")
     paths = [file.url.removeprefix("file://") for file in found]
     assert all(file.url.startswith("file://") == (how == "URL") for file in found)
-    assert list(map(os.path.normpath, paths)) == sorted(expected, key=lambda path: path if how != "URL" else f"file://{path}")
+    assert list(map(os.path.normpath, paths)) == sorted(
+        expected, key=lambda path: path if how != "URL" else f"file://{path}"
+    )
     for file, path in zip(found, paths, strict=True):
         assert (file.size, file.modified) == (os.stat(path).st_size, os.stat(path).st_mtime_ns)
         assert file.name == Path(path).name
@@ -499,12 +579,16 @@ def test_relative_pattern_longer_than_the_way_to_it(tree: Path, monkeypatch: pyt
 
 
 names = st.text("ab.", min_size=1, max_size=3).filter(lambda name: name.strip("."))
-patterns = st.lists(st.sampled_from(["**", "*", "a*", "*b", "?", ".*", "[ab]", "[!a]?"]) | names, min_size=1, max_size=4).map("/".join)
+patterns = st.lists(
+    st.sampled_from(["**", "*", "a*", "*b", "?", ".*", "[ab]", "[!a]?"]) | names, min_size=1, max_size=4
+).map("/".join)
 
 
 @settings(max_examples=300)
 @given(paths=st.lists(st.lists(names, min_size=1, max_size=4).map("/".join), min_size=1, max_size=12), pattern=patterns)
-def test_find_is_pythons_glob_on_any_tree(tmp_path_factory: pytest.TempPathFactory, paths: list[str], pattern: str) -> None:
+def test_find_is_pythons_glob_on_any_tree(
+    tmp_path_factory: pytest.TempPathFactory, paths: list[str], pattern: str
+) -> None:
     root = tmp_path_factory.mktemp("any")
     for path in paths:
         try:
@@ -518,14 +602,31 @@ def test_find_is_pythons_glob_on_any_tree(tmp_path_factory: pytest.TempPathFacto
 
 def test_patterns_in_order(tree: Path) -> None:
     source = Source({"train": (f"{tree}/d/*.txt", f"{tree}/a.txt")}, "lines")
-    assert [file.url.removeprefix(f"{tree}/") for file in source.files("train")] == ["d/a.txt", "d/b1.txt", "d/xb.txt", "a.txt"]
+    assert [file.url.removeprefix(f"{tree}/") for file in source.files("train")] == [
+        "d/a.txt",
+        "d/b1.txt",
+        "d/xb.txt",
+        "a.txt",
+    ]
 
 
 @pytest.mark.parametrize("how", ["absolute", "relative", "URL"])
 def test_a_path_that_is_there_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Whatever characters it has, and whatever else it would match; as the beginning of a pattern too."""
     monkeypatch.chdir(tmp_path)
-    names = ["a[1].txt", "a1.txt", "b{x}.txt", "c d.txt", "e*.txt", "ex.txt", "f?.txt", "fx.txt", "[g]/a.txt", "g/a.txt", "[!h]*/[i]/j.txt"]
+    names = [
+        "a[1].txt",
+        "a1.txt",
+        "b{x}.txt",
+        "c d.txt",
+        "e*.txt",
+        "ex.txt",
+        "f?.txt",
+        "fx.txt",
+        "[g]/a.txt",
+        "g/a.txt",
+        "[!h]*/[i]/j.txt",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -550,7 +651,10 @@ def test_no_file_is_read_twice(tree: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("a.txt", "./a.txt"): "a.txt would be read twice, found by a.txt and ./a.txt",
         ("a.txt", "a.txt"): "a.txt would be read twice, found by a.txt and a.txt",
         ("a.txt", f"file://{tree}/d/../a.txt"): "one file, would be read twice",
-        ("d/a.txt", "link/a.txt"): "d/a.txt and .*link/a.txt, one file, would be read twice, found by d/a.txt and link/a.txt",
+        (
+            "d/a.txt",
+            "link/a.txt",
+        ): "d/a.txt and .*link/a.txt, one file, would be read twice, found by d/a.txt and link/a.txt",
         ("*.txt",): "a.txt and .*/link.txt, one file, would be read twice, found by [*].txt",
     }
     for patterns, message in twice.items():
@@ -630,13 +734,24 @@ def test_s3_goes_to_the_endpoint(s3_server: tuple[str, list[str]]) -> None:
         "from aurora_jax.data.text.sources import Source\n"
         "source = Source({'train': ('s3://bucket/folder/a.jsonl',)}, 'jsonl')\n"
         "(file,) = source.files('train')\n"
-        "print(file.url, file.size, *(document.text for part in source.parts(file) for document in source.read(part)), sep='|')\n"
+        "print(file.url, file.size, *(document.text for part in source.parts(file) for document in "
+        "source.read(part)), sep='|')\n"
     )
-    secrets = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
+    secrets = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | secrets, capture_output=True, check=True
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | secrets,
+        capture_output=True,
+        check=True,
     )
     assert (
-        run.stdout.decode() == "|".join(["s3://bucket/folder/a.jsonl", str(len(json_lines(RECORDS))), *(r["text"] for r in RECORDS)]) + "\n"
+        run.stdout.decode()
+        == "|".join(["s3://bucket/folder/a.jsonl", str(len(json_lines(RECORDS))), *(r["text"] for r in RECORDS)]) + "\n"
     )
     assert set(requests) == {"HEAD /bucket/folder/a.jsonl", "GET /bucket/folder/a.jsonl"}

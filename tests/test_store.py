@@ -39,7 +39,10 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, written: list[list
     starts = data.draw(st.lists(st.integers(0, len(stream)), max_size=5))
     length = data.draw(st.integers(0, 50))
     last = np.cumsum([len(ids) for ids in documents]) - 1
-    tokens, ends = store.windows(np.array(starts, dtype=np.int64), length), store.window_ends(np.array(starts, dtype=np.int64), length)
+    tokens, ends = (
+        store.windows(np.array(starts, dtype=np.int64), length),
+        store.window_ends(np.array(starts, dtype=np.int64), length),
+    )
     assert tokens.shape == ends.shape == (len(starts), length)
     for row, start in enumerate(starts):
         inside = len(stream[start : start + length])
@@ -140,17 +143,23 @@ def test_every_chunk_is_stored(tmp_path: Path, small: None) -> None:
     store = write_store(tmp_path / "s", ZEROS, learn=LEARN)
     assert store.read(0, len(store)).tolist() == [i for ids in ZEROS for i in ids]
     assert store.window_learn(np.array([0]), len(store))[0].tolist() == LEARN
-    names = {f"{name}/c/{shard}" for name in ("tokens", "ends", "learn") for shard in range(5)} | {"offsets/c/0", "offsets/c/1"}
+    names = {f"{name}/c/{shard}" for name in ("tokens", "ends", "learn") for shard in range(5)} | {
+        "offsets/c/0",
+        "offsets/c/1",
+    }
     assert {str(path.relative_to(tmp_path / "s")) for path in shards(tmp_path / "s")} == names
 
 
 def test_a_missing_shard_is_named_at_open(tmp_path: Path, small: None) -> None:
-    """Every one of every array. TensorStore's own default would read zeros: end-of-text tokens, in StarCoder's vocabulary."""
+    """Every one of every array. TensorStore's own default would read zeros: end-of-text tokens, in
+    StarCoder's vocabulary."""
     write_store(tmp_path / "s", ZEROS, learn=LEARN)
     for path in shards(tmp_path / "s"):
         content = path.read_bytes()
         path.unlink()
-        with pytest.raises(InputError, match=rf"{tmp_path}/s: .*the file {path.relative_to(tmp_path / 's')} is missing"):
+        with pytest.raises(
+            InputError, match=rf"{tmp_path}/s: .*the file {path.relative_to(tmp_path / 's')} is missing"
+        ):
             TokenStore.open(tmp_path / "s")
         path.write_bytes(content)
     for path in shards(tmp_path / "s")[:3]:
@@ -168,7 +177,9 @@ def test_damage_that_reading_finds_names_the_file(tmp_path: Path, small: None, d
         if damage == "gone":
             path.unlink()
         else:
-            path.write_bytes({"emptied": b"", "cut short": content[:-3], "a bit": bytes([content[0] ^ 1]) + content[1:]}[damage])
+            path.write_bytes(
+                {"emptied": b"", "cut short": content[:-3], "a bit": bytes([content[0] ^ 1]) + content[1:]}[damage]
+            )
         with pytest.raises(InputError, match=rf"{tmp_path}/s: a damaged token store.*{path}"):
             _read_all(store)
         path.write_bytes(content)
@@ -185,7 +196,8 @@ def _read_all(store: TokenStore) -> None:
 
 
 def test_stores_without_chunks_of_zeros_still_open(tmp_path: Path, small: None) -> None:
-    """As the first formats wrote them: TensorStore's default leaves out what is all zeros. A shard that cannot be all zeros is missed."""
+    """As the first formats wrote them: TensorStore's default leaves out what is all zeros. A shard that
+    cannot be all zeros is missed."""
     directory = tmp_path / "s"
     documents = [[7] * 69 + [0], [5, 6] + [7] * 39 + [0], *([0] for _ in range(48))]
     learn = [False] * 69 + [True] + [False] * 41 + [True] + [True] * 48

@@ -60,7 +60,16 @@ def test_wrong_input_is_not_tried_again(directory):
 
 
 def test_a_command_that_does_not_end_is_killed_after_the_grace(directory):
-    supervise("start", directory, "--grace", "0.5", "--", "bash", "-c", "trap '' TERM; echo deaf; while true; do sleep 0.1; done")
+    supervise(
+        "start",
+        directory,
+        "--grace",
+        "0.5",
+        "--",
+        "bash",
+        "-c",
+        "trap '' TERM; echo deaf; while true; do sleep 0.1; done",
+    )
     wait_for(lambda: "deaf" in Status(directory).line())
     assert " stopped, since" in supervise("stop", directory).stdout
     assert Status(directory).values["exit"] == 128 + signal.SIGKILL
@@ -74,7 +83,9 @@ def test_a_sigterm_of_the_system_is_not_a_stop_of_the_user(directory):
 
 
 def test_a_command_that_has_lost_its_supervisor_saves_and_no_second_one_starts_meanwhile(directory, tmp_path):
-    script = f"trap 'sleep 1; echo saved > {tmp_path}/saved; exit 143' TERM; echo ready; while true; do sleep 0.05; done"
+    script = (
+        f"trap 'sleep 1; echo saved > {tmp_path}/saved; exit 143' TERM; echo ready; while true; do sleep 0.05; done"
+    )
     words = ["--", "bash", "-c", script]
     supervise("start", directory, *words)
     wait_for(lambda: "ready" in Status(directory).line())

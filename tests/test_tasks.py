@@ -55,7 +55,9 @@ def write_corpus(directory: Path) -> Path:
     for part in ("train", "clean", "heldout"):
         (directory / part).mkdir(parents=True)
         for language, texts in DOCUMENTS.items():
-            lines = [json.dumps({"text": text, "language": language, "source": "test", "license": "none"}) for text in texts]
+            lines = [
+                json.dumps({"text": text, "language": language, "source": "test", "license": "none"}) for text in texts
+            ]
             (directory / part / f"{language}.jsonl").write_text("\n".join(lines) + "\n")
     return directory
 
@@ -139,7 +141,9 @@ def json_lines(pattern: Path | str) -> FileSource:
 def test_without_eos(vocabulary: Vocabulary, tmp_path: Path) -> None:
     """A task that appends none keeps its documents apart by offsets; empty ones vanish."""
     corpus = write_corpus(tmp_path / "corpus")
-    with registered("plain", json_lines(corpus / "train" / "*.jsonl"), [seqio.preprocessors.tokenize], vocabulary) as task:
+    with registered(
+        "plain", json_lines(corpus / "train" / "*.jsonl"), [seqio.preprocessors.tokenize], vocabulary
+    ) as task:
         store = build(task, tmp_path)
         assert (store.info.eos_id, store.info.language) == (None, "mul")
         assert store_documents(store) == [ids for ids in seqio_documents(task, "train") if ids]
@@ -190,7 +194,8 @@ def test_missing_sources_are_named_together(vocabulary: Vocabulary, tmp_path: Pa
     ],
 )
 def test_bad_lines_are_put_aside(corpus: Path, tmp_path: Path, line: str, reason: str) -> None:
-    """Too many of them: no store, and the source is named. A few: a store without them, and a file that says where they are and why."""
+    """Too many of them: no store, and the source is named. A few: a store without them, and a file that says
+    where they are and why."""
     path = corpus / "train" / "en.jsonl"
     place = path.stat().st_size
     path.write_text(path.read_text() + line + "\n")
@@ -231,7 +236,9 @@ def test_the_fingerprint_follows_what_matters(corpus: Path, tmp_path: Path, voca
     """Split, tokenizer, preprocessors and their arguments change it; the folder does not."""
     here = recipe_of("sample_en", "train").fingerprint
     assert recipe_of("sample_en", "validation").fingerprint != here
-    moved = FileSource(Source({"train": ("/elsewhere/en.jsonl",)}, "jsonl", fields={"language": "language"}, language="en"))
+    moved = FileSource(
+        Source({"train": ("/elsewhere/en.jsonl",)}, "jsonl", fields={"language": "language"}, language="en")
+    )
 
     def fingerprint(vocabulary: Vocabulary, *preprocessors: Any) -> str:
         with registered("other", moved, list(preprocessors) or [Prepare()], vocabulary) as task:
@@ -317,7 +324,9 @@ def test_steps_give_the_same_in_seqio_and_in_the_store(tmp_path: Path, vocabular
     """Instructions: the same tokens from both, and the questions are not to be learnt."""
     pairs = [{"q": f"What is {number} + 1?", "a": f"{number + 1}."} for number in range(30)]
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    source = FileSource(Source({"train": (f"{tmp_path}/qa.jsonl",)}, "jsonl", text=None, fields={"instruction": "q", "response": "a"}))
+    source = FileSource(
+        Source({"train": (f"{tmp_path}/qa.jsonl",)}, "jsonl", text=None, fields={"instruction": "q", "response": "a"})
+    )
     with registered("questions", source, [Prepare(Instruction(learn="response"))], vocabulary) as task:
         store = build(task, tmp_path / "stores")
         documents = store_documents(store)

@@ -1,6 +1,7 @@
 """Every kind of tokenizer that the docs name: pieces of a text put together are the text, and new tokens are its end.
 
-What is expected is computed apart: from the texts themselves, by bytes, and with the library's decoders where they are right.
+What is expected is computed apart: from the texts themselves, by bytes, and with the library's decoders where
+they are right.
 """
 
 import io
@@ -31,14 +32,18 @@ ADDED = ["hyvää", "päivää", "‹日本›"]
 EVERY_BYTE = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def byte_level(*, prefix: bool = False, normalizer: normalizers.Normalizer | None = None, added: list[AddedToken] | None = None) -> str:
+def byte_level(
+    *, prefix: bool = False, normalizer: normalizers.Normalizer | None = None, added: list[AddedToken] | None = None
+) -> str:
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     library.decoder = decoders.ByteLevel()
     if normalizer is not None:
         library.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    library.train_from_iterator(SENTENCES.values(), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    library.train_from_iterator(
+        SENTENCES.values(), trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
     library.add_tokens(added or [AddedToken(name, normalized=False) for name in ADDED])
     return library.to_str()
 
@@ -46,7 +51,10 @@ def byte_level(*, prefix: bool = False, normalizer: normalizers.Normalizer | Non
 def spaces(normalizer, pre_tokenizer, decoder, *, unigram: bool = False, fallback: bool = True) -> str:
     """A vocabulary that writes spaces as ▁, as SentencePiece's converted ones do."""
     if unigram:
-        library, trainer = Library(models.Unigram()), trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>")
+        library, trainer = (
+            Library(models.Unigram()),
+            trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>"),
+        )
     else:
         library = Library(models.BPE(unk_token="<unk>", byte_fallback=fallback, fuse_unk=True))
         special = [*SPECIAL, *(EVERY_BYTE if fallback else [])]
@@ -94,14 +102,18 @@ KINDS: dict[str, Callable[[], str | bytes]] = {
     "byte-level": byte_level,
     "byte-level, space before": lambda: byte_level(prefix=True),
     "byte-level, NFC": lambda: byte_level(normalizer=normalizers.NFC()),
-    "byte-level, greedy added tokens": lambda: byte_level(added=[AddedToken("<mine>", lstrip=True, rstrip=True), AddedToken("hyvää")]),
+    "byte-level, greedy added tokens": lambda: byte_level(
+        added=[AddedToken("<mine>", lstrip=True, rstrip=True), AddedToken("hyvää")]
+    ),
     "Metaspace always": lambda: metaspace("always"),
     "Metaspace first": lambda: metaspace("first"),
     "Metaspace never": lambda: metaspace("never"),
     "Metaspace always, whole": lambda: metaspace("always", split=False),
     "Metaspace, no bytes": lambda: metaspace("always", fallback=False),
     "Llama": lambda: spaces(
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, bytes_and_spaces(decoders.Strip(" ", 1, 0))
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+        bytes_and_spaces(decoders.Strip(" ", 1, 0)),
     ),
     "Gemma": lambda: spaces(normalizers.Replace(" ", "▁"), None, bytes_and_spaces()),
     "T5": lambda: spaces(
@@ -136,12 +148,28 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
 def some_documents(count: int) -> list[str]:
     """Stretches of five languages and code, and what is hard: spaces at the ends, unknown letters, names of tokens."""
     chance = random.Random(0)
-    hard = [" ", "  ", "\n\n", "\t", "e\u0301", "ｆｕｌｌ", "🙂🙂", "語", "<mine>", "hyvää", "‹日本›", "<unk>", "<0x41>", "<|endoftext|>"]
+    hard = [
+        " ",
+        "  ",
+        "\n\n",
+        "\t",
+        "e\u0301",
+        "ｆｕｌｌ",
+        "🙂🙂",
+        "語",
+        "<mine>",
+        "hyvää",
+        "‹日本›",
+        "<unk>",
+        "<0x41>",
+        "<|endoftext|>",
+    ]
     whole = list(SENTENCES.values())
     documents = []
     for _ in range(count):
         text = "".join(
-            chance.choice(whole)[(start := chance.randrange(60)) : start + chance.randrange(20)] + chance.choice(hard) for _ in "abc"
+            chance.choice(whole)[(start := chance.randrange(60)) : start + chance.randrange(20)] + chance.choice(hard)
+            for _ in "abc"
         )
         documents.append(chance.choice(["", " "]) + text)
     return documents
@@ -157,7 +185,9 @@ def test_what_was_cut_decodes_to_the_document(kinds: dict[str, Tokenizer], kind:
     prefix_id, suffix_id, middle_id = map(tokenizer.special_id, FIM)
     for spm in (0.0, 1.0):
         preparation = Preparation((FillInTheMiddle(1, spm, seed=1),), tokenizer, append_eos=False)
-        for text, outcome in zip(DOCUMENTS, preparation.outcomes(Document((Piece(text),)) for text in DOCUMENTS), strict=True):
+        for text, outcome in zip(
+            DOCUMENTS, preparation.outcomes(Document((Piece(text),)) for text in DOCUMENTS), strict=True
+        ):
             assert isinstance(outcome, Tokenized), outcome
             ids = outcome.ids.tolist()
             assert ids[0] == prefix_id
@@ -172,7 +202,9 @@ def test_what_was_cut_decodes_to_the_document(kinds: dict[str, Tokenizer], kind:
 @settings(max_examples=60)
 @given(
     st.lists(
-        st.text(alphabet="ab  \n\té日🙂e\u0301ｆ<mine>‹", max_size=8) | st.sampled_from(["hyvää", "<mine>", "def f(x):\n"]), max_size=5
+        st.text(alphabet="ab  \n\té日🙂e\u0301ｆ<mine>‹", max_size=8)
+        | st.sampled_from(["hyvää", "<mine>", "def f(x):\n"]),
+        max_size=5,
     )
 )
 def test_pieces_are_the_text(kinds: dict[str, Tokenizer], pieces: list[str]) -> None:
@@ -180,7 +212,9 @@ def test_pieces_are_the_text(kinds: dict[str, Tokenizer], pieces: list[str]) -> 
         encoded = tokenizer.encode_pieces(pieces)
         assert len(encoded) == len(pieces)
         text = "".join(pieces)
-        assert tokenizer.decode([int(i) for ids in encoded for i in ids]) == tokenizer.decode(tokenizer.encode(text)), kind
+        assert tokenizer.decode([int(i) for ids in encoded for i in ids]) == tokenizer.decode(tokenizer.encode(text)), (
+            kind
+        )
         if kind in (*LOSSLESS, "bytes"):
             assert tokenizer.decode([int(i) for ids in encoded for i in ids]) == text, kind
 
@@ -196,7 +230,8 @@ def test_byte_level_pieces_are_encoded_apart(kinds: dict[str, Tokenizer]) -> Non
 
 
 def test_every_step_encodes_pieces_of_one_text(kinds: dict[str, Tokenizer]) -> None:
-    """Code formats and templates too: without its special tokens a document decodes to its text, no space put into it."""
+    """Code formats and templates too: without its special tokens a document decodes to its text, no space put
+    into it."""
     fields = {"repository": "a/b", "path": "c.py", "stars": 3, "instruction": "Sano hei.", "response": "Hei vain!"}
     for kind, tokenizer in kinds.items():
         if kind not in ("Llama", "Gemma", "Metaspace always", "Metaspace first", "Metaspace never"):
@@ -216,7 +251,8 @@ def test_every_step_encodes_pieces_of_one_text(kinds: dict[str, Tokenizer]) -> N
 
 
 def test_stores_that_were_cut_otherwise_are_other_stores(kinds: dict[str, Tokenizer]) -> None:
-    """Stores of what is encoded as before are still opened; the digests are those of the code of 2026-11-24, which wrote format 2."""
+    """Stores of what is encoded as before are still opened; the digests are those of the code of 2026-11-24,
+    which wrote format 2."""
 
     class Reader:
         def described(self) -> tuple[str, ...]:
@@ -273,9 +309,16 @@ def test_prefix_completion_and_suffix_are_the_text(kinds: dict[str, Tokenizer]) 
     for kind, tokenizer in kinds.items():
         if kind not in ("byte-level", "Llama", "Gemma", "Metaspace always", "SentencePiece, identity"):
             continue
-        for prefix, middle, suffix in (("def f(", "x", "): return"), ("", "def", " f"), ("a", " b", ""), ("x = ", "1", "\n\n y")):
+        for prefix, middle, suffix in (
+            ("def f(", "x", "): return"),
+            ("", "def", " f"),
+            ("a", " b", ""),
+            ("x = ", "1", "\n\n y"),
+        ):
             made = prompts.infilling(tokenizer, prefix, suffix)
-            prefix_ids, middle_ids, suffix_ids = (ids.tolist() for ids in tokenizer.encode_pieces([prefix, middle, suffix]))
+            prefix_ids, middle_ids, suffix_ids = (
+                ids.tolist() for ids in tokenizer.encode_pieces([prefix, middle, suffix])
+            )
             before, after, end = map(tokenizer.special_id, FIM)
             assert made.tokens == [before, *prefix_ids, after, *suffix_ids, end], (kind, prefix)
             stream = TextStream(tokenizer, context=made.context)
@@ -355,7 +398,11 @@ def test_a_token_that_the_tokenizer_lacks_is_named(kinds: dict[str, Tokenizer]) 
     for tokenizer in kinds.values():
         for i in (tokenizer.vocab_size, tokenizer.vocab_size + 10**6, -1, 1 << 40):
             assert not tokenizer.has(i)
-            for use in (tokenizer.decode, TextStream(tokenizer).add, lambda ids, tokenizer=tokenizer: tokenizer.token_bytes(*ids)):
+            for use in (
+                tokenizer.decode,
+                TextStream(tokenizer).add,
+                lambda ids, tokenizer=tokenizer: tokenizer.token_bytes(*ids),
+            ):
                 with pytest.raises(InputError, match=f"no token {i}"):
                     use([i])
         assert all(map(tokenizer.has, range(tokenizer.vocab_size)))
@@ -366,7 +413,9 @@ def test_a_decoder_that_cannot_be_spelled(tmp_path) -> None:
     library = Library(models.BPE(end_of_word_suffix="</w>"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.decoder = decoders.BPEDecoder()
-    library.train_from_iterator(SENTENCES.values(), trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, end_of_word_suffix="</w>"))
+    library.train_from_iterator(
+        SENTENCES.values(), trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, end_of_word_suffix="</w>")
+    )
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer = tokenizer_from(tmp_path)
     ids = tokenizer.encode("human beings are")
@@ -393,7 +442,9 @@ def test_stop_strings_as_they_are_typed(written: str, meant: str) -> None:
     assert prompts.stop_string(written) == meant
 
 
-@pytest.mark.parametrize("written", ["\\", "a\\", r"\q", r"\x4", r"\u12", r"\ud83d", r"\U00110000", r"\0", "\\日", "", "a\udcff"])
+@pytest.mark.parametrize(
+    "written", ["\\", "a\\", r"\q", r"\x4", r"\u12", r"\ud83d", r"\U00110000", r"\0", "\\日", "", "a\udcff"]
+)
 def test_stop_strings_that_mean_nothing(written: str) -> None:
     with pytest.raises(InputError, match=r"stop|Character"):
         prompts.stop_string(written)

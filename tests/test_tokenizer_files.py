@@ -1,4 +1,5 @@
-"""Which of a folder's files are its tokenizer, and what tells tokenizers apart: one digest for folders, stores and checkpoints."""
+"""Which of a folder's files are its tokenizer, and what tells tokenizers apart: one digest for folders,
+stores and checkpoints."""
 
 import io
 import json
@@ -11,7 +12,13 @@ from conftest import SENTENCES
 from stores import write_store
 
 from aurora_jax.checkpoints.format import CheckpointMetadata, save_checkpoint
-from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_from, tokenizer_of
+from aurora_jax.data.text.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    tokenizer_from,
+    tokenizer_of,
+)
 from aurora_jax.data.text.tokenizer_files import read_tokenizer_files, require_tokenizer_of_stores, tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig
@@ -27,7 +34,11 @@ def model_file(tmp_path_factory) -> Path:
     """A SentencePiece model with a name of its own."""
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(list(SENTENCES.values()) * 4), model_writer=content, vocab_size=400, byte_fallback=True, minloglevel=2
+        sentence_iterator=iter(list(SENTENCES.values()) * 4),
+        model_writer=content,
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
     )
     path = tmp_path_factory.mktemp("sentencepiece") / "mine.model"
     path.write_bytes(content.getvalue())
@@ -49,7 +60,10 @@ ADDED = {
     "nothing more": {},
     "added_tokens.json": {
         "added_tokens.json": {"<new>": 400, "[ä]": 401},
-        "special_tokens_map.json": {"additional_special_tokens": ["<fim_prefix>", "<new>"], "eos_token": "<|endoftext|>"},
+        "special_tokens_map.json": {
+            "additional_special_tokens": ["<fim_prefix>", "<new>"],
+            "eos_token": "<|endoftext|>",
+        },
     },
     "tokenizer_config.json": {
         "tokenizer_config.json": {
@@ -96,7 +110,9 @@ def test_every_kind_has_one_digest(mini_tokenizer, model_file, gpt2, tmp_path):
     # One of our checkpoints, for `data build --tokenizer CHECKPOINT`.
     config = ModelConfig(400, 8, 4, 1, 1, 4)
     carried = {**read_tokenizer_files(mini_tokenizer), "LICENSE": b"", "tokenizer.model": model_file.read_bytes()}
-    save_checkpoint(tmp_path / "checkpoint", initial_parameters(config, 0), CheckpointMetadata(config, "float32"), carried)
+    save_checkpoint(
+        tmp_path / "checkpoint", initial_parameters(config, 0), CheckpointMetadata(config, "float32"), carried
+    )
     expected = {
         mini_tokenizer: HuggingFaceTokenizer(mini_tokenizer),
         mini_tokenizer / "tokenizer.json": HuggingFaceTokenizer(mini_tokenizer),
@@ -172,7 +188,11 @@ ONE_TOKEN = {"vocab.json": '{"a": 0}', "merges.txt": ""}
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c\n"}, "merges.txt: 'a b c' is not two tokens"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b\n"}, "do not belong together"),
         (
-            {"vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer_config.json": '{"tokenizer_class": "CodeGenTokenizer"}'},
+            {
+                "vocab.json": '{"a": 0}',
+                "merges.txt": "",
+                "tokenizer_config.json": '{"tokenizer_class": "CodeGenTokenizer"}',
+            },
             "CodeGenTokenizer",
         ),
         ({**ONE_TOKEN, "added_tokens.json": '{"<x>": 7}'}, "'<x>' is said to be 7, but is 1"),
@@ -190,5 +210,7 @@ def test_stores_of_another_tokenizer_are_refused(tmp_path):
     write_store(tmp_path / "fi", [[1, 2, 0]], tokenizer_sha256="b" * 64)
     directories = {"fi": str(tmp_path / "fi"), "en": str(tmp_path / "not built")}
     require_tokenizer_of_stores("b" * 64, "here", directories)
-    with pytest.raises(InputError, match="store of fi was made with the tokenizer bbbbbbbbbbbb, but here is cccccccccccc"):
+    with pytest.raises(
+        InputError, match="store of fi was made with the tokenizer bbbbbbbbbbbb, but here is cccccccccccc"
+    ):
         require_tokenizer_of_stores("c" * 64, "here", directories)

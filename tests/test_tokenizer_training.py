@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from aurora_jax.errors import InputError
-from aurora_jax.sample_corpus.tokenizer_training import SPECIAL_TOKENS, TrainTokenizerCommand, save_tokenizer, train_tokenizer
+from aurora_jax.sample_corpus.tokenizer_training import (
+    SPECIAL_TOKENS,
+    TrainTokenizerCommand,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [
     "def total(values):\n    return sum(value for value in values if value > 0)\n",

@@ -39,7 +39,10 @@ def config():
     ("environment", "said"),
     [
         ({processes.ADDRESS: "a:1"}, "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
-        ({processes.ADDRESS: "a:1", processes.COUNT: "2", processes.INDEX: "2"}, "JAX_PROCESS_ID=2 is not one of the 2"),
+        (
+            {processes.ADDRESS: "a:1", processes.COUNT: "2", processes.INDEX: "2"},
+            "JAX_PROCESS_ID=2 is not one of the 2",
+        ),
         ({processes.ADDRESS: "a:1", processes.COUNT: "two", processes.INDEX: "0"}, "two"),
         ({processes.DISTRIBUTED: "yes"}, "AURORA_DISTRIBUTED=yes: the one value is auto"),
     ],
@@ -81,8 +84,20 @@ def losses(output: Path) -> list[tuple]:
 @pytest.mark.full
 def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mini_corpus, mini_tokenizer, tmp_path):
     config = tmp_path / "config.py"
-    config.write_text(CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores")))
-    alone = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(tmp_path / "alone"), "--stop-after", "1"]
+    config.write_text(
+        CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores"))
+    )
+    alone = [
+        sys.executable,
+        "-m",
+        "aurora_jax",
+        "train",
+        str(config),
+        "--output",
+        str(tmp_path / "alone"),
+        "--stop-after",
+        "1",
+    ]
     subprocess.run(alone, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)  # builds the stores
     assert run(config, tmp_path / "undisturbed") == [0, 0]
 

@@ -37,7 +37,10 @@ from convert.__main__ import main as convert
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24)
-STAGES = (Stage("cap", "nano_cap", 7, LearningRate(peak=1e-2, warmup_steps=2, decay_steps=10)), Stage("cat", "nano_cat", 5))
+STAGES = (
+    Stage("cap", "nano_cap", 7, LearningRate(peak=1e-2, warmup_steps=2, decay_steps=10)),
+    Stage("cat", "nano_cat", 5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,13 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         output=folder / "undisturbed",
         stages=STAGES,
         model=MODEL,
-        data=DataConfig(corpus=str(mini_corpus), tokenizer=mini_tokenizer, stores=str(folder / "stores"), batch_size=8, sequence_length=32),
+        data=DataConfig(
+            corpus=str(mini_corpus),
+            tokenizer=mini_tokenizer,
+            stores=str(folder / "stores"),
+            batch_size=8,
+            sequence_length=32,
+        ),
         compute=ComputeConfig("float32", "float32"),
         evaluation=EvaluationConfig(tasks=("sample_en", "sample_fi"), every=4, quick_windows=2, batch_size=2),
         checkpoint=CheckpointConfig(every=4),
@@ -66,7 +75,10 @@ def undisturbed(base):
 def losses(run: Path) -> dict[int, tuple]:
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(len(rows)))  # each step once, in order
-    return {row["step"]: (row["loss"], row["gradient_norm"], row["learning_rate"], tuple(row["task_loss"].items())) for row in rows}
+    return {
+        row["step"]: (row["loss"], row["gradient_norm"], row["learning_rate"], tuple(row["task_loss"].items()))
+        for row in rows
+    }
 
 
 def evaluations(run: Path) -> dict[tuple, dict]:
@@ -85,7 +97,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path, stop_aft
     config = replace(base, output=tmp_path / "run")
     train(replace(config, stop_after=stop_after))
     assert len(losses(config.output)) == stop_after
-    if stop_after != 5:  # as a kill would: the evaluation that follows the checkpoint (the complete one, at a stage's end) is cut off
+    if (
+        stop_after != 5
+    ):  # as a kill would: the evaluation that follows the checkpoint (the complete one, at a stage's end) is cut off
         lines = (config.output / "metrics.jsonl").read_text().splitlines(keepends=True)
         (config.output / "metrics.jsonl").write_text("".join(lines[:-1]))
     state = train(config)
@@ -93,11 +107,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, undisturbed, tmp_path, stop_aft
     assert losses(config.output) == losses(undisturbed[0])
     assert evaluations(config.output) == evaluations(undisturbed[0])
     assert {step for step, is_complete in evaluations(config.output) if is_complete} == {0, 7, 12}
-    assert {step for step, is_complete in evaluations(config.output) if not is_complete} == {0, 4, 7, 8, 12}  # one curve, from the start
+    assert {step for step, is_complete in evaluations(config.output) if not is_complete} == {
+        0,
+        4,
+        7,
+        8,
+        12,
+    }  # one curve, from the start
 
 
 def test_dropout_and_micro_batches_resume_bit_for_bit(base, tmp_path):
-    config = replace(base, output=tmp_path / "whole", dropout=0.2, optimizer=OptimizerConfig(micro_batches=2), stages=STAGES[:1])
+    config = replace(
+        base, output=tmp_path / "whole", dropout=0.2, optimizer=OptimizerConfig(micro_batches=2), stages=STAGES[:1]
+    )
     whole = train(config)
     config = replace(config, output=tmp_path / "parts")
     train(replace(config, stop_after=3))
@@ -140,11 +162,18 @@ def test_stages_are_kept_with_their_lineage(base, undisturbed, tmp_path):
 
 
 def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
-    """PyTorch's BLOOM, two stages with a stop between, on sequences twice as long as its config says, PyTorch's BLOOM again."""
+    """PyTorch's BLOOM, two stages with a stop between, on sequences twice as long as its config says,
+    PyTorch's BLOOM again."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 416, "hidden_size": 18, "n_layer": 2, "n_head": 3, "seq_length": 16}  # more rows than the tokenizer has ids
+    sizes = {
+        "vocab_size": 416,
+        "hidden_size": 18,
+        "n_layer": 2,
+        "n_head": 3,
+        "seq_length": 16,
+    }  # more rows than the tokenizer has ids
     transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).save_pretrained(tmp_path / "hf")
     shutil.copytree(mini_tokenizer, tmp_path / "hf", dirs_exist_ok=True)
     assert convert(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
@@ -157,12 +186,15 @@ def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
     assert len(found) == 12
     assert found[11][0] < found[0][0] - 0.5
 
-    # `aurora eval` reads the windows and masks of the run, from a stage as from a step, and finds the run's own figures.
+    # `aurora eval` reads the windows and masks of the run, from a stage as from a step, and finds the run's
+    # own figures.
     stores = {"corpus": base.data.corpus, "stores": base.data.stores, "tasks": base.evaluation.tasks}
     for where in ("run", "run/stages/cat"):
         EvalCommand(tmp_path / where, **stores, json=tmp_path / "eval.json", compute=base.compute).run()
         found = json.loads((tmp_path / "eval.json").read_text())
-        (row,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("complete") and row["step"] == 12]
+        (row,) = [
+            row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("complete") and row["step"] == 12
+        ]
         assert found["settings"] == row["settings"]
         assert (row["settings"]["sequence_length"], row["settings"]["attend_across_documents"]) == (32, False)
         for task, score in row["evaluation"].items():
@@ -185,7 +217,8 @@ def config_file(base: TrainConfig, folder: Path) -> Path:
     path = folder / "config.py"
     path.write_text(
         "from pathlib import Path, PosixPath\n"
-        "from aurora_jax.model.config import *\nfrom aurora_jax.train.config import *\nfrom aurora_jax.train.stages import *\n"
+        "from aurora_jax.model.config import *\nfrom aurora_jax.train.config import *\nfrom "
+        "aurora_jax.train.stages import *\n"
         f"def config():\n    return {replace(base, output=folder / 'run')!r}\n"
     )
     return path
@@ -298,7 +331,8 @@ def swapped(mixture: str) -> tuple[tuple[str, float], ...]:
 def test_other_rates_under_the_same_name_are_not_resumed(base, undisturbed, monkeypatch):
     monkeypatch.setattr("aurora_jax.data.registry.tasks.mixture_rates", swapped)
     with pytest.raises(
-        InputError, match=r"rates of stage cap \{'sample_en': 0.28, 'sample_fi': 0.12\}.*\{'sample_en': 0.12, 'sample_fi': 0.28"
+        InputError,
+        match=r"rates of stage cap \{'sample_en': 0.28, 'sample_fi': 0.12\}.*\{'sample_en': 0.12, 'sample_fi': 0.28",
     ):
         train(base)
 
@@ -313,12 +347,16 @@ def test_a_store_that_appears_or_vanishes_is_not_resumed(base, undisturbed, tmp_
         facts["stores"].pop("sample_hi", None)
 
     edit_facts(run / "checkpoints" / "12", without_hindi)
-    with pytest.raises(InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began without sample_hi: move the store out"):
+    with pytest.raises(
+        InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began without sample_hi: move the store out"
+    ):
         train(replace(base, output=run))
     stores = shutil.copytree(base.data.stores, tmp_path / "stores")
     shutil.rmtree(stores / "sample_hi" / "train")
     data = replace(base.data, stores=str(stores), skip_missing=True)
-    with pytest.raises(InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began with sample_hi: put the store back"):
+    with pytest.raises(
+        InputError, match=r"rates of stage cap.*'sample_hi': 0.12.*began with sample_hi: put the store back"
+    ):
         train(replace(base, data=data))
 
 
@@ -440,7 +478,11 @@ def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbe
     checkpoint.save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_files(undisturbed[0]))
     evaluation = replace(base.evaluation, tasks=())
     with pytest.raises(Diverged, match="steps 0 to 2"):
-        train(replace(base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "broken", evaluation=evaluation))
+        train(
+            replace(
+                base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "broken", evaluation=evaluation
+            )
+        )
 
 
 def test_a_sequence_beyond_the_positions_is_refused(base, tmp_path):

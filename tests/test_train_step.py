@@ -25,7 +25,9 @@ def make_batch(seed: int = 0, B: int = 8, L: int = 16) -> Batch:
     tokens = rng.integers(31, size=(B, L + 1)).astype(np.int32)
     weights = (np.arange(L)[None, :] < (2 * np.arange(B) + 1)[:, None]).astype(np.float32)
     positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights, weights.astype(np.int32), positions, (np.arange(B) % 3).astype(np.int32))
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], weights, weights.astype(np.int32), positions, (np.arange(B) % 3).astype(np.int32)
+    )
 
 
 def test_micro_batches_equal_the_large_batch():
@@ -45,13 +47,20 @@ def test_isolated_documents_change_the_loss_and_positions_are_used():
     parameters = jax.tree.map(lambda p: 5 * p, initial_parameters(CONFIG, 0))
     batch = make_batch()._replace(segment_ids_BL=np.repeat(np.array([[1] * 8 + [2] * 8], np.int32), 8, axis=0))
     total = jnp.float32(1)
-    assert float(LOSS(parameters, batch, total, None)[0]) != pytest.approx(float(isolating(parameters, batch, total, None)[0]), rel=1e-4)
+    assert float(LOSS(parameters, batch, total, None)[0]) != pytest.approx(
+        float(isolating(parameters, batch, total, None)[0]), rel=1e-4
+    )
 
 
 def jitted_step(optimizer: OptimizerConfig):
     return jax.jit(
         make_train_step(
-            make_gradient(LOSS, optimizer.micro_batches), optimizer, lambda step: 1e-2 / (step + 1), dropout=False, seed=0, tasks=3
+            make_gradient(LOSS, optimizer.micro_batches),
+            optimizer,
+            lambda step: 1e-2 / (step + 1),
+            dropout=False,
+            seed=0,
+            tasks=3,
         )
     )
 
@@ -62,13 +71,17 @@ def test_metrics_say_what_happened():
     state, metrics = jitted_step(optimizer)(initial_state(initial_parameters(CONFIG, 0), optimizer), batch)
     assert (int(state.step), int(state.accepted), float(metrics["accepted"]), float(metrics["skipped"])) == (1, 1, 1, 0)
     assert float(metrics["tokens"]) == batch.loss_weights_BL.sum()
-    assert float(metrics["task_nll"].sum() / metrics["task_tokens"].sum()) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert float(metrics["task_nll"].sum() / metrics["task_tokens"].sum()) == pytest.approx(
+        float(metrics["loss"]), rel=1e-6
+    )
     np.testing.assert_array_equal(metrics["task_tokens"], [1 + 7 + 13, 3 + 9 + 15, 5 + 11])
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
 
 
 def same(one, other) -> bool:
-    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return all(
+        np.array_equal(a, b, equal_nan=True) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 def test_a_non_finite_update_is_not_made():
@@ -112,7 +125,9 @@ def test_a_spike_is_not_made_once_the_average_is_known(monkeypatch):
 def test_dropout_follows_the_step():
     config = CONFIG.with_dropout(0.5)
     loss = make_loss(structure_of(config, FP32), FP32, z_loss=0.0, isolate_documents=False)
-    step = jax.jit(make_train_step(make_gradient(loss, 1), OptimizerConfig(), lambda step: 0.0, dropout=True, seed=0, tasks=3))
+    step = jax.jit(
+        make_train_step(make_gradient(loss, 1), OptimizerConfig(), lambda step: 0.0, dropout=True, seed=0, tasks=3)
+    )
     state = initial_state(initial_parameters(config, 0), OptimizerConfig())
     _, one = step(state, make_batch())
     _, again = step(state, make_batch())

@@ -1,4 +1,5 @@
-"""What travels with a model besides its weights: every small text and the tokenizer, byte for byte; the rest is named."""
+"""What travels with a model besides its weights: every small text and the tokenizer, byte for byte; the rest
+is named."""
 
 import dataclasses
 import json
@@ -71,7 +72,12 @@ def test_what_stays_behind_is_named(tmp_path, hf, monkeypatch, capsys):
     assert main(["from-torch", str(hf), str(tmp_path / "ours")]) == 0
     assert checkpoint.read_files(tmp_path / "ours") == TRAVELLERS
     error = capsys.readouterr().err
-    for said in ("log.txt (1,001 bytes; at most 1,000 travel)", "logo.png, nul.txt (not text)", "runs (a folder)", "tf_model.h5 (weights)"):
+    for said in (
+        "log.txt (1,001 bytes; at most 1,000 travel)",
+        "logo.png, nul.txt (not text)",
+        "runs (a folder)",
+        "tf_model.h5 (weights)",
+    ):
         assert f"left behind: {said}\n" in error
     assert "model.safetensors" not in error
     assert main(["from-torch", str(hf), str(tmp_path / "ours"), "--dry-run"]) == 0
@@ -94,7 +100,9 @@ def test_links_are_followed_where_the_hub_puts_them_and_nowhere_else(tmp_path, h
     snapshot = cache / "snapshots" / "abc"
     snapshot.parent.mkdir()
     hf.rename(snapshot)
-    for number, name in enumerate(["README.md", "tokenizer.json", "model.safetensors", "additional_chat_templates/tools.jinja"]):
+    for number, name in enumerate(
+        ["README.md", "tokenizer.json", "model.safetensors", "additional_chat_templates/tools.jinja"]
+    ):
         (snapshot / name).rename(cache / "blobs" / str(number))
         (snapshot / name).symlink_to(cache / "blobs" / str(number))
     (tmp_path / "secret").write_text("mine")
@@ -108,7 +116,9 @@ def test_links_are_followed_where_the_hub_puts_them_and_nowhere_else(tmp_path, h
     assert "left behind: gone.txt (not a file)\n" in error
     (snapshot / "vocab.json").unlink()
     (snapshot / "vocab.json").symlink_to(tmp_path / "secret")
-    assert_refused(snapshot, tmp_path / "another", "vocab.json: a file of the tokenizer.*a link out of the folder", capsys)
+    assert_refused(
+        snapshot, tmp_path / "another", "vocab.json: a file of the tokenizer.*a link out of the folder", capsys
+    )
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil", "a/b/c", "", ".", "a\\b", "a//b"])
@@ -145,7 +155,8 @@ def test_the_config_names_the_activation_as_it_came(tmp_path, hf, name):
 
 
 def test_a_checkpoint_of_before_is_read(tmp_path, hf):
-    """Made by the code before other files than a tokenizer's travelled: text alone, and no digest but that of tokenizer.json."""
+    """Made by the code before other files than a tokenizer's travelled: text alone, and no digest but that of
+    tokenizer.json."""
     ours = tmp_path / "ours"
     assert main(["from-torch", str(hf), str(ours)]) == 0
     next((ours / "tokenizer").glob("metadata")).write_text(json.dumps({"vocab.json": "{}", "merges.txt": "ä\n"}))

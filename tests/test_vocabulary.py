@@ -241,7 +241,10 @@ def test_different_kinds_are_not_equal(small: Vocabulary, sentencepiece_model: P
     [
         (None, "cannot be read"),
         ("{", "not a tokenizer.json"),
-        ('{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}', "no end-of-text token"),
+        (
+            '{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}',
+            "no end-of-text token",
+        ),
     ],
 )
 def test_bad_tokenizer(tmp_path: Path, content: str | None, message: str) -> None:

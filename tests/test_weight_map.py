@@ -11,7 +11,9 @@ from convert.weight_map import hf_tensors, weight_map
 
 CONFIGS = {
     "multi-query": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=27),
-    "multi-head": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=27, multi_query=False),
+    "multi-head": ModelConfig(
+        vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=27, multi_query=False
+    ),
     "bloom": ModelConfig(vocabulary_size=41, max_positions=13, width=20, layers=2, heads=5, mlp_width=80, **BLOOM),
 }
 
@@ -25,7 +27,9 @@ def test_every_parameter_has_one_row(config):
     assert [row.ours for row in weight_map(config)] == list(parameter_shapes(config))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "starcoderbase-1b", "aurora-m", *(name for name in PRESETS if name.startswith("bloom"))])
+@pytest.mark.parametrize(
+    "name", [*CONFIGS, "starcoderbase-1b", "aurora-m", *(name for name in PRESETS if name.startswith("bloom"))]
+)
 def test_names_and_shapes_are_those_of_transformers(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -41,12 +45,18 @@ def test_names_and_shapes_are_those_of_transformers(name):
 
 def test_parts_cover_each_tensor_exactly_once(config):
     for name, parts in hf_tensors(config).items():
-        rows = [row for part, _ in parts for start, stop in part.spans(config, 0, part.units(config)) for row in range(start, stop)]
+        rows = [
+            row
+            for part, _ in parts
+            for start, stop in part.spans(config, 0, part.units(config))
+            for row in range(start, stop)
+        ]
         assert sorted(rows) == list(range(parts[0][0].hf_shape(config)[0])), name
 
 
 def test_fused_projection_is_split_as_transformers_splits_it(config):
-    """GPTBigCodeAttention: multi-query rows are [all queries, key, value]; multi-head rows, BLOOM's too, [head, (query, key, value)]."""
+    """GPTBigCodeAttention: multi-query rows are [all queries, key, value]; multi-head rows, BLOOM's too,
+    [head, (query, key, value)]."""
     D, H, C = config.width, config.heads, config.head_dim
     rows_of = {row.ours: row for row in weight_map(config)}
     query, key_value = (rows_of[f"layers.attention.{part}.kernel"] for part in ("query", "key_value"))

@@ -1,4 +1,5 @@
-"""Files that a checkpoint carries beside its arrays, as JSON: text as it is, to be read there; what is not UTF-8 in base64."""
+"""Files that a checkpoint carries beside its arrays, as JSON: text as it is, to be read there; what is not
+UTF-8 in base64."""
 
 import base64
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
-"""One checkpoint format for converted weights and for training: an Orbax composite directory that needs nothing beside it.
+"""One checkpoint format for converted weights and for training: an Orbax composite directory that needs
+nothing beside it.
 
 params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sharding.py`)
 tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
@@ -30,8 +31,9 @@ from aurora_jax.model.sharding import TABLE, flatten, nest
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
-"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave memory flat. Only key
-and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM 176B."""
+"""Stored chunks are at most this large: enough for object stores, and small enough that buffers of it leave
+memory flat. Only key and value of one head, which conversion does not part, may be larger: 14 MiB in BLOOM
+176B."""
 
 PARTIAL_SUFFIX = ".partial"
 """Of folders whose contents are still being written; see `convert/partial.py`."""
@@ -52,8 +54,8 @@ ARCHITECTURE = (
     "embedding_norm",
     "layer_norm_epsilon",
 )
-"""Fields of ModelConfig that the weights depend on; the others (dropout, token ids, ...) may differ between a checkpoint and its use, and
-so may `max_positions` where positions are not learned."""
+"""Fields of ModelConfig that the weights depend on; the others (dropout, token ids, ...) may differ between a
+checkpoint and its use, and so may `max_positions` where positions are not learned."""
 
 Location: TypeAlias = str | os.PathLike[str]
 
@@ -88,11 +90,14 @@ class CheckpointMetadata:
         """Reads and checks what `to_json` wrote; `where` names the checkpoint in messages.
 
         Raises:
-            InputError: a missing or unknown key, a value of a wrong type, another format version or layout, or a source `config.json`
-                which describes another model than the config.
+            InputError: a missing or unknown key, a value of a wrong type, another format version or layout,
+                or a source `config.json` which describes another model than the config.
         """
         if values.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{where}: checkpoint format {values.get('format_version')!r}; this version reads format {FORMAT_VERSION}.")
+            raise InputError(
+                f"{where}: checkpoint format {values.get('format_version')!r}; this version reads format "
+                f"{FORMAT_VERSION}."
+            )
         config = values.get("config")
         if not isinstance(config, Mapping):
             raise InputError(f"{where}: metadata 'config' is {config!r}; a model config is expected.")
@@ -104,23 +109,29 @@ class CheckpointMetadata:
             raise InputError(f"{where}: layer_stacking is {metadata.layer_stacking!r}; only 'stacked' can be read.")
         if metadata.hf_config is not None:
             unpadded = replace(model, vocabulary_divisible_by=1)
-            require_same_architecture(unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'")
+            require_same_architecture(
+                unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'"
+            )
         return metadata
 
 
-def require_same_architecture(found: ModelConfig, expected: ModelConfig, found_in: Location, expected_in: Location) -> None:
+def require_same_architecture(
+    found: ModelConfig, expected: ModelConfig, found_in: Location, expected_in: Location
+) -> None:
     """Raises InputError, with both values, unless the two configs describe the same weights."""
     for name in ARCHITECTURE:
         if name == "max_positions" and found.positions == expected.positions != "learned":
             continue
         if getattr(found, name) != getattr(expected, name):
             raise InputError(
-                f"{found_in} has {name} = {getattr(found, name)!r}, but {expected_in} has {name} = {getattr(expected, name)!r}."
+                f"{found_in} has {name} = {getattr(found, name)!r}, but {expected_in} has {name} = "
+                f"{getattr(expected, name)!r}."
             )
 
 
 def is_checkpoint(path: Location) -> bool:
-    """Whether the directory is a complete checkpoint: Orbax and conversions rename or mark a directory only when all of it is written."""
+    """Whether the directory is a complete checkpoint: Orbax and conversions rename or mark a directory only
+    when all of it is written."""
     directory = _absolute(path)
     if directory.parent.suffix == PARTIAL_SUFFIX:
         return False
@@ -129,7 +140,8 @@ def is_checkpoint(path: Location) -> bool:
 
 
 def resolve(path: Location) -> epath.Path:
-    """The checkpoint that a path means: itself, or the newest complete step of a run directory (`RUN/checkpoints/<step>`).
+    """The checkpoint that a path means: itself, or the newest complete step of a run directory
+    (`RUN/checkpoints/<step>`).
 
     A named checkpoint of a stage is a checkpoint at `RUN/stages/<name>`.
 
@@ -143,14 +155,20 @@ def resolve(path: Location) -> epath.Path:
         raise InputError(f"{directory}: no such checkpoint directory.")
     folders = [folder for folder in (directory, directory / "checkpoints", directory / "stages") if folder.is_dir()]
     found = [entry for folder in folders for entry in folder.iterdir()]
-    complete = [step for step in found if step.name.isdigit() and step.parent.name == "checkpoints" and is_checkpoint(step)]
+    complete = [
+        step for step in found if step.name.isdigit() and step.parent.name == "checkpoints" and is_checkpoint(step)
+    ]
     if complete:
         return max(complete, key=lambda step: int(step.name))
     if (directory / "config.json").exists():
-        raise InputError(f"{directory} is a Hugging Face folder: make a checkpoint of it with `python -m convert from-torch {path} DST`.")
+        raise InputError(
+            f"{directory} is a Hugging Face folder: make a checkpoint of it with `python -m convert "
+            f"from-torch {path} DST`."
+        )
     names = sorted(str(entry.relative_to(directory)) for entry in found)
     raise InputError(
-        f"{directory}: neither a checkpoint (a directory with {PARAMETERS}/ and {METADATA}/) nor a run with a complete step in "
+        f"{directory}: neither a checkpoint (a directory with {PARAMETERS}/ and {METADATA}/) nor a run with a "
+        "complete step in "
         f"checkpoints/; found {', '.join(names[:20]) or 'nothing'}."
     )
 
@@ -172,25 +190,30 @@ def read_files(path: Location) -> dict[str, bytes]:
 
 
 def read_run(path: Location) -> dict[str, Any] | None:
-    """The facts of the run that wrote a checkpoint; None if none did, or one of a version that left them out. Raises InputError."""
+    """The facts of the run that wrote a checkpoint; None if none did, or one of a version that left them out.
+    Raises InputError."""
     item = resolve(path) / RUN
     return dict(_read_json(item)) if item.exists() else None
 
 
-def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None) -> dict:
-    """The decoder's parameters, each read straight into its shards: a process reads those of its own devices, some at a time.
+def restore_parameters(
+    path: Location, *, dtype: jnp.dtype | str | None = None, shardings: Mapping[str, Any] | None = None
+) -> dict:
+    """The decoder's parameters, each read straight into its shards: a process reads those of its own devices,
+    some at a time.
 
     Args:
         path: a checkpoint, or a run (its newest complete step).
         dtype: dtype of the arrays; that of the checkpoint without it.
-        shardings: nested dictionary with a `jax.sharding.Sharding` for each parameter; without it, everything is on the first device.
+        shardings: nested dictionary with a `jax.sharding.Sharding` for each parameter; without it, everything
+            is on the first device.
 
     Returns:
         Nested dictionary of `jax.Array`, layers stacked: what `decoder.merge` takes.
 
     Raises:
-        InputError: not a checkpoint, parameters that do not fit its config or that the shardings cannot divide, or files that are missing
-            or damaged.
+        InputError: not a checkpoint, parameters that do not fit its config or that the shardings cannot
+            divide, or files that are missing or damaged.
     """
     directory = resolve(path)
     config = read_metadata(directory).config
@@ -201,7 +224,8 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding_of = flatten(shardings) if shardings is not None else dict.fromkeys(stored, one_device)
     targets = {
-        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=sharding_of[name]) for name, leaf in stored.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=sharding_of[name])
+        for name, leaf in stored.items()
     }
     # Without a limit Orbax reads all shards at once, and holds everything twice.
     gigabytes = 1 + max(_bytes_to_read(name, leaf, sharding_of[name]) for name, leaf in described.items()) // 10**9
@@ -210,8 +234,12 @@ def restore_parameters(path: Location, *, dtype: jnp.dtype | str | None = None, 
 
 
 def stored_parameters(path: Location) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array in a checkpoint's `params`, by dotted path; no array is read. Raises InputError."""
-    return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in _described_parameters(resolve(path)).items()}
+    """Shape and dtype of every array in a checkpoint's `params`, by dotted path; no array is read. Raises
+    InputError."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+        for name, leaf in _described_parameters(resolve(path)).items()
+    }
 
 
 def _described_parameters(directory: epath.Path) -> dict[str, Any]:
@@ -222,7 +250,8 @@ def _described_parameters(directory: epath.Path) -> dict[str, Any]:
 
 
 def _bytes_to_read(name: str, leaf: Any, sharding: jax.sharding.Sharding) -> int:
-    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across. Raises InputError if there is no such shard."""
+    """Upper bound of the bytes of one device's shard and of the chunks that it cuts across. Raises InputError
+    if there is no such shard."""
     try:
         shard = sharding.shard_shape(tuple(leaf.shape))
     except ValueError as error:
@@ -282,11 +311,14 @@ def _require_chunks(item: epath.Path, described: Mapping[str, Any]) -> None:
 
 
 def save_args(parameters: dict) -> dict:
-    """How Orbax should cut parameters into chunks: at most CHUNK_BYTES, and of stacked ones a layer each, so that slices can be read alone.
+    """How Orbax should cut parameters into chunks: at most CHUNK_BYTES, and of stacked ones a layer each, so
+    that slices can be read alone.
 
     For anything that has the decoder's nested dictionary: parameters, moments.
     """
-    return nest({path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=_layer_axes(path)) for path in flatten(parameters)})
+    return nest(
+        {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=_layer_axes(path)) for path in flatten(parameters)}
+    )
 
 
 def _layer_axes(path: str) -> tuple[int, ...]:
@@ -303,14 +335,22 @@ def save_checkpoint(
     """Writes a complete checkpoint, or nothing at all; `run` are the facts of the run whose stage it ends.
 
     Raises:
-        InputError: the destination exists or cannot be written, or the parameters do not fit the metadata's config or dtype.
+        InputError: the destination exists or cannot be written, or the parameters do not fit the metadata's
+            config or dtype.
     """
     check_parameters(metadata.config, parameters)
     for name, leaf in flatten(parameters).items():
         if leaf.dtype != jnp.dtype(metadata.parameter_dtype):
-            raise InputError(f"{name} is {leaf.dtype}; the metadata of {path} says parameter_dtype {metadata.parameter_dtype}.")
+            raise InputError(
+                f"{name} is {leaf.dtype}; the metadata of {path} says parameter_dtype {metadata.parameter_dtype}."
+            )
     write_checkpoint(
-        path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(parameters, save_args(parameters)), metadata, files or {}, run
+        path,
+        ocp.StandardCheckpointHandler(),
+        ocp.args.StandardSave(parameters, save_args(parameters)),
+        metadata,
+        files or {},
+        run,
     )
 
 
@@ -322,7 +362,8 @@ def write_checkpoint(
     files: Mapping[str, bytes],
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint whose parameters come from any Orbax handler; what is half-written is removed if anything goes wrong.
+    """Writes a checkpoint whose parameters come from any Orbax handler; what is half-written is removed if
+    anything goes wrong.
 
     `files` travel with the model: see `read_files`.
 
@@ -330,7 +371,8 @@ def write_checkpoint(
         InputError: the destination exists or cannot be written.
     """
     destination = require_free(path)
-    # Directories first: a writer that fails while threads still wait for theirs would leave the process hanging for minutes.
+    # Directories first: a writer that fails while threads still wait for theirs would leave the process
+    # hanging for minutes.
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     texts = {FILES: encode_files(files), METADATA: metadata.to_json()} | ({} if run is None else {RUN: dict(run)})
     handler = ocp.CompositeCheckpointHandler(
@@ -343,7 +385,9 @@ def write_checkpoint(
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(destination, ocp.args.Composite(**items))
     except BaseException as error:  # Ctrl-C included: Orbax's temporary directory must not stay behind
-        for temporary in destination.parent.glob(f"{destination.name}.orbax-checkpoint-tmp*") if destination.parent.is_dir() else ():
+        for temporary in (
+            destination.parent.glob(f"{destination.name}.orbax-checkpoint-tmp*") if destination.parent.is_dir() else ()
+        ):
             temporary.rmtree(missing_ok=True)
         if isinstance(error, OSError):
             raise InputError(f"{destination} cannot be written: {error}.") from error

@@ -69,7 +69,8 @@ class Settings:
 def make_sums(
     structure: nnx.GraphDef, compute: ComputeConfig, *, isolate_documents: bool
 ) -> Callable[[dict, Any], tuple[jax.Array, jax.Array]]:
-    """The program of an evaluation: `sums(parameters, batch) -> (nll in nats, tokens)`, fp32 scalars; the batch is traced."""
+    """The program of an evaluation: `sums(parameters, batch) -> (nll in nats, tokens)`, fp32 scalars; the
+    batch is traced."""
 
     def sums(parameters: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
         decoder = merge(structure, parameters)
@@ -116,7 +117,8 @@ class Evaluator:
         for store in stores.values():
             if store.info.tokenizer_sha256 != tokenizer.sha256:
                 raise InputError(
-                    f"{store.directory}: held-out text made with the tokenizer {store.info.tokenizer_sha256[:12]}, the model reads "
+                    f"{store.directory}: held-out text made with the tokenizer "
+                    f"{store.info.tokenizer_sha256[:12]}, the model reads "
                     f"{tokenizer.sha256[:12]} ({tokenizer.path}): build it with that one, in another folder."
                 )
         self._stores = stores
@@ -162,12 +164,20 @@ class Evaluator:
         nll, tokens = np.asarray(jax.device_get(sums), dtype=np.float64).reshape(-1, 2).sum(axis=0)
         if not tokens or not text_bytes:
             raise InputError(
-                f"{store.directory}: no text to predict in {len(numbers)} of {count} windows of {self._sequence_length} tokens"
-                f"{'' if self._across else ' (the first token of an isolated document is not predicted)'}; give more or longer documents"
+                f"{store.directory}: no text to predict in {len(numbers)} of {count} windows of "
+                f"{self._sequence_length} tokens"
+                f"{'' if self._across else ' (the first token of an isolated document is not predicted)'}; "
+                "give more or longer documents"
                 f"{'' if windows is None else ', or more windows (evaluation.quick_windows)'}."
             )
         bits = nll / math.log(2) / text_bytes
-        return Score(loss=float(nll / tokens), bits_per_byte=float(bits), tokens=int(tokens), bytes=text_bytes, windows=len(numbers))
+        return Score(
+            loss=float(nll / tokens),
+            bits_per_byte=float(bits),
+            tokens=int(tokens),
+            bytes=text_bytes,
+            windows=len(numbers),
+        )
 
 
 def _bytes_of_tokens(store: TokenStore, tokenizer: Tokenizer) -> np.ndarray:

@@ -36,7 +36,9 @@ def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -
         figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
         place = np.arange(len(before))
         axes.bar(place - 0.2, list(before.values()), 0.38, color="#C9CDD2", label="before")
-        axes.bar(place + 0.2, list(after.values()), 0.38, color=[_colour(language) for language in after], label="after")
+        axes.bar(
+            place + 0.2, list(after.values()), 0.38, color=[_colour(language) for language in after], label="after"
+        )
         for x, language in zip(place, before, strict=True):
             if language not in after:
                 continue
@@ -52,7 +54,9 @@ def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -
         axes.set_xticks(place, [NAMES.get(language, language) for language in before])
         axes.set_ylabel("bits per byte (lower is better)")
         axes.grid(axis="x", visible=False)
-        axes.set_title("Held-out text before (grey) and after (coloured) continual pretraining", fontsize=11, loc="left")
+        axes.set_title(
+            "Held-out text before (grey) and after (coloured) continual pretraining", fontsize=11, loc="left"
+        )
     return figure
 
 
@@ -61,7 +65,9 @@ def bits_per_byte_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figur
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
         for language, (steps, values) in curves.items():
-            axes.plot(steps, values, color=_colour(language), marker="o", markersize=3, label=NAMES.get(language, language))
+            axes.plot(
+                steps, values, color=_colour(language), marker="o", markersize=3, label=NAMES.get(language, language)
+            )
         axes.set_ylabel("bits per byte of held-out text")
         _finish(axes, boundaries)
     return figure
@@ -73,7 +79,9 @@ def loss_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figure:
         figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
         for language, (steps, values) in curves.items():
             axes.plot(steps, values, color=_colour(language), alpha=0.2, linewidth=0.8)
-            axes.plot(steps, _smoothed(values), color=_colour(language), linewidth=1.6, label=NAMES.get(language, language))
+            axes.plot(
+                steps, _smoothed(values), color=_colour(language), linewidth=1.6, label=NAMES.get(language, language)
+            )
         axes.set_ylabel("training loss (nats per token)")
         _finish(axes, boundaries)
     return figure
@@ -98,7 +106,7 @@ def _finish(axes: Axes, boundaries: Mapping[str, int], *, legend: bool = True) -
             axes.axvline(end, color="#999999", linestyle="--", linewidth=1)
         start = list(boundaries.values())[number - 1] if number else 0
         axes.annotate(
-            f"stage {stage}", ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+            f"stage {stage}", ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset " "points",
             ha="center", va="bottom", fontsize=9, color="#666666",
         )  # fmt: skip
     if legend and axes.get_legend_handles_labels()[0]:

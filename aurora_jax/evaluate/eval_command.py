@@ -60,7 +60,9 @@ class EvalCommand:
         if across is None:
             across = run.get("attend_across_documents", True)
         if not 0 < length <= model.longest_sequence:
-            raise InputError(f"windows of {length} tokens: the model reads 1 to {model.longest_sequence}; give --sequence-length.")
+            raise InputError(
+                f"windows of {length} tokens: the model reads 1 to {model.longest_sequence}; give --sequence-length."
+            )
 
         # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
         from aurora_jax.data.batches.store import store_directory
@@ -92,7 +94,9 @@ class EvalCommand:
             "settings": evaluator.settings().to_json(),
             "evaluation": {task: asdict(score) for task, score in scores.items()},
         }
-        table = Table("task", "bits per byte", "nats per token", "tokens", "bytes", "windows", title=str(self.checkpoint))
+        table = Table(
+            "task", "bits per byte", "nats per token", "tokens", "bytes", "windows", title=str(self.checkpoint)
+        )
         for task, score in scores.items():
             counts = (f"{score.tokens:,}", f"{score.bytes:,.0f}", f"{score.windows:,}")
             table.add_row(task, f"{score.bits_per_byte:.4f}", f"{score.loss:.4f}", *counts)
@@ -102,7 +106,9 @@ class EvalCommand:
         ours = {"sequence_length": length, "attend_across_documents": across}
         theirs = {name: run[name] for name in ours if name in run}
         if not theirs:
-            console.print("The checkpoint does not say how a run has read text: length and masks are the default's or yours.")
+            console.print(
+                "The checkpoint does not say how a run has read text: length and masks are the default's or yours."
+            )
         elif theirs != ours:
             console.print(f"These are not comparable with the run's own figures: it has {theirs}.", highlight=False)
         for task, store in stores.items():

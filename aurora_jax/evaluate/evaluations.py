@@ -10,7 +10,14 @@ from pathlib import Path
 
 from aurora_jax.errors import InputError
 
-OF_ALL_TASKS = ("sequence_length", "attend_across_documents", "tokenizer_sha256", "compute_dtype", "activation_dtype", "windows")
+OF_ALL_TASKS = (
+    "sequence_length",
+    "attend_across_documents",
+    "tokenizer_sha256",
+    "compute_dtype",
+    "activation_dtype",
+    "windows",
+)
 
 
 def start_of(rows: Sequence[Mapping], *, complete: bool) -> Mapping | None:
@@ -27,8 +34,14 @@ def differing_settings(one: Mapping, other: Mapping, task: str) -> dict[str, tup
     if first is None or second is None:
         known = first or second
         same = first is second is None or (one["complete"] and known is not None and known["attend_across_documents"])
-        return {} if same else {"settings": tuple("not recorded" if each is None else "recorded" for each in (first, second))}
-    pairs = {name: (first[name], second[name]) for name in OF_ALL_TASKS} | {"text": (first["texts"].get(task), second["texts"].get(task))}
+        return (
+            {}
+            if same
+            else {"settings": tuple("not recorded" if each is None else "recorded" for each in (first, second))}
+        )
+    pairs = {name: (first[name], second[name]) for name in OF_ALL_TASKS} | {
+        "text": (first["texts"].get(task), second["texts"].get(task))
+    }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -63,7 +76,8 @@ def described(row: Mapping) -> str:
     text = text if row["complete"] else f"{settings['windows']} windows a task, the same ones each time"
     masks = "documents attend to each other" if settings["attend_across_documents"] else "documents isolated"
     return (
-        f"{text}; windows of {settings['sequence_length']:,} tokens, {masks}; tokenizer {settings['tokenizer_sha256'][:12]}; "
+        f"{text}; windows of {settings['sequence_length']:,} tokens, {masks}; tokenizer "
+        f"{settings['tokenizer_sha256'][:12]}; "
         f"products in {settings['compute_dtype']}, the rest in {settings['activation_dtype']}"
     )
 
@@ -73,10 +87,17 @@ def require_one_run(rows: Sequence[Mapping], path: Path) -> None:
     either kind."""
     last: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        kind = "step" if "evaluation" not in row else "complete evaluation after step" if row["complete"] else "quick evaluation after step"
+        kind = (
+            "step"
+            if "evaluation" not in row
+            else "complete evaluation after step"
+            if row["complete"]
+            else "quick evaluation after step"
+        )
         if row["step"] <= last.get(kind, -1):
             raise InputError(
-                f"{path}, line {number}: {kind} {row['step']} comes after {last[kind]}: these are the rows of two runs, or of two "
+                f"{path}, line {number}: {kind} {row['step']} comes after {last[kind]}: these are the rows of "
+                "two runs, or of two "
                 "processes that wrote at once. Keep those of one."
             )
         last[kind] = row["step"]

@@ -119,7 +119,8 @@ def not_compared(rows: Sequence[Mapping]) -> list[str]:
         return []
     if start is None:
         return [
-            "There is no before and after: metrics.jsonl lacks the evaluation of all held-out text before the first step (step 0), "
+            "There is no before and after: metrics.jsonl lacks the evaluation of all held-out text before the "
+            "first step (step 0), "
             f"and that of step {ends[0]['step']}, after stage {ends[0]['stage']}, cannot stand for it."
         ]
     said = []
@@ -151,25 +152,32 @@ def check_expectations(
     least_fall: float = 0.25,
     largest_rise: float = 0.03,
 ) -> list[str]:
-    """A sentence for every language that did not do as expected: `learnt` ones fall at least so much, `kept` ones rise at most so much."""
+    """A sentence for every language that did not do as expected: `learnt` ones fall at least so much, `kept`
+    ones rise at most so much."""
     found = {change.language: change for change in changes}
     missed = [
-        f"{NAMES.get(language, language)} was not evaluated before and after." for language in (*learnt, *kept) if language not in found
+        f"{NAMES.get(language, language)} was not evaluated before and after."
+        for language in (*learnt, *kept)
+        if language not in found
     ]
     for language in learnt:
         if language in found and not found[language].after <= found[language].before * (1 - least_fall):
             missed.append(
-                f"{found[language].name} changed by {found[language].change:+.1%}; a fall of at least {least_fall:.0%} was expected."
+                f"{found[language].name} changed by {found[language].change:+.1%}; a fall of at least "
+                f"{least_fall:.0%} was expected."
             )
     for language in kept:
         if language in found and not found[language].after <= found[language].before * (1 + largest_rise):
             missed.append(
-                f"{found[language].name} changed by {found[language].change:+.1%}; a rise of at most {largest_rise:.0%} was expected."
+                f"{found[language].name} changed by {found[language].change:+.1%}; a rise of at most "
+                f"{largest_rise:.0%} was expected."
             )
     return missed
 
 
-def write_report(run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()) -> list[str]:
+def write_report(
+    run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()
+) -> list[str]:
     """Writes the page, and its charts as PNG files beside it.
 
     Args:
@@ -186,21 +194,26 @@ def write_report(run_directory: Path, output: Path, *, samples: Path | None = No
     require_one_run(rows, run_directory / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
-        raise InputError(f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little.")
+        raise InputError(
+            f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little."
+        )
     changes = before_after(rows)
     boundaries = {
-        stage: max(row["step"] for row in steps if row["stage"] == stage) + 1 for stage in dict.fromkeys(r["stage"] for r in steps)
+        stage: max(row["step"] for row in steps if row["stage"] == stage) + 1
+        for stage in dict.fromkeys(r["stage"] for r in steps)
     }
     name = run_directory.resolve().name
     parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
     charts: dict[str, Figure] = {}
     if changes:
         charts["before_after"] = before_after_bars(
-            {change.language: change.before for change in changes}, {change.language: change.after for change in changes}
+            {change.language: change.before for change in changes},
+            {change.language: change.after for change in changes},
         )
         parts += [f'<p class="lead">{html.escape(summary(changes))}</p>', _table(changes)]
         parts.append(
-            '<p class="faint">Bits per byte: how many bits the model needs to encode one byte of text that it has never been trained on. '
+            '<p class="faint">Bits per byte: how many bits the model needs to encode one byte of text that it '
+            "has never been trained on. "
             "It can be compared across tokenizers; 8 is what guessing every byte blindly costs.</p>"
         )
         parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
@@ -210,10 +223,19 @@ def write_report(run_directory: Path, output: Path, *, samples: Path | None = No
         name_of_chart = "bits_per_byte" if number == 1 else f"bits_per_byte_{number}"
         charts[name_of_chart] = bits_per_byte_curves(curves, boundaries)
         parts += ["<h2>While it learnt</h2>"] if number == 1 else []
-        parts += [f'<p class="faint">{html.escape(measured)}</p>', _image(charts[name_of_chart], f"Bits per byte over steps: {measured}")]
+        parts += [
+            f'<p class="faint">{html.escape(measured)}</p>',
+            _image(charts[name_of_chart], f"Bits per byte over steps: {measured}"),
+        ]
     charts["loss"] = loss_curves(_loss_curves(steps), boundaries)
-    charts["learning_rate"] = learning_rate_curve([row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries)
-    parts += ["<h2>Training</h2>", _image(charts["loss"], "Training loss by language"), _image(charts["learning_rate"], "Learning rate")]
+    charts["learning_rate"] = learning_rate_curve(
+        [row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries
+    )
+    parts += [
+        "<h2>Training</h2>",
+        _image(charts["loss"], "Training loss by language"),
+        _image(charts["learning_rate"], "Learning rate"),
+    ]
     parts.append(_facts(steps))
     if samples is not None:
         parts += ["<h2>How it goes on with a text</h2>", *_samples(samples)]
@@ -225,7 +247,8 @@ def write_report(run_directory: Path, output: Path, *, samples: Path | None = No
         figure.savefig(output.parent / f"{chart}.png", dpi=150)
     title = html.escape(f"{name}: what was learnt, what was kept")
     output.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     return missing
@@ -239,11 +262,15 @@ def summary(changes: Sequence[LanguageChange]) -> str:
     if fell:
         falls = sorted(-change.change for change in fell)
         span = (
-            f"{falls[0]:.0%}" if len(falls) == 1 or f"{falls[0]:.0%}" == f"{falls[-1]:.0%}" else f"{falls[0] * 100:.0f} to {falls[-1]:.0%}"
+            f"{falls[0]:.0%}"
+            if len(falls) == 1 or f"{falls[0]:.0%}" == f"{falls[-1]:.0%}"
+            else f"{falls[0] * 100:.0f} to {falls[-1]:.0%}"
         )
         sentences.append(f"{_listed([change.name for change in fell])} fell by {span} in bits per byte")
     if others:
-        sentences.append(_listed([f"{change.name} changed by {change.change:+.1%}".replace("-", "−") for change in others]))
+        sentences.append(
+            _listed([f"{change.name} changed by {change.change:+.1%}".replace("-", "−") for change in others])
+        )
     return "; ".join(sentences) + "."
 
 
@@ -253,11 +280,16 @@ def _listed(names: Sequence[str]) -> str:
 
 def _table(changes: Sequence[LanguageChange]) -> str:
     stages = list(dict.fromkeys(stage for change in changes for stage in change.stages))
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in ("", "before", *(f"after {stage}" for stage in stages), "change"))
+    head = "".join(
+        f"<th>{html.escape(title)}</th>" for title in ("", "before", *(f"after {stage}" for stage in stages), "change")
+    )
     body = ""
     for change in changes:
         quality = "good" if change.change <= -0.1 else "kept" if change.change <= 0.03 else "bad"
-        cells = [f"{change.before:.3f}", *(f"{change.stages[stage]:.3f}" if stage in change.stages else "" for stage in stages)]
+        cells = [
+            f"{change.before:.3f}",
+            *(f"{change.stages[stage]:.3f}" if stage in change.stages else "" for stage in stages),
+        ]
         body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
         body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -267,7 +299,9 @@ def _facts(steps: Sequence[Mapping]) -> str:
     tokens = sum(row["tokens"] for row in steps)
     wanted = steps[-1]["step"] + 1
     facts = [
-        f"{len(steps):,} steps" if len(steps) == wanted else f"{len(steps):,} of {wanted:,} steps: metrics.jsonl lacks the others",
+        f"{len(steps):,} steps"
+        if len(steps) == wanted
+        else f"{len(steps):,} of {wanted:,} steps: metrics.jsonl lacks the others",
         f"{tokens:,.0f} tokens",
         f"{steps[-1]['tokens_per_second']:,.0f} tokens/s",
         f"{steps[-1]['skipped']:.0f} updates skipped",
@@ -286,7 +320,10 @@ def _samples(path: Path) -> list[str]:
 def _sample(language: str, prompt: str, before: str, after: str) -> str:
     code = language == "code"
     attributes = ' style="font-family: ui-monospace, monospace"' if code else f' lang="{html.escape(language)}"'
-    pair = "".join(f"<div{attributes}><b>{title}</b>{html.escape(text)}</div>" for title, text in (("before", before), ("after", after)))
+    pair = "".join(
+        f"<div{attributes}><b>{title}</b>{html.escape(text)}</div>"
+        for title, text in (("before", before), ("after", after))
+    )
     name = html.escape(NAMES.get(language, language))
     shown = f'<div class="prompt"{attributes}>{html.escape(prompt)}</div><div class="pair">{pair}</div>'
     return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
@@ -324,4 +361,7 @@ def _language(task: str) -> str:
 def _image(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return (
+        f'<img alt="{html.escape(description)}" '
+        f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )

@@ -1,10 +1,11 @@
 """Prefill and decoding with a cache of keys and values: the two programs that `Generator` compiles.
 
-Prompts are padded on the left, so that all rows write the same slot of the cache; a token's position is its slot less its row's padding.
-Parameters come as a list of layers: slices of stacked arrays would be copied at every token.
+Prompts are padded on the left, so that all rows write the same slot of the cache; a token's position is its
+slot less its row's padding. Parameters come as a list of layers: slices of stacked arrays would be copied at
+every token.
 
-B batch, L slots of the prompt, S slots of the cache, T new tokens, D model, H query heads, K key/value heads, G = H / K, C head dim,
-Z = B K independent streams, V vocabulary.
+B batch, L slots of the prompt, S slots of the cache, T new tokens, D model, H query heads, K key/value heads,
+G = H / K, C head dim, Z = B K independent streams, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -42,8 +43,9 @@ class DecodingState(NamedTuple):
     seen_BV: jax.Array | None
     """Tokens that have occurred, if the repetition is penalised."""
     keys: tuple[jax.Array, ...]
-    """Of each layer, [Z, C, S]: as the products take them, so that the update of a slot is in place. Were their first two axes to be joined
-    after it, XLA's CPU backend would make the update twice, and copy each cache four times a token."""
+    """Of each layer, [Z, C, S]: as the products take them, so that the update of a slot is in place. Were
+    their first two axes to be joined after it, XLA's CPU backend would make the update twice, and copy each
+    cache four times a token."""
     values: tuple[jax.Array, ...]
     """Of each layer, [Z, S, C]."""
 
@@ -113,7 +115,8 @@ def decode(
     excluded_ids: tuple[int, ...] = (),
     batch_axes: tuple[str, ...] = (),
 ) -> DecodingState:
-    """Draws up to `steps` more tokens of every row (int32 scalar), fewer if all rows end or T is reached. One loop on the device.
+    """Draws up to `steps` more tokens of every row (int32 scalar), fewer if all rows end or T is reached. One
+    loop on the device.
 
     Other arguments as those of `prefill`; `prompt_slots` is its L.
     """
@@ -134,7 +137,8 @@ def decode(
 def read(
     decoder: Decoder, layers: list[Layer], tokens_BL: jax.Array, padding_B: jax.Array
 ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-    """Whole prompts through all layers: final hidden states [B, L, D], keys [Z, C, L] and values [Z, L, C] of each layer."""
+    """Whole prompts through all layers: final hidden states [B, L, D], keys [Z, C, L] and values [Z, L, C] of
+    each layer."""
     slots_L = jnp.arange(tokens_BL.shape[1])
     positions_BL = jnp.maximum(slots_L[None] - padding_B[:, None], 0)
     segment_ids_BL = (slots_L[None] >= padding_B[:, None]).astype(jnp.int32)
@@ -161,10 +165,13 @@ def advance(
     *,
     slot: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """One token of each row through all layers: hidden states [B, 1, D], and the caches with this token in their slot."""
+    """One token of each row through all layers: hidden states [B, 1, D], and the caches with this token in
+    their slot."""
     # A row that ended at its limit goes on, unheard, behind the last position that the model knows.
     positions_B = (
-        jnp.minimum(slot - padding_B, decoder.config.max_positions - 1) if decoder.config.positions == "learned" else slot - padding_B
+        jnp.minimum(slot - padding_B, decoder.config.max_positions - 1)
+        if decoder.config.positions == "learned"
+        else slot - padding_B
     )
     hidden_B1D = decoder.embed(tokens_B1, positions_B[:, None])
     slots_S = jnp.arange(keys[0].shape[2])
@@ -174,7 +181,10 @@ def advance(
     for layer, keys_ZCS, values_ZSC in zip(layers, keys, values, strict=True):
 
         def attend(query_B1HC, key_B1KC, value_B1KC, layer=layer, keys_ZCS=keys_ZCS, values_ZSC=values_ZSC):
-            key_ZC1, value_Z1C = _key_streams(key_B1KC).astype(keys_ZCS.dtype), _value_streams(value_B1KC).astype(values_ZSC.dtype)
+            key_ZC1, value_Z1C = (
+                _key_streams(key_B1KC).astype(keys_ZCS.dtype),
+                _value_streams(value_B1KC).astype(values_ZSC.dtype),
+            )
             keys_ZCS = jax.lax.dynamic_update_slice_in_dim(keys_ZCS, key_ZC1, slot, axis=2)
             values_ZSC = jax.lax.dynamic_update_slice_in_dim(values_ZSC, value_Z1C, slot, axis=1)
             new_keys.append(keys_ZCS)
@@ -196,7 +206,8 @@ def cached_attention(
     bias_HS: jax.Array | None,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(C) + bias) v of one query a row, over the visible slots of the cache; [B, 1, H, C] in the query's dtype.
+    """softmax(q k^T / sqrt(C) + bias) v of one query a row, over the visible slots of the cache; [B, 1, H, C]
+    in the query's dtype.
 
     Operands of the two products are rounded to `dtype`; sums and softmax are fp32.
     """
@@ -222,7 +233,8 @@ def last_logits(decoder: Decoder, hidden_B1D: jax.Array) -> jax.Array:
 
 
 def unstacked(parameters: dict) -> dict:
-    """The decoder's parameters with `layers` a list, one dictionary of a layer's own arrays each; inputs are freed one by one."""
+    """The decoder's parameters with `layers` a list, one dictionary of a layer's own arrays each; inputs are
+    freed one by one."""
     layers: list[dict] = [{} for _ in range(len(jax.tree.leaves(parameters["layers"])[0]))]
     outside = {name: tree for name, tree in parameters.items() if name != "layers"}
     return {**outside, "layers": _unstacked_into(layers, parameters["layers"])}

@@ -14,11 +14,11 @@ GENERATION_CONFIG = "generation_config.json"
 def end_of_text_ids(
     metadata: CheckpointMetadata, files: Mapping[str, bytes], tokenizer: Tokenizer, where: Location = "checkpoint"
 ) -> tuple[int, ...]:
-    """Every token that ends a text, as `transformers` reads it: `eos_token_id` of generation_config.json where there is that
-    file, else of config.json; an id or a list of ids.
+    """Every token that ends a text, as `transformers` reads it: `eos_token_id` of generation_config.json
+    where there is that file, else of config.json; an id or a list of ids.
 
-    To these comes the tokenizer's own end of text for weights that were trained here, on documents that end with it, and where
-    the files name none.
+    To these comes the tokenizer's own end of text for weights that were trained here, on documents that end
+    with it, and where the files name none.
 
     Raises:
         InputError: generation_config.json is malformed; `where` names the checkpoint.

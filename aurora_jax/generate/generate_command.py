@@ -66,19 +66,19 @@ class GenerateCommand:
     input: Path | None = None
     """JSONL: each record has prompt, or prefix and suffix, or instruction, and what else you like."""
     output: Path | None = None
-    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens (those that the
-    completion is made of: neither the end-of-text token nor what follows a stop string)."""
+    """JSONL to be made: the records, with completion, finish_reason (eos, length or stop) and new_tokens
+    (those that the completion is made of: neither the end-of-text token nor what follows a stop string)."""
     result_prefix: str = ""
     """Stands before the names of these three fields, for records that have fields of such names: with b_ they are
     b_completion ..."""
     resume: bool = False
     """Go on behind the records that the output holds already, with the same settings as before."""
     max_new_tokens: int | None = None
-    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. Without it 256, or as many as
-    the model has positions for behind a record's own prompt."""
+    """Most tokens of a completion; it ends earlier at the end-of-text token or a stop string. Without it 256,
+    or as many as the model has positions for behind a record's own prompt."""
     stop: tuple[str, ...] = ()
-    r"""Strings that end a completion; they are not part of it. Written with \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH, and \\ for
-    a backslash: "\n\n" is an empty line."""
+    r"""Strings that end a completion; they are not part of it. Written with \n, \r, \t, \xHH, \uHHHH,
+    \UHHHHHHHH, and \\ for a backslash: "\n\n" is an empty line."""
     temperature: float = 0.0
     """0 always takes the best token (greedy); 1 draws from the model's own distribution."""
     top_k: int = 0
@@ -100,7 +100,8 @@ class GenerateCommand:
     attention: Literal["xla", "flash"] | None = None
     """Of the prompt: flash kernels on TPU and xla elsewhere, unless you choose."""
     tensor: int | None = None
-    """Devices that share one copy of the model; as many as its heads can be divided over without it. The others take rows."""
+    """Devices that share one copy of the model; as many as its heads can be divided over without it. The
+    others take rows."""
 
     def run(self) -> None:
         """Raises InputError before anything is compiled or loaded, if it can be known then."""
@@ -122,7 +123,9 @@ class GenerateCommand:
         if isinstance(work, Prompt):
             self._stream(generate, tokenizer, work, self._limit(metadata.config, work), stop)
         else:
-            self._file(generate, tokenizer, work, [self._limit(metadata.config, prompt) for prompt in work.prompts], stop)
+            self._file(
+                generate, tokenizer, work, [self._limit(metadata.config, prompt) for prompt in work.prompts], stop
+            )
 
     def _limit(self, config: ModelConfig, prompt: Prompt) -> int:
         """Most new tokens of a prompt: by what was asked and by its own length, whatever stands beside it."""
@@ -138,7 +141,8 @@ class GenerateCommand:
         given, own = tokenizer_from(self.tokenizer), tokenizer_sha256(files, self.checkpoint)
         if own not in (None, given.sha256) and not self.allow_other_tokenizer:
             raise InputError(
-                f"{self.checkpoint} carries the tokenizer {own[:12]}, but {self.tokenizer} is {given.sha256[:12]}: its ids are "
+                f"{self.checkpoint} carries the tokenizer {own[:12]}, but {self.tokenizer} is "
+                f"{given.sha256[:12]}: its ids are "
                 "not those that the weights have learned. Leave out --tokenizer, or say --allow-other-tokenizer."
             )
         return given
@@ -147,7 +151,8 @@ class GenerateCommand:
         infill = self.prefix is not None or self.suffix is not None
         if [self.prompt is not None, self.instruct is not None, infill].count(True) != 1 or self.output or self.resume:
             raise InputError(
-                "Give one prompt, or --instruct TEXT, or --prefix TEXT and --suffix TEXT; or --input FILE with --output FILE. "
+                "Give one prompt, or --instruct TEXT, or --prefix TEXT and --suffix TEXT; or --input FILE "
+                "with --output FILE. "
                 "`aurora generate --help` has examples."
             )
         if infill:
@@ -161,7 +166,9 @@ class GenerateCommand:
 
     def _records(self, tokenizer: Tokenizer, config: ModelConfig) -> "_Records":
         assert self.input is not None
-        if self.output is None or any(given is not None for given in (self.prompt, self.instruct, self.prefix, self.suffix)):
+        if self.output is None or any(
+            given is not None for given in (self.prompt, self.instruct, self.prefix, self.suffix)
+        ):
             raise InputError("--input FILE needs --output FILE, and no other prompt beside it.")
         done = _done(self.output, self.resume, self._result_names)
         records, prompts = [], []
@@ -179,9 +186,13 @@ class GenerateCommand:
         for number, (before, record) in enumerate(zip(done, records, strict=False), 1):
             # As lines: NaN is no number's equal, its own neither.
             if json_lines.line_of({**before, **record}) != json_lines.line_of(before):
-                raise InputError(f"{self.output}, line {number}, is not of the record in {self.input}: it was made of another file.")
+                raise InputError(
+                    f"{self.output}, line {number}, is not of the record in {self.input}: it was made of another file."
+                )
         if len(done) > len(records):
-            raise InputError(f"{self.output} has {len(done)} records, {self.input} only {len(records)}: it was made of another file.")
+            raise InputError(
+                f"{self.output} has {len(done)} records, {self.input} only {len(records)}: it was made of another file."
+            )
         return _Records(records, prompts, len(done))
 
     @property
@@ -193,12 +204,15 @@ class GenerateCommand:
         for name in self._result_names:
             if name in record:
                 raise InputError(
-                    f"the record has a field {name!r} of its own, which the result's would replace: rename it, or give the result's "
+                    f"the record has a field {name!r} of its own, which the result's would replace: rename "
+                    "it, or give the result's "
                     "fields other names with --result-prefix, such as --result-prefix new_."
                 )
         for name in prompts_of.NAMES:
             if isinstance(record.get(name), str) and json_lines.has_half_a_character(record[name]):
-                raise InputError(f"its {name!r} holds half of a surrogate pair ({ascii(record[name])[:80]}), which is no text.")
+                raise InputError(
+                    f"its {name!r} holds half of a surrogate pair ({ascii(record[name])[:80]}), which is no text."
+                )
 
     def _generator(self, metadata: CheckpointMetadata) -> Generator:
         attention = self.attention or ("flash" if jax.default_backend() == "tpu" else "xla")
@@ -207,7 +221,9 @@ class GenerateCommand:
         mesh = make_inference_mesh(metadata.config, jax.devices(), self.tensor)
         return Generator.from_checkpoint(self.checkpoint, compute, mesh)
 
-    def _stream(self, generate: Callable, tokenizer: Tokenizer, prompt: Prompt, limit: int, stop: Sequence[str]) -> None:
+    def _stream(
+        self, generate: Callable, tokenizer: Tokenizer, prompt: Prompt, limit: int, stop: Sequence[str]
+    ) -> None:
         stream = TextStream(tokenizer, stop, prompt.context)
 
         def show(_: int, tokens: list[int]) -> bool:
@@ -217,10 +233,18 @@ class GenerateCommand:
         generate([prompt.tokens], limit, seeds=_seeds(self.seed, [0]), listener=show, every=STREAMED_STEPS)
         print(stream.rest())
 
-    def _file(self, generate: Callable, tokenizer: Tokenizer, work: "_Records", limits: Sequence[int], stop: Sequence[str]) -> None:
+    def _file(
+        self, generate: Callable, tokenizer: Tokenizer, work: "_Records", limits: Sequence[int], stop: Sequence[str]
+    ) -> None:
         assert self.output is not None
         json_lines.mend_log(self.output)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with (
             Progress(*columns, console=Console(stderr=True)) as progress,
             self.output.open("ab") as output,

@@ -31,7 +31,8 @@ PROMPT_SLOTS = 64
 """Prompts are padded to a multiple of this; see `prompt_slots`."""
 
 ROWS_ON_TPU = 2
-"""Fewest rows of a device's part of a batch on TPU: for a single one the compiler multiplies on the vector unit, 4.8 times as slowly."""
+"""Fewest rows of a device's part of a batch on TPU: for a single one the compiler multiplies on the vector
+unit, 4.8 times as slowly."""
 
 GREEDY = Sampling()
 
@@ -56,7 +57,8 @@ def make_inference_mesh(config: ModelConfig, devices: Sequence[jax.Device], tens
     """Devices as rows x tensor.
 
     Args:
-        tensor: devices that share a model; without it as many as its heads, feed-forward columns and vocabulary can be divided over.
+        tensor: devices that share a model; without it as many as its heads, feed-forward columns and
+            vocabulary can be divided over.
 
     Raises:
         InputError: `tensor` does not divide the devices or the model.
@@ -70,14 +72,16 @@ def make_inference_mesh(config: ModelConfig, devices: Sequence[jax.Device], tens
         tensor = max(count for count in range(1, len(devices) + 1) if suits(count))
     elif tensor < 1 or not suits(tensor):
         raise InputError(
-            f"The model cannot be divided over {tensor} of {len(devices)} devices: its {config.heads} heads, {config.mlp_width} "
+            f"The model cannot be divided over {tensor} of {len(devices)} devices: its {config.heads} heads, "
+            f"{config.mlp_width} "
             f"feed-forward columns and {config.vocabulary_size} tokens, and the devices, must be divisible by it."
         )
     return Mesh(np.asarray(devices).reshape(-1, tensor), (ROWS_AXIS, TENSOR_AXIS))
 
 
 class Generator:
-    """Continues prompts. Programs are compiled for each batch size, `prompt_slots` of the longest prompt, and number of new tokens.
+    """Continues prompts. Programs are compiled for each batch size, `prompt_slots` of the longest prompt, and
+    number of new tokens.
 
     Args:
         config: the model.
@@ -95,8 +99,11 @@ class Generator:
         self._fewest = ROWS_ON_TPU * self._parts if jax.default_backend() == "tpu" else 1
 
     @classmethod
-    def from_checkpoint(cls, path: checkpoint.Location, compute: ComputeConfig, mesh: Mesh | None = None) -> "Generator":
-        """A checkpoint's model, its parameters in the precision of its activations, each read straight into its devices.
+    def from_checkpoint(
+        cls, path: checkpoint.Location, compute: ComputeConfig, mesh: Mesh | None = None
+    ) -> "Generator":
+        """A checkpoint's model, its parameters in the precision of its activations, each read straight into
+        its devices.
 
         Raises:
             InputError: not a checkpoint, or a damaged one.
@@ -122,8 +129,9 @@ class Generator:
     ) -> list[Completion]:
         """Continues each prompt by up to `max_new_tokens` tokens.
 
-        A row's tokens depend on itself and on the program that is compiled: `batch_size`, `prompt_slots` of the longest prompt,
-        and `new_tokens`. Where these are the same, other rows change no bit of it; where not, sums are rounded in another order.
+        A row's tokens depend on itself and on the program that is compiled: `batch_size`, `prompt_slots` of
+        the longest prompt, and `new_tokens`. Where these are the same, other rows change no bit of it; where
+        not, sums are rounded in another order.
 
         Args:
             prompts: token ids, of any lengths.
@@ -137,8 +145,8 @@ class Generator:
             every: steps between two calls of it; without it, all in one loop on the device.
 
         Raises:
-            InputError: an empty prompt, tokens outside the vocabulary, more tokens than the model has positions, or a seed out
-                of range.
+            InputError: an empty prompt, tokens outside the vocabulary, more tokens than the model has
+                positions, or a seed out of range.
         """
         limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
         check_prompts(self.config, prompts, limits)
@@ -181,13 +189,15 @@ class Generator:
             state = decode(self._parameters, state, jnp.int32(every or T))
         tokens_BT, lengths_B = jax.device_get((state.tokens_BT, state.lengths_B))
         reasons: list[FinishReason] = [
-            "stop" if stop else "length" if full else "eos" for stop, full in zip(stopped, lengths_B == limits_B, strict=True)
+            "stop" if stop else "length" if full else "eos"
+            for stop, full in zip(stopped, lengths_B == limits_B, strict=True)
         ]
         return [Completion(tokens_BT[row, : lengths_B[row]].tolist(), reasons[row]) for row in range(len(prompts))]
 
 
 def prompt_slots(prompt: Sequence[int]) -> int:
-    """Slots that a prompt is padded to: a multiple of PROMPT_SLOTS, beyond 16 of them at most an eighth more than it needs.
+    """Slots that a prompt is padded to: a multiple of PROMPT_SLOTS, beyond 16 of them at most an eighth more
+    than it needs.
 
     One compiled program serves all prompts that have as many: 24 serve those up to 2,048 tokens, 40 those up to 8,192.
     """
@@ -208,28 +218,42 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], limits:
             raise InputError(f"{which} is empty: a model continues text, give it at least one token.")
         if min(prompt) < 0 or max(prompt) >= config.vocabulary_size:
             wrong = next(token for token in prompt if not 0 <= token < config.vocabulary_size)
-            raise InputError(f"{which} holds the token {wrong}; the model has {config.vocabulary_size}. Is it another model's tokenizer?")
+            raise InputError(
+                f"{which} holds the token {wrong}; the model has {config.vocabulary_size}. Is it another "
+                "model's tokenizer?"
+            )
         if len(prompt) + max_new_tokens > config.longest_sequence:
             raise InputError(
-                f"{which} has {len(prompt)} tokens; with {max_new_tokens} new ones that is {len(prompt) + max_new_tokens}, and the model "
-                f"has learned only {config.max_positions} positions (n_positions): shorten the prompt, or ask for fewer tokens."
+                f"{which} has {len(prompt)} tokens; with {max_new_tokens} new ones that is "
+                f"{len(prompt) + max_new_tokens}, and the model "
+                f"has learned only {config.max_positions} positions (n_positions): shorten the prompt, or ask "
+                "for fewer tokens."
             )
 
 
 def shardings(config: ModelConfig, mesh: Mesh) -> dict:
-    """Of the stacked parameters for inference: divided over `tensor` as the table has it, and whole along the other axes."""
+    """Of the stacked parameters for inference: divided over `tensor` as the table has it, and whole along the
+    other axes."""
     return nest({path: NamedSharding(mesh, partition) for path, partition in _partitions(config).items()})
 
 
 def unstacked_shapes(config: ModelConfig, dtype: jnp.dtype | str) -> dict:
     """Shapes of what `decoding.unstacked` gives, for programs that are only compiled."""
-    return _of_each_layer(parameter_shapes(config, dtype), lambda shape: jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype), config.layers)
+    return _of_each_layer(
+        parameter_shapes(config, dtype), lambda shape: jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype), config.layers
+    )
 
 
 def _of_each_layer(flat: Mapping[str, Any], of_one_layer: Callable[[Any], Any], layers: int) -> dict:
     """What is said of each stacked parameter, said of the unstacked ones."""
     outside = nest({path: value for path, value in flat.items() if not path.startswith("layers.")})
-    layer = nest({path.removeprefix("layers."): of_one_layer(value) for path, value in flat.items() if path.startswith("layers.")})
+    layer = nest(
+        {
+            path.removeprefix("layers."): of_one_layer(value)
+            for path, value in flat.items()
+            if path.startswith("layers.")
+        }
+    )
     return {**outside, "layers": [layer] * layers}
 
 
@@ -291,7 +315,9 @@ class Programs:
         """`decode(parameters, state, steps)`; the state is donated."""
 
         def make() -> stages.Wrapped:
-            program = partial(decoding.decode, self._structure, prompt_slots=settings.prompt_slots, **self._common(settings))
+            program = partial(
+                decoding.decode, self._structure, prompt_slots=settings.prompt_slots, **self._common(settings)
+            )
             specs = (self.parameters_spec(), self.state_spec(settings.sampling), PartitionSpec())
             return jax.jit(self._divided(program, specs, settings), donate_argnums=1)
 
@@ -299,12 +325,17 @@ class Programs:
 
     def parameters_spec(self) -> dict:
         """Partition of the unstacked parameters."""
-        return _of_each_layer(_partitions(self.config), lambda partition: PartitionSpec(*partition[1:]), self.config.layers)
+        return _of_each_layer(
+            _partitions(self.config), lambda partition: PartitionSpec(*partition[1:]), self.config.layers
+        )
 
     def state_spec(self, sampling: Sampling) -> DecodingState:
-        """Partition of the state: rows over their axis, and over `tensor` the keys and values of heads that are not shared."""
+        """Partition of the state: rows over their axis, and over `tensor` the keys and values of heads that
+        are not shared."""
         rows, whole = PartitionSpec(ROWS_AXIS), PartitionSpec()
-        caches = (PartitionSpec(ROWS_AXIS if self.config.kv_heads == 1 else (ROWS_AXIS, TENSOR_AXIS)),) * self.config.layers
+        caches = (
+            PartitionSpec(ROWS_AXIS if self.config.kv_heads == 1 else (ROWS_AXIS, TENSOR_AXIS)),
+        ) * self.config.layers
         others = {
             "drawn": whole,
             "unfinished": whole,
@@ -326,7 +357,9 @@ class Programs:
     def _divided(self, program: Callable, in_specs: tuple, settings: Settings) -> Callable:
         if self.mesh is None:
             return program
-        return jax.shard_map(program, mesh=self.mesh, in_specs=in_specs, out_specs=self.state_spec(settings.sampling), check_vma=False)
+        return jax.shard_map(
+            program, mesh=self.mesh, in_specs=in_specs, out_specs=self.state_spec(settings.sampling), check_vma=False
+        )
 
     def _kept(self, name: str, settings: Settings, make: Callable[[], stages.Wrapped]) -> stages.Wrapped:
         if (name, settings) not in self._jitted:

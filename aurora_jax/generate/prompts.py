@@ -1,4 +1,5 @@
-"""Prompts of the three kinds that StarCoder's family knows: text to go on with, code to fill in, an instruction to answer."""
+"""Prompts of the three kinds that StarCoder's family knows: text to go on with, code to fill in, an
+instruction to answer."""
 
 import re
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ def continuation(tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def infilling(tokenizer: Tokenizer, prefix: str, suffix: str) -> Prompt:
-    """What stands before and after a gap, in the order prefix, suffix, middle (Bavarian et al. 2022, arXiv 2207.14255, PSM mode).
+    """What stands before and after a gap, in the order prefix, suffix, middle (Bavarian et al. 2022, arXiv
+    2207.14255, PSM mode).
 
     Encoded as the pieces of a document are in training; prefix, completion and suffix put together are the text.
 
@@ -62,7 +64,8 @@ def infilling(tokenizer: Tokenizer, prefix: str, suffix: str) -> Prompt:
         prefix_ids, suffix_ids = (piece.tolist() for piece in pieces)
         return Prompt([before, *prefix_ids, after, *suffix_ids, middle], prefix_ids)
     raise InputError(
-        f"{tokenizer.path}: the tokenizer has no fill-in-the-middle tokens ({', '.join(FILL_IN_THE_MIDDLE[0])}): this model cannot infill."
+        f"{tokenizer.path}: the tokenizer has no fill-in-the-middle tokens "
+        f"({', '.join(FILL_IN_THE_MIDDLE[0])}): this model cannot infill."
     )
 
 
@@ -75,7 +78,8 @@ def instruction(tokenizer: Tokenizer, text: str) -> Prompt:
 
 
 def of_record(tokenizer: Tokenizer, record: Mapping[str, Any]) -> Prompt:
-    """The prompt of a JSON object with `prompt`, or `prefix` and `suffix`, or `instruction`. Raises InputError unless it has just one."""
+    """The prompt of a JSON object with `prompt`, or `prefix` and `suffix`, or `instruction`. Raises
+    InputError unless it has just one."""
     fields = {name: record.get(name) for name in NAMES if name in record}
     wrong = next((name for name, value in fields.items() if not isinstance(value, str)), None)
     if wrong is not None:
@@ -95,7 +99,8 @@ _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def stop_string(written: str) -> str:
-    r"""A stop string as it is typed in a shell: \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH (by number), and \\ for a backslash.
+    r"""A stop string as it is typed in a shell: \n, \r, \t, \xHH, \uHHHH, \UHHHHHHHH (by number), and \\ for
+    a backslash.
 
     Raises:
         InputError: another escape, a number that is no character, or nothing.
@@ -121,8 +126,12 @@ def stop_string(written: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text. Raises InputError for halves of characters: a command's bytes that are no UTF-8, JSON's lone surrogates."""
+    """The text. Raises InputError for halves of characters: a command's bytes that are no UTF-8, JSON's lone
+    surrogates."""
     wrong = re.search("[\ud800-\udfff]", text)
     if wrong is not None:
-        raise InputError(f"Character {wrong.start() + 1} of {text[:80]!r} is none: the text must be UTF-8, without half a surrogate pair.")
+        raise InputError(
+            f"Character {wrong.start() + 1} of {text[:80]!r} is none: the text must be UTF-8, without half a "
+            "surrogate pair."
+        )
     return text

@@ -27,7 +27,8 @@ class TextStream:
         """Whether a stop string has come."""
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Takes new tokens; returns the new text that can be shown: what may be the beginning of a stop string is held back."""
+        """Takes new tokens; returns the new text that can be shown: what may be the beginning of a stop
+        string is held back."""
         self._tokens += tokens
         text = self.text
         end = len(text)
@@ -53,7 +54,8 @@ class TextStream:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the text is made of: all, or, before a stop string, the fewest that hold it (one cut in two counts)."""
+        """Tokens that the text is made of: all, or, before a stop string, the fewest that hold it (one cut in
+        two counts)."""
         text = self.text
         if not self.stopped:
             return len(self._tokens)

@@ -65,11 +65,15 @@ class Cloud:
     def read(self) -> QueuedResource:
         """The queued resource; a list that comes back empty is sure. Raises NoAnswer."""
         options = self._options
-        printed = self._commands.output(self.queued("list", f"--filter=name~/{options.name}$", f"--format={STATE_FORMAT}"))
+        printed = self._commands.output(
+            self.queued("list", f"--filter=name~/{options.name}$", f"--format={STATE_FORMAT}")
+        )
         if printed is None:
             raise NoAnswer
         if options.dry_run:
-            return QueuedResource(self.assumed, self.assumed.value, options.accelerator_type, options.num_slices, options.provisioning)
+            return QueuedResource(
+                self.assumed, self.assumed.value, options.accelerator_type, options.num_slices, options.provisioning
+            )
         return QueuedResource.parse(next(iter(printed.splitlines()), ""))
 
     def nodes(self) -> list[Node]:
@@ -105,7 +109,8 @@ class Cloud:
             )
 
     def ask(self) -> Asked:
-        """Makes the queued resource. What exists already is no error: an earlier call may have made it without our hearing."""
+        """Makes the queued resource. What exists already is no error: an earlier call may have made it
+        without our hearing."""
         options = self._options
         flags = [f"--accelerator-type={options.accelerator_type}", f"--runtime-version={runtime_version(options)}"]
         if options.num_slices == 1:

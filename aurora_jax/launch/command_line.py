@@ -107,7 +107,9 @@ def divide(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
             options.append(word)
         elif word.startswith("-"):
             theirs = " (those of aurora train come after CONFIG.py)" if verb else ""
-            raise Stop(f"there is no option {name}; launch_tpu.sh {f'{verb} ' if verb else ''}--help lists them{theirs}")
+            raise Stop(
+                f"there is no option {name}; launch_tpu.sh {f'{verb} ' if verb else ''}--help lists them{theirs}"
+            )
         elif verb:
             return verb, options, [word, *rest]
         elif word in texts.VERBS:
@@ -130,9 +132,15 @@ def read(verb: str, words: Sequence[str], train: Sequence[str]) -> Options:
         f"--name {given['name']}: lower-case letters, digits and dashes, beginning with a letter",
     )
     require(given["heartbeat"], "[1-9][0-9]*", f"--heartbeat {given['heartbeat']}: whole seconds")
-    require(given["remote_dir"], "[A-Za-z0-9_./-]+", f"--remote-dir {given['remote_dir']}: letters, digits, ., _, / and - only")
     require(
-        given["fruitless_starts"], "[0-9]+", f"--fruitless-starts {given['fruitless_starts']}: a number of starts, such as 10; 0 for never"
+        given["remote_dir"],
+        "[A-Za-z0-9_./-]+",
+        f"--remote-dir {given['remote_dir']}: letters, digits, ., _, / and - only",
+    )
+    require(
+        given["fruitless_starts"],
+        "[0-9]+",
+        f"--fruitless-starts {given['fruitless_starts']}: a number of starts, such as 10; 0 for never",
     )
     require(given["unreachable"], SECONDS, f"--unreachable {given['unreachable']}: seconds, such as 1800; 0 for never")
     if verb in WITHOUT_WORDS and train:

@@ -78,7 +78,9 @@ class Commands:
         sys.stdout.flush()
         replace_process(words)
 
-    def everywhere(self, commands: dict[str, list[str]], show: Callable[[str], None] | None = None, limit: float | None = None) -> Answer:
+    def everywhere(
+        self, commands: dict[str, list[str]], show: Callable[[str], None] | None = None, limit: float | None = None
+    ) -> Answer:
         """Runs a command for each place at once; lines of output begin with the place's name.
 
         Args:
@@ -125,8 +127,8 @@ class Commands:
 
 
 def _start(words: Sequence[str], *, alone: bool) -> subprocess.Popen:
-    # Alone in a session, the ssh that gcloud starts for every host can be killed with it; but then nobody can be asked for a
-    # password.
+    # Alone in a session, the ssh that gcloud starts for every host can be killed with it; but then nobody can
+    # be asked for a password.
     return subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,

@@ -8,8 +8,8 @@ from enum import Enum
 from aurora_jax.launch.states import HostState, HostStatus, NodeHealth, QueuedResource, QueuedResourceState
 
 PATIENCE = 3
-"""Looks for which some hosts may be done and others not: for a moment that is how every run ends. If it lasts, the others have lost their
-last step and cannot meet again unless those that are done start, too."""
+"""Looks for which some hosts may be done and others not: for a moment that is how every run ends. If it
+lasts, the others have lost their last step and cannot meet again unless those that are done start, too."""
 GOING = {HostState.RUNNING, HostState.WAITING}
 
 
@@ -88,13 +88,15 @@ class Memory:
     def after_start(self, *, well: bool) -> "Memory":
         """The run was started on all hosts, or was not.
 
-        A start that did not come about counts once, though the VMs may be found lost next; after a new checkpoint it does not: it is the
-        end of a start that was worth its money.
+        A start that did not come about counts once, though the VMs may be found lost next; after a new
+        checkpoint it does not: it is the end of a start that was worth its money.
         """
         return replace(self, begun=well, fruitful=False, lost=self.lost + (not well and not self.fruitful))
 
 
-def about_cloud(resource: QueuedResource, nodes_there: bool, health: NodeHealth, memory: Memory, limits: Limits) -> CloudAction:
+def about_cloud(
+    resource: QueuedResource, nodes_there: bool, health: NodeHealth, memory: Memory, limits: Limits
+) -> CloudAction:
     """Decides by the queued resource, the VMs of its name, and their health if it is ACTIVE."""
     state = resource.state
     if state is QueuedResourceState.ABSENT:

@@ -11,7 +11,9 @@ from aurora_jax.launch.options import ROOT, Options
 
 def git(*words: str) -> str | None:
     """What git prints about the repository, None if it fails."""
-    done = subprocess.run(["git", "-C", str(ROOT), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -35,7 +37,8 @@ def require_config(config: str, commit: str) -> None:
 
 
 def set_up(options: Options, commands: Commands, hosts: Hosts, commit: str, show: Show) -> bool:
-    """Puts the code at a commit (a hash) and its environment on every host; what is there already stays. Did it go well everywhere?"""
+    """Puts the code at a commit (a hash) and its environment on every host; what is there already stays. Did
+    it go well everywhere?"""
     words = ["--extras", options.extras]
     for flag, value in (("--python", options.python), ("--venv", options.venv), ("--bucket", options.bucket)):
         words += [flag, value] if value else []

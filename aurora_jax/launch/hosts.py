@@ -1,4 +1,5 @@
-"""The hosts of a run: those of TPU VMs, reached through gcloud, or machines of --hosts, reached by ssh. All are asked at once."""
+"""The hosts of a run: those of TPU VMs, reached through gcloud, or machines of --hosts, reached by ssh. All
+are asked at once."""
 
 import abc
 from collections.abc import Callable
@@ -59,7 +60,9 @@ class Hosts(abc.ABC):
         action = [*(["--again"] if again else []), *options.train]
         starts = {
             place: self._on(
-                place, f"env {quoted([*everyone, *own])} bash {options.remote_dir}/code/launch_tpu.sh on-host start {quoted(action)}"
+                place,
+                f"env {quoted([*everyone, *own])} bash {options.remote_dir}/code/launch_tpu.sh on-host start "
+                f"{quoted(action)}",
             )
             for place, own in zip(self.places, variables, strict=True)
         }
@@ -73,7 +76,9 @@ class Hosts(abc.ABC):
     def status(self, show: Show | None = None, limit: float | None = None) -> Answer:
         """A line of every host, as `supervise.Status` makes it."""
         return self.everywhere(
-            self.on_host('echo "aurora-status $(hostname) none, not set up"', "status", *self._options.train), show, limit
+            self.on_host('echo "aurora-status $(hostname) none, not set up"', "status", *self._options.train),
+            show,
+            limit,
         )
 
     def stop(self, show: Show | None = to_stdout) -> bool:
@@ -107,7 +112,9 @@ class SshHosts(Hosts):
         if not worker.isascii() or not worker.isdigit() or int(worker) >= len(places):
             raise Stop(f"--worker {worker}: there are {len(places)} hosts, from 0")
         terminal = [] if remote else ["-t"]
-        self._commands.become(["ssh", *terminal, *self._options.ssh_options, places[int(worker)], *([remote] if remote else [])])
+        self._commands.become(
+            ["ssh", *terminal, *self._options.ssh_options, places[int(worker)], *([remote] if remote else [])]
+        )
 
 
 class TpuHosts(Hosts):

@@ -1,7 +1,7 @@
 """What the other verbs run on a host: `launch_tpu.sh on-host ready|install|start|status|stop`.
 
-BASE (--remote-dir) holds code/, with the commit in code/COMMIT; venv/, with the hash of its pins in venv/pins, or a link to the user's own;
-and run/, which is the supervisor's.
+BASE (--remote-dir) holds code/, with the commit in code/COMMIT; venv/, with the hash of its pins in
+venv/pins, or a link to the user's own; and run/, which is the supervisor's.
 """
 
 import argparse
@@ -57,7 +57,9 @@ class Host:
         else:
             if supervise.is_locked(self._base / "run"):
                 shutil.rmtree(unpacked)
-                raise Stop(f"a run of {before} is going on on {socket.gethostname()}: `stop` it before its code is replaced")
+                raise Stop(
+                    f"a run of {before} is going on on {socket.gethostname()}: `stop` it before its code is replaced"
+                )
             (unpacked / "COMMIT").write_text(f"{commit}\n")
             old = self._base / "code.old"
             shutil.rmtree(old, ignore_errors=True)
@@ -129,7 +131,8 @@ def _mount(bucket: str) -> None:
         return
     if shutil.which("gcsfuse") is None:
         raise Stop(
-            f"{socket.gethostname()} has no gcsfuse, which --bucket needs: install it (Cloud Storage FUSE's own instructions) "
+            f"{socket.gethostname()} has no gcsfuse, which --bucket needs: install it (Cloud Storage FUSE's "
+            "own instructions) "
             "or leave --bucket out"
         )
     folder, root = f"/mnt/{bucket}", Path("/")

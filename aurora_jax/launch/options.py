@@ -78,7 +78,8 @@ RUNTIME_VERSIONS = {
 
 
 def runtime_version(options: Options) -> str:
-    """The given one, or that of the kind of chip. Raises Stop where the accelerator's name is not one of the cloud's."""
+    """The given one, or that of the kind of chip. Raises Stop where the accelerator's name is not one of the
+    cloud's."""
     kind, _, size = options.accelerator_type.partition("-")
     where = f"--accelerator-type {options.accelerator_type}"
     if not options.accelerator_type:
@@ -88,7 +89,8 @@ def runtime_version(options: Options) -> str:
     known = RUNTIME_VERSIONS.get(kind) if size else None
     if known is None and ":" in options.accelerator_type:
         raise Stop(
-            f"{where} is a topology of `aurora plan`; the cloud counts chips (v5litepod-256, v6e-256) or two cores a chip (v4-256, v5p-128)"
+            f"{where} is a topology of `aurora plan`; the cloud counts chips (v5litepod-256, v6e-256) or two "
+            "cores a chip (v4-256, v5p-128)"
         )
     version = options.runtime_version or known
     if not version:

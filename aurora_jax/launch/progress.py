@@ -1,7 +1,7 @@
 """How far a run has come, read from its files: the newest complete checkpoint, and the code that wrote it.
 
-`aurora_jax/checkpoints/format.py` and `aurora_jax/train/checkpoint.py` say the same with libraries that only the run's own environment
-has; a test compares.
+`aurora_jax/checkpoints/format.py` and `aurora_jax/train/checkpoint.py` say the same with libraries that only
+the run's own environment has; a test compares.
 """
 
 import json
@@ -34,7 +34,8 @@ class Newest:
 
 
 def output_of(command: Sequence[str]) -> str | None:
-    """The folder after --output in a command of `aurora train`, the last one as there; None where the config alone says it."""
+    """The folder after --output in a command of `aurora train`, the last one as there; None where the config
+    alone says it."""
     found = None
     for number, word in enumerate(command):
         if word == "--output":
@@ -45,7 +46,8 @@ def output_of(command: Sequence[str]) -> str | None:
 
 
 def newest_checkpoint(output: str | None) -> Newest | None:
-    """The newest checkpoint in OUTPUT/checkpoints; None if that cannot be known: no folder was named, or it cannot be read."""
+    """The newest checkpoint in OUTPUT/checkpoints; None if that cannot be known: no folder was named, or it
+    cannot be read."""
     if output is None:
         return None
     folder = Path(output) / "checkpoints"

@@ -9,7 +9,8 @@ from aurora_jax.launch.progress import Newest
 
 
 class QueuedResourceState(Enum):
-    """The cloud's states (`QueuedResourceState.State` of the Cloud TPU API, v2), and ABSENT: there is none of the name."""
+    """The cloud's states (`QueuedResourceState.State` of the Cloud TPU API, v2), and ABSENT: there is none of
+    the name."""
 
     ABSENT = "ABSENT"
     CREATING = "CREATING"
@@ -73,7 +74,8 @@ def is_about_quota(message: str) -> bool:
 
 
 class NodeHealth(Enum):
-    """Of the TPU VMs of an ACTIVE queued resource, taken together: a preempted one may lie under a resource that says ACTIVE."""
+    """Of the TPU VMs of an ACTIVE queued resource, taken together: a preempted one may lie under a resource
+    that says ACTIVE."""
 
     READY = "ready"
     COMING = "coming"
@@ -128,7 +130,8 @@ class HostStatus:
 
     Attributes:
         host: its own name.
-        code: the commit, abbreviated, that this very run was last started with here; None if it was not, or an older version does not say.
+        code: the commit, abbreviated, that this very run was last started with here; None if it was not, or
+            an older version does not say.
         newest: the run's newest checkpoint as this host sees it; None if it does not say.
         fruitless: starts in a row that ended without a new checkpoint.
         line: what it printed.

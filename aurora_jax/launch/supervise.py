@@ -1,8 +1,8 @@
 """Keeps one training command running on one host: `python -m aurora_jax.launch.supervise start|run|status|stop DIR`.
 
-`launch_tpu.sh` runs it on every host of a pod; nothing but the standard library is imported. DIR holds `status.json`, `supervisor.log`,
-`logs/` (one file a start, the newest 30), `log` (a link to the newest) and `lock`, which the supervisor and its command hold as long as
-either lives: there is never a second one.
+`launch_tpu.sh` runs it on every host of a pod; nothing but the standard library is imported. DIR holds
+`status.json`, `supervisor.log`, `logs/` (one file a start, the newest 30), `log` (a link to the newest) and
+`lock`, which the supervisor and its command hold as long as either lives: there is never a second one.
 """
 
 import argparse
@@ -43,9 +43,10 @@ class Status:
         directory: of status and logs.
         command: look for this one's checkpoints; without it, for those of the command that was started last.
 
-    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by `stop`); interrupted (SIGTERM
-    from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock); none (never started); other
-    (asked for one command, and another one runs).
+    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2); stopped (by
+        `stop`); interrupted (SIGTERM
+    from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock);
+    none (never started); other (asked for one command, and another one runs).
     """
 
     def __init__(self, directory: Path, command: list[str] | None = None):
@@ -74,8 +75,9 @@ class Status:
         return (self.values.get("command"), self.values.get("revision")) == (command, revision())
 
     def line(self) -> str:
-        """One line for people and for `launch_tpu.sh` (which reads it with `states.HostStatus`): host, state, start, code, newest
-        checkpoint, starts without a new one, exit status, the last line that was logged."""
+        """One line for people and for `launch_tpu.sh` (which reads it with `states.HostStatus`): host, state,
+        start, code, newest checkpoint, starts without a new one, exit status, the last line that was
+        logged."""
         words = [f"aurora-status {socket.gethostname()} {self.state}"]
         if self.state != "none":
             words.append(f"since {self.values['since']}, start {self.values['attempt']}")
@@ -92,7 +94,8 @@ class Status:
 
 
 def fruitless_starts(values: Mapping[str, Any], newest: int | None) -> int:
-    """How many starts in a row have ended without a new checkpoint, when the newest one is of step `newest` (None: there is none).
+    """How many starts in a row have ended without a new checkpoint, when the newest one is of step `newest`
+    (None: there is none).
 
     `values` are those of status.json; what an older version wrote counts as no such start.
     """
@@ -158,7 +161,8 @@ class Supervisor:
         self._process: subprocess.Popen | None = None
 
     def run(self, *, again: bool) -> str:
-        """Returns the final state; at once if another supervisor is there, or if the command is done and not to run again."""
+        """Returns the final state; at once if another supervisor is there, or if the command is done and not
+        to run again."""
         (self._directory / "logs").mkdir(parents=True, exist_ok=True)
         with (self._directory / "lock").open("a+") as lock:
             end = time.monotonic() + GLANCE
@@ -189,7 +193,9 @@ class Supervisor:
                 state = self._state_after(code)
                 self._status(state, attempt, code)
                 pause = self._first_pause if time.monotonic() - begun > SETTLED else pause
-                print(f"{datetime.now(timezone.utc):%F %T} start {attempt} ended with status {code}: {state}", flush=True)
+                print(
+                    f"{datetime.now(timezone.utc):%F %T} start {attempt} ended with status {code}: {state}", flush=True
+                )
                 if state == "waiting":
                     end = time.monotonic() + pause
                     while self._told is None and time.monotonic() < end:
@@ -235,13 +241,20 @@ class Supervisor:
             old.unlink()
         with log.open("w") as output:
             print(
-                f"$ {shlex.join(self._command)}    (start {attempt} on {socket.gethostname()}, code {revision()})", file=output, flush=True
+                f"$ {shlex.join(self._command)}    (start {attempt} on {socket.gethostname()}, code {revision()})",
+                file=output,
+                flush=True,
             )
             link.replace(self._directory / "log")
             if self._told is not None:
                 return 128 + signal.SIGTERM
             self._process = subprocess.Popen(
-                self._command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, pass_fds=(lock,), preexec_fn=_end_with_parent
+                self._command,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(lock,),
+                preexec_fn=_end_with_parent,
             )
             self._status("running", attempt, None)
             code = self._process.wait()
@@ -255,11 +268,15 @@ def revision() -> str:
 
 
 def start(directory: Path, command: list[str], first_pause: float, grace: float, *, again: bool) -> int:
-    """Starts a supervisor that outlives this session, unless one is there; 0 if the command runs (or is done), 3 if another one does."""
+    """Starts a supervisor that outlives this session, unless one is there; 0 if the command runs (or is
+    done), 3 if another one does."""
     directory.mkdir(parents=True, exist_ok=True)
     status = Status(directory)
     if status.alive and not status.is_of(command):
-        print(f"{socket.gethostname()}: another run is going on: {shlex.join(status.values.get('command', []))}\nStop it first.")
+        print(
+            f"{socket.gethostname()}: another run is going on: "
+            f"{shlex.join(status.values.get('command', []))}\nStop it first."
+        )
         return 3
     if not status.alive and (again or not status.is_done(command)):
         with (directory / "supervisor.log").open("a") as log:
@@ -284,7 +301,8 @@ def start(directory: Path, command: list[str], first_pause: float, grace: float,
 
 
 def stop(directory: Path) -> int:
-    """Ends supervisor and command, which saves a checkpoint first; returns when they have ended. Nothing to stop is well, too."""
+    """Ends supervisor and command, which saves a checkpoint first; returns when they have ended. Nothing to
+    stop is well, too."""
     told = False
     while (status := Status(directory)).alive:
         if not told:
@@ -316,9 +334,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("directory", type=Path, help="of status and logs")
     parser.add_argument(
-        "--pause", type=float, default=5.0, help="seconds before the first restart; doubles each time, up to 300 (%(default)s)"
+        "--pause",
+        type=float,
+        default=5.0,
+        help="seconds before the first restart; doubles each time, up to 300 (%(default)s)",
     )
-    parser.add_argument("--grace", type=float, default=300.0, help="seconds from a stop until the command is killed (%(default)s)")
+    parser.add_argument(
+        "--grace", type=float, default=300.0, help="seconds from a stop until the command is killed (%(default)s)"
+    )
     parser.add_argument("--again", action="store_true", help="start even what is done already")
     arguments = sys.argv[1:] if arguments is None else arguments
     split = arguments.index("--") if "--" in arguments else len(arguments)

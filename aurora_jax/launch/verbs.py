@@ -38,7 +38,8 @@ def up(options: Options, commands: Commands) -> int:
             if nodes:
                 names = " ".join(f"{node.name}|{node.state}" for node in nodes)
                 raise Stop(
-                    f"a TPU VM of this name is there without a queued resource ({names}): choose another --name, or `down` to delete it"
+                    f"a TPU VM of this name is there without a queued resource ({names}): choose another "
+                    "--name, or `down` to delete it"
                 )
             _ask(options, cloud)
             asked = True
@@ -71,7 +72,8 @@ def _ask(options: Options, cloud: Cloud) -> None:
     answer = cloud.ask()
     if answer is Asked.NO_QUOTA:
         raise Stop(
-            f"there is no quota for {options.request} in {options.zone or 'this zone'}: ask for more in the console (TPU API quotas), "
+            f"there is no quota for {options.request} in {options.zone or 'this zone'}: ask for more in the "
+            "console (TPU API quotas), "
             "try another zone, or let `watch` try again and again",
             FAILED,
         )
@@ -168,7 +170,12 @@ def down(options: Options, commands: Commands) -> int:
         if not sys.stdin.isatty():
             raise Stop("down: say --yes where nobody can be asked")
         what = f"{options.name} ({resource.said}, {resource.slices} x {resource.accelerator_type})"
-        print(f"Delete queued resource {what} with all its TPU VMs and their disks? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(
+            f"Delete queued resource {what} with all its TPU VMs and their disks? [y/N] ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
         if not sys.stdin.readline().lower().startswith("y"):
             raise Stop("nothing was deleted")
     if not cloud.delete_all():
@@ -214,7 +221,11 @@ def _require_train_command(options: Options) -> None:
     if not output.startswith("/"):
         if options.verb == "watch" and not options.hosts:
             raise Stop(
-                f"watch: --output must outlive the TPU VMs, and '{output or 'the default of the config'}' is on their disks: "
+                f"watch: --output must outlive the TPU VMs, and '{output or 'the default of the config'}' is "
+                "on their disks: "
                 "give --bucket B and --output /mnt/B/..."
             )
-        say("note: --output is relative, on each host's own disk, which goes with the VM; a run over several hosts will refuse it")
+        say(
+            "note: --output is relative, on each host's own disk, which goes with the VM; a run over several "
+            "hosts will refuse it"
+        )

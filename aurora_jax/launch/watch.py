@@ -1,4 +1,5 @@
-"""`watch`: looks, decides (`decision.py`) and acts, until the run is done. It may be killed at any time: it keeps nothing."""
+"""`watch`: looks, decides (`decision.py`) and acts, until the run is done. It may be killed at any time: it
+keeps nothing."""
 
 import time
 from collections import Counter
@@ -53,7 +54,9 @@ class Watch:
                 say("the cloud did not answer; looking again")
                 time.sleep(self._options.poll)
                 continue
-            status, pause = self._act(resource, bool(nodes), self._health(resource, self._cloud.nodes_of(resource, nodes)))
+            status, pause = self._act(
+                resource, bool(nodes), self._health(resource, self._cloud.nodes_of(resource, nodes))
+            )
             if status is not None:
                 return status
             time.sleep(pause)
@@ -79,7 +82,9 @@ class Watch:
             self._backoff = options.poll
             return self._look_at_hosts(TpuHosts(options, self._commands, self._cloud, resource)), options.poll
         if action is CloudAction.GIVE_UP:
-            return self._give_up(f"{self._memory.fruitless} starts in a row ended without a new checkpoint", NO_PROGRESS), 0
+            return self._give_up(
+                f"{self._memory.fruitless} starts in a row ended without a new checkpoint", NO_PROGRESS
+            ), 0
         if action is CloudAction.ASK:
             return None, self._ask()
         if action is CloudAction.WAIT:
@@ -123,7 +128,8 @@ class Watch:
                 silent = [host for host in known if host not in {status.host for status in found}]
                 names = ", ".join([*answer.failed, *(f"host {host}" for host in silent)])
                 return self._give_up(
-                    f"not all hosts have answered for {self._options.unreachable:g} s ({names}); nothing was stopped", UNREACHABLE
+                    f"not all hosts have answered for {self._options.unreachable:g} s ({names}); nothing was stopped",
+                    UNREACHABLE,
                 )
             say("not all hosts answer; looking again")
             return None
@@ -154,7 +160,9 @@ class Watch:
             say("stopping all hosts")
             hosts.stop(to_stderr)
             return self._give_up(
-                f"{self._memory.fruitless} starts in a row ended without a new checkpoint (`logs` says why, `run` begins anew)", NO_PROGRESS
+                f"{self._memory.fruitless} starts in a row ended without a new checkpoint (`logs` says why, "
+                "`run` begins anew)",
+                NO_PROGRESS,
             )
         return None
 
@@ -168,7 +176,8 @@ class Watch:
     # ---------------------------------------------------------------------------------------------- the code of the run
 
     def _pin(self, found: list[HostStatus]) -> None:
-        """Takes the code that the hosts have this very run from; --commit is for the first setup, unless it names a commit by its hash."""
+        """Takes the code that the hosts have this very run from; --commit is for the first setup, unless it
+        names a commit by its hash."""
         codes = {status.code for status in found if status.code is not None}
         if self._commit is not None or not codes:
             return
@@ -177,7 +186,8 @@ class Watch:
             going = [status for status in found if status.code in others and status.state in decision.GOING]
             if going:
                 raise Stop(
-                    f"the run is going on with the code at {going[0].code} on {going[0].host}, and --commit says {self._given[:12]}: "
+                    f"the run is going on with the code at {going[0].code} on {going[0].host}, and --commit "
+                    f"says {self._given[:12]}: "
                     "`stop` it first, or leave --commit out"
                 )
             self._commit = self._given
@@ -185,7 +195,9 @@ class Watch:
                 say(f"the run moves from the code at {' and '.join(others)} to {self._given[:12]}, as --commit says")
             return
         if len(codes) > 1:
-            raise Stop(f"the hosts have had this run with the code at {' and '.join(sorted(codes))}: say which, --commit HASH")
+            raise Stop(
+                f"the hosts have had this run with the code at {' and '.join(sorted(codes))}: say which, --commit HASH"
+            )
         self._keep(codes.pop())
 
     def _keep(self, code: str) -> None:
@@ -203,13 +215,20 @@ class Watch:
             answer = hosts.status(limit=self._limits.unreachable)
             if not answer.well:
                 return False
-            found = [status.newest for line in answer.lines if (status := HostStatus.parse(line)) is not None and status.newest]
+            found = [
+                status.newest
+                for line in answer.lines
+                if (status := HostStatus.parse(line)) is not None and status.newest
+            ]
             written = [newest for newest in found if newest.step is not None and newest.revision is not None]
             code = max(written, key=lambda newest: newest.step or 0).revision if written else None
             if code is None or self._given.startswith(code):
                 self._commit = self._given
             elif deployment.is_hash(self._options.commit, self._given):
-                say(f"the newest checkpoint is of the code at {code}; the run moves to {self._given[:12]}, as --commit says")
+                say(
+                    f"the newest checkpoint is of the code at {code}; the run moves to {self._given[:12]}, as "
+                    "--commit says"
+                )
                 self._commit = self._given
             else:
                 self._keep(code)
@@ -220,11 +239,15 @@ class Watch:
     def _set_up(self, hosts: Hosts, commit: str) -> bool:
         found = deployment.git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
         if found is None:
-            raise Stop(f"the run has the code at {commit}, which is not in this repository: fetch it, or move the run with --commit HASH")
+            raise Stop(
+                f"the run has the code at {commit}, which is not in this repository: fetch it, or move the "
+                "run with --commit HASH"
+            )
         deployment.require_config(self._options.train[0], found)
         return deployment.set_up(self._options, self._commands, hosts, found, to_stderr)
 
-    # ----------------------------------------------------------------------------------------------------------- the end
+    # -----------------------------------------------------------------------------------------------------------
+    # the end
 
     def _end_well(self) -> int:
         if self._options.down and not self._options.hosts:
@@ -253,5 +276,7 @@ class Watch:
         if resource.state is QueuedResourceState.ABSENT and not nodes:
             say(f"nothing of {options.name} is there any more that costs money; the run's folder is kept")
             return
-        there = ", ".join([f"{resource.description}, {resource.said}", *(f"TPU VM {node.name} {node.state}" for node in nodes)])
+        there = ", ".join(
+            [f"{resource.description}, {resource.said}", *(f"TPU VM {node.name} {node.state}" for node in nodes)]
+        )
         say(f"the TPUs are still there and cost money: {there}: `{options.down_command}` deletes them")

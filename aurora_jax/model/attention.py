@@ -1,7 +1,7 @@
 """Attention: one public function, named implementations, no quiet fall-back from one to another.
 
-B batch, L sequence, H query heads, K key/value heads, G = H / K heads a group, C head dim; Z = B K independent streams of R = L G rows
-of queries (or those of a block) over M keys (or those of a tile).
+B batch, L sequence, H query heads, K key/value heads, G = H / K heads a group, C head dim; Z = B K
+independent streams of R = L G rows of queries (or those of a block) over M keys (or those of a tile).
 """
 
 import math
@@ -33,14 +33,16 @@ def attention(
 ) -> jax.Array:
     """Causal softmax(q k^T / sqrt(C) + ALiBi) v, with the softmax in fp32.
 
-    Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and before, and, where segment ids
-    (0 and above) are given, only to keys of its own segment.
+    Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and
+    before, and, where segment ids (0 and above) are given, only to keys of its own segment.
 
     Args:
-        alibi_slopes_H: slope x (key place - query place) is added to the scores of each query head (Press et al. 2022, arXiv 2108.12409).
-            Places are counted along the row: segments must be contiguous. Constants, which get no gradient; see `alibi_slopes`.
-        implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for CPU; `flash_interpreted` runs
-            the kernels' program on a CPU, slowly, for tests.
+        alibi_slopes_H: slope x (key place - query place) is added to the scores of each query head (Press et
+            al. 2022, arXiv 2108.12409). Places are counted along the row: segments must be contiguous.
+            Constants, which get no gradient;
+                see `alibi_slopes`.
+        implementation: `flash` runs the Pallas kernels for TPU, divided over the current mesh; `xla` is for
+            CPU; `flash_interpreted` runs the kernels' program on a CPU, slowly, for tests.
         sequence_axis: inside `shard_map`, the mesh axis over which L is divided: keys and values are gathered along it.
 
     Returns:
@@ -54,12 +56,17 @@ def attention(
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads: not divisible.")
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"Unknown attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(
+            f"Unknown attention implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}."
+        )
     B, L, H, C = query_BLHC.shape
     K, G = kv_heads, heads // kv_heads
     if implementation != "xla":
         if dropout_key is not None and dropout_rate:
-            raise InputError(f"Attention {implementation!r} has no dropout (rate {dropout_rate}): set it to 0, or choose attention 'xla'.")
+            raise InputError(
+                f"Attention {implementation!r} has no dropout (rate {dropout_rate}): set it to 0, or choose "
+                "attention 'xla'."
+            )
         interpret = implementation == "flash_interpreted"
         arrays = query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H
         return _flash(*arrays, product_dtype, sequence_axis, interpret=interpret)
@@ -85,10 +92,12 @@ def attention(
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """Slope of each query head [H], fp32, as BLOOM has them: 2^(-8/n), 2^(-16/n), ..., 2^-8, with n the power of two at or below H.
+    """Slope of each query head [H], fp32, as BLOOM has them: 2^(-8/n), 2^(-16/n), ..., 2^-8, with n the power
+    of two at or below H.
 
-    Heads beyond the first n take every other slope of a model with 2 n heads, from its first on (Press et al. 2022, arXiv 2108.12409, and
-    `build_alibi_tensor` of transformers, whose base is rounded to fp32 before it is raised to powers; so is this one).
+    Heads beyond the first n take every other slope of a model with 2 n heads, from its first on (Press et al.
+    2022, arXiv 2108.12409, and `build_alibi_tensor` of transformers, whose base is rounded to fp32 before it
+    is raised to powers; so is this one).
     """
     n = 1 << (heads.bit_length() - 1)
     base, base_between = (np.float64(np.float32(2.0 ** (-8.0 / count))) for count in (n, 2 * n))
@@ -100,11 +109,15 @@ def _gathered(array_BL, axis: str):
     return jax.lax.all_gather(array_BL, axis, axis=1, tiled=True)
 
 
-def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H, product_dtype, sequence_axis, *, interpret: bool):
+def _flash(
+    query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H, product_dtype, sequence_axis, *, interpret: bool
+):
     options: dict = {"segment_ids": segment_ids_BL, "alibi_slopes": alibi_slopes_H, "interpret": interpret}
     if sequence_axis is not None:
         length = query_BLHC.shape[1]
-        key_BLKC, value_BLKC = (_gathered(array.astype(product_dtype), sequence_axis) for array in (key_BLKC, value_BLKC))
+        key_BLKC, value_BLKC = (
+            _gathered(array.astype(product_dtype), sequence_axis) for array in (key_BLKC, value_BLKC)
+        )
         options |= {"q_offset": jax.lax.axis_index(sequence_axis) * length, "q_offset_multiple": length}
         if segment_ids_BL is not None:
             options["segment_ids"] = segment_ids_BL, _gathered(segment_ids_BL, sequence_axis)
@@ -117,11 +130,13 @@ def _flash(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, alibi_slopes_H, pro
     return jnp.moveaxis(context_BHLC, 1, 2).astype(query_BLHC.dtype)
 
 
-# The implementation `xla`: blocks of queries, each against the keys up to its own end, so that what lies above the diagonal blocks is never
-# computed. The heads that share a key/value head are rows of one matrix product (row l G + g is head g of the group at position l), so that
-# keys and values are never repeated. As in flash attention (Dao et al. 2022, arXiv 2205.14135) weights are normalised after the second
-# product, and the gradient takes the row sums of d_context * context; unlike it, the unnormalised weights are kept, in the products'
-# precision, for the backward pass.
+# The implementation `xla`: blocks of queries, each against the keys up to its own end, so that what lies
+# above the diagonal blocks is never computed. The heads that share a key/value head are rows of one matrix
+# product (row l G + g is head g of the group at position l), so that keys and values are never repeated. As
+# in flash attention (Dao et al. 2022, arXiv 2205.14135) weights are normalised after the second product, and
+# the gradient takes the row sums of d_context * context; unlike it, the unnormalised weights are kept, in the
+# products' precision, for the
+# backward pass.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -188,7 +203,8 @@ def _product(equation, left, right, dtype):
 
 
 def _blocks(length: int) -> list[tuple[slice, list[slice]]]:
-    """Each block of queries with the tiles of keys that it sees: all before it, and its own, which alone the diagonal crosses."""
+    """Each block of queries with the tiles of keys that it sees: all before it, and its own, which alone the
+    diagonal crosses."""
     starts = range(0, length, QUERY_BLOCK)
     own = [slice(start, min(start + QUERY_BLOCK, length)) for start in starts]
     return [(block, [slice(0, block.start), block] if block.start else [block]) for block in own]
@@ -212,8 +228,8 @@ def _visible(queries: slice, keys: slice, segment_ids_ZM, group: int):
 
 
 def _alibi(queries: slice, keys: slice, slopes_ZG):
-    """What ALiBi adds to the scores of a tile [Z, R, M], fp32. By distance, not by the keys' own places: those would cost the scores of
-    neighbours, which count most, their last bits."""
+    """What ALiBi adds to the scores of a tile [Z, R, M], fp32. By distance, not by the keys' own places:
+    those would cost the scores of neighbours, which count most, their last bits."""
     group, length = slopes_ZG.shape[1], queries.stop - queries.start
     place_R = jnp.repeat(jnp.arange(queries.start, queries.stop), group)
     distance_RM = jnp.arange(keys.start, keys.stop)[None, :] - place_R[:, None]
@@ -225,5 +241,7 @@ def _dropped(tile_ZRM, dropout, queries: slice, keys: slice):
     if dropout is None:
         return tile_ZRM
     rate, key = dropout
-    keep = jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, queries.start), keys.start), 1 - rate, tile_ZRM.shape)
+    keep = jax.random.bernoulli(
+        jax.random.fold_in(jax.random.fold_in(key, queries.start), keys.start), 1 - rate, tile_ZRM.shape
+    )
     return jnp.where(keep, tile_ZRM / (1 - rate), 0).astype(tile_ZRM.dtype)

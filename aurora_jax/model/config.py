@@ -1,4 +1,5 @@
-"""What a model is: one frozen config for both families (GPTBigCode: StarCoder; BLOOM), its presets, and its Hugging Face form both ways."""
+"""What a model is: one frozen config for both families (GPTBigCode: StarCoder; BLOOM), its presets, and its
+Hugging Face form both ways."""
 
 import math
 from collections.abc import Mapping
@@ -20,11 +21,13 @@ HF_ACTIVATIONS: dict[str, Activation] = {
     "gelu_accurate": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
-"""Names of `transformers.activations.ACT2FN` that are our functions, however they are computed there; the first of each is the
-one that we write for a model of our own."""
+"""Names of `transformers.activations.ACT2FN` that are our functions, however they are computed there; the
+first of each is the one that we write for a model of our own."""
 
-# Settings that change the function a model computes, with the only value that we implement. Flags that say where a softmax runs in fp32
-# (GPTBigCode's two, BLOOM's one) are not among them: ours always does, so either value is accepted and `true` is written.
+# Settings that change the function a model computes, with the only value that we implement. Flags that say
+# where a softmax runs in fp32 (GPTBigCode's two, BLOOM's one) are not among them: ours always does, so either
+# value is accepted and `true`
+# is written.
 HF_REQUIRED: dict[Family, dict[str, bool]] = {
     "gpt_bigcode": {"scale_attn_weights": True, "add_cross_attention": False, "tie_word_embeddings": True},
     "bloom": {"apply_residual_connection_post_layernorm": False, "tie_word_embeddings": True},
@@ -33,7 +36,8 @@ HF_REQUIRED: dict[Family, dict[str, bool]] = {
 # What every BLOOM has in common: its `config.json` does not say it.
 BLOOM: dict[str, Any] = {"multi_query": False, "activation": "gelu_tanh", "positions": "alibi", "embedding_norm": True}
 PADDING_HINT = (
-    "Pad the vocabulary: `python -m convert from-torch --vocabulary-divisible-by N`, or vocabulary_divisible_by = N in the ModelConfig."
+    "Pad the vocabulary: `python -m convert from-torch --vocabulary-divisible-by N`, or "
+    "vocabulary_divisible_by = N in the ModelConfig."
 )
 """What to do about a vocabulary that a mesh cannot divide."""
 
@@ -43,17 +47,19 @@ BLOOM_LENGTH = 2_048
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder (pre-LayerNorm, biases everywhere, tied head): GPTBigCode, BLOOM, or what lies between them.
+    """Architecture of a decoder (pre-LayerNorm, biases everywhere, tied head): GPTBigCode, BLOOM, or what
+    lies between them.
 
-    It holds what is true of the weights; how they are run (precision, attention implementation, rematerialisation) is `ComputeConfig`.
+    It holds what is true of the weights; how they are run (precision, attention implementation,
+    rematerialisation) is `ComputeConfig`.
     """
 
     vocabulary_size: int
-    """Tokens that there are. The token embedding, which is also the head, has a row for each, and perhaps some more: see
-    `vocabulary_divisible_by`."""
+    """Tokens that there are. The token embedding, which is also the head, has a row for each, and perhaps
+    some more: see `vocabulary_divisible_by`."""
     max_positions: int
-    """Rows of the learned position embedding: the longest sequence that the model can read (P). With ALiBi the length of the sequences it
-    was trained on, which bounds nothing."""
+    """Rows of the learned position embedding: the longest sequence that the model can read (P). With ALiBi
+    the length of the sequences it was trained on, which bounds nothing."""
     width: int
     """Size of the residual stream (D)."""
     layers: int
@@ -67,8 +73,8 @@ class ModelConfig:
     activation: Activation = "gelu"
     """GELU, exact (erf) or with the tanh approximation: both occur in the family."""
     positions: Literal["learned", "alibi"] = "learned"
-    """How a token's place is told: by a learned embedding, or by a penalty on attention that grows with distance, at a rate of each head's
-    own (ALiBi: Press et al. 2022, arXiv 2108.12409)."""
+    """How a token's place is told: by a learned embedding, or by a penalty on attention that grows with
+    distance, at a rate of each head's own (ALiBi: Press et al. 2022, arXiv 2108.12409)."""
     embedding_norm: bool = False
     """A LayerNorm after the token embedding (BLOOM: Le Scao et al. 2022, arXiv 2211.05100)."""
     layer_norm_epsilon: float = 1e-5
@@ -83,17 +89,28 @@ class ModelConfig:
     pad_token_id: int | None = None
     vocabulary_divisible_by: int = 1
     """The token embedding's rows (V) are padded to a multiple of this, so that a mesh can divide them (Megatron-LM's
-    `make-vocab-size-divisible-by`). Rows of padding are zeros: no token reads them, they get neither probability nor gradient, and an
-    export leaves them out."""
+    `make-vocab-size-divisible-by`). Rows of padding are zeros: no token reads them, they get neither
+    probability nor gradient, and an export leaves them out."""
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "max_positions", "width", "layers", "heads", "mlp_width", "vocabulary_divisible_by"):
+        for name in (
+            "vocabulary_size",
+            "max_positions",
+            "width",
+            "layers",
+            "heads",
+            "mlp_width",
+            "vocabulary_divisible_by",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"ModelConfig.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.width % self.heads:
             raise InputError(f"ModelConfig.width {self.width} is not divisible by heads {self.heads}.")
         if not all(type(i) is int for i in self.eos_token_ids):
-            raise InputError(f"ModelConfig.eos_token_id is {self.eos_token_id!r}: a token's id, several of them, or None is expected.")
+            raise InputError(
+                f"ModelConfig.eos_token_id is {self.eos_token_id!r}: a token's id, several of them, or None "
+                "is expected."
+            )
 
     @property
     def padded_vocabulary_size(self) -> int:
@@ -117,7 +134,8 @@ class ModelConfig:
 
     @property
     def longest_sequence(self) -> float:
-        """Tokens of the longest sequence that the model can read: learned positions do not extrapolate, ALiBi has no end."""
+        """Tokens of the longest sequence that the model can read: learned positions do not extrapolate, ALiBi
+        has no end."""
         return self.max_positions if self.positions == "learned" else math.inf
 
     def with_dropout(self, rate: float) -> "ModelConfig":
@@ -137,7 +155,8 @@ def family_of(config: ModelConfig) -> Family:
     required = {**BLOOM, "mlp_width": 4 * config.width}
     if found != required:
         raise InputError(
-            f"No Hugging Face architecture has this config: GPTBigCode has positions = 'learned' and embedding_norm = False, "
+            "No Hugging Face architecture has this config: GPTBigCode has positions = 'learned' and "
+            "embedding_norm = False, "
             f"BLOOM has {_listed(required)}; found {_listed(found)}."
         )
     return "bloom"
@@ -152,7 +171,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     kind = hf.get("model_type")
     if kind not in HF_REQUIRED:
         raise InputError(
-            f"config.json: model_type is {kind!r} (architectures {hf.get('architectures')}); only 'gpt_bigcode' (StarCoder) and 'bloom' "
+            f"config.json: model_type is {kind!r} (architectures {hf.get('architectures')}); only "
+            "'gpt_bigcode' (StarCoder) and 'bloom' "
             "can be read."
         )
     for key, required in HF_REQUIRED[kind].items():
@@ -164,7 +184,9 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
 def _from_gpt_bigcode(hf: Mapping[str, Any]) -> ModelConfig:
     activation = hf.get("activation_function", "gelu_pytorch_tanh")
     if not isinstance(activation, str) or activation not in HF_ACTIVATIONS:
-        raise InputError(f"config.json: activation_function is {activation!r}; implemented are {', '.join(HF_ACTIVATIONS)}.")
+        raise InputError(
+            f"config.json: activation_function is {activation!r}; implemented are {', '.join(HF_ACTIVATIONS)}."
+        )
     width = _required(hf, "n_embd")
     return ModelConfig(
         max_positions=_required(hf, "n_positions"),
@@ -208,7 +230,8 @@ def _common(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eos_token_id(hf: Mapping[str, Any], where: str) -> int | tuple[int, ...] | None:
-    """The token or tokens that end a text, as config.json or generation_config.json says it: an id, a list of ids, or nothing.
+    """The token or tokens that end a text, as config.json or generation_config.json says it: an id, a list of
+    ids, or nothing.
 
     Raises:
         InputError: it is something else; `where` names the file.
@@ -232,7 +255,9 @@ def _required(hf: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if hf.get(name) is not None:
             return hf[name]
-    raise InputError(f"config.json: the key {' or '.join(map(repr, names))} is missing; a {hf['model_type']} config must have it.")
+    raise InputError(
+        f"config.json: the key {' or '.join(map(repr, names))} is missing; a {hf['model_type']} config must have it."
+    )
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
@@ -286,7 +311,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_STARCODER_15B = ModelConfig(vocabulary_size=49_152, max_positions=8_192, width=6_144, layers=40, heads=48, mlp_width=24_576)
+_STARCODER_15B = ModelConfig(
+    vocabulary_size=49_152, max_positions=8_192, width=6_144, layers=40, heads=48, mlp_width=24_576
+)
 
 
 def _bloom(width: int, layers: int, heads: int) -> ModelConfig:
@@ -304,7 +331,9 @@ PRESETS: dict[str, ModelConfig] = {
     "aurora-m": replace(_STARCODER_15B, max_positions=2_048, pad_token_id=0),
     "aurora-m-8k": replace(_STARCODER_15B, pad_token_id=0),
     "tiny_starcoder_py": ModelConfig(49_152, 8_192, 768, 20, 12, 3_072, activation="gelu_tanh"),
-    "santacoder": ModelConfig(49_280, 2_048, 2_048, 24, 16, 8_192, activation="gelu_tanh", bos_token_id=49_152, eos_token_id=49_152),
+    "santacoder": ModelConfig(
+        49_280, 2_048, 2_048, 24, 16, 8_192, activation="gelu_tanh", bos_token_id=49_152, eos_token_id=49_152
+    ),
     "bloom-560m": _bloom(1_024, 24, 16),
     "bloom-1b1": _bloom(1_536, 24, 16),
     "bloom-1b7": _bloom(2_048, 24, 16),
@@ -312,7 +341,8 @@ PRESETS: dict[str, ModelConfig] = {
     "bloom-7b1": _bloom(4_096, 30, 32),
     "bloom": _bloom(14_336, 70, 112),
 }
-"""Published models of both families. `aurora-m` has the 2,048 positions of the released weights, `aurora-m-8k` those before its trim."""
+"""Published models of both families. `aurora-m` has the 2,048 positions of the released weights,
+`aurora-m-8k` those before its trim."""
 
 
 @dataclass(frozen=True)
@@ -320,23 +350,29 @@ class ComputeConfig:
     """How a model is run: nothing here changes what its weights mean."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the operands of matrix products; their sums, softmax and LayerNorm statistics are fp32, parameters keep their own."""
+    """Precision of the operands of matrix products; their sums, softmax and LayerNorm statistics are fp32,
+    parameters keep their own."""
     activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of what is kept between products (residual stream, GELU); bf16 halves memory traffic on TPU, fp32 is faster on CPU."""
+    """Precision of what is kept between products (residual stream, GELU); bf16 halves memory traffic on TPU,
+    fp32 is faster on CPU."""
     attention: Literal["xla", "flash", "flash_interpreted"] = "xla"
-    """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow and meant for tests. The choice
-    is explicit and never falls back to another."""
+    """Attention implementation: `flash` (Pallas kernels) on TPU, `xla` on CPU; `flash_interpreted` is slow
+    and meant for tests. The choice is explicit and never falls back to another."""
     rematerialisation: Literal["nothing", "products", "projections", "attention", "full", "offload"] = "nothing"
-    """What a layer's backward pass does not compute again, from most memory to least: nothing is computed again; matrix products and the
-    attention's output are kept; the same without the wide product of the feed-forward block; the attention's output only; nothing is kept
-    but layer inputs (full). `offload` keeps matrix products in the host's memory."""
+    """What a layer's backward pass does not compute again, from most memory to least: nothing is computed
+    again; matrix products and the attention's output are kept; the same without the wide product of the
+    feed-forward block; the attention's output only; nothing is kept but layer inputs (full). `offload` keeps
+    matrix products in the host's
+    memory."""
     separate_activation: bool = False
-    """Compute GELU and its slope once, where its input is made, not inside the products that follow: faster where the vector unit is slow
-    compared with the matrix unit (v6e), slower where it is not (v5p)."""
+    """Compute GELU and its slope once, where its input is made, not inside the products that follow: faster
+    where the vector unit is slow compared with the matrix unit (v6e), slower where it is not (v5p)."""
     row_major_residual: bool = False
-    """Keep the residual stream's features next to each other in memory; otherwise the TPU compiler transposes it, and copies it back in
+    """Keep the residual stream's features next to each other in memory; otherwise the TPU compiler transposes
+    it, and copies it back in
     places: 2 % faster on v5p, 10 % slower on v6e, where sums along a row cost more than copies."""
     compiler_options: tuple[tuple[str, str], ...] = ()
     """Options for the TPU compiler's training step, as pairs: (("xla_tpu_scoped_vmem_limit_kib", "98304"),)."""
     unroll_layers: bool = False
-    """Compile each layer on its own instead of one scanned body: faster on CPU, slower to compile (time grows with depth)."""
+    """Compile each layer on its own instead of one scanned body: faster on CPU, slower to compile (time grows
+    with depth)."""

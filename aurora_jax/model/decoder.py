@@ -35,7 +35,8 @@ REMATERIALISATION = {
 
 
 class Attention(nnx.Module):
-    """Multi-head or multi-query self-attention with learned biases everywhere, and ALiBi where the config asks for it."""
+    """Multi-head or multi-query self-attention with learned biases everywhere, and ALiBi where the config
+    asks for it."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
         self.compute = compute
@@ -48,10 +49,14 @@ class Attention(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.query = linear("bld,dhc->blhc", (D, H, C), (H, C), name="query", kernel_init=init)
         self.key_value = linear("bld,dzkc->blzkc", (D, 2, K, C), (2, K, C), name="key_value", kernel_init=init)
-        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual)
+        residual = partial(
+            linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual
+        )
         self.output = residual("blhc,hcd->bld", (H, C, D), (D,), name="attention_output")
 
-    def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None
+    ) -> jax.Array:
         if self.division.tensor is not None and dropout_key is not None:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
         query_BLHC, key_BLKC, value_BLKC = self.project(hidden_BLD)
@@ -103,7 +108,9 @@ class MLP(nnx.Module):
         D, F = config.width, config.mlp_width
         init = nnx.initializers.normal(config.initializer_range)
         self.up = linear("bld,df->blf", (D, F), (F,), name="feed_forward", kernel_init=init)
-        residual = partial(linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual)
+        residual = partial(
+            linear, kernel_init=_residual_init(config), sums=division, row_major=compute.row_major_residual
+        )
         self.down = residual("blf,fd->bld", (F, D), (D,), name="feed_forward_output")
 
     def __call__(self, hidden_BLD: jax.Array) -> jax.Array:
@@ -114,22 +121,31 @@ class Layer(nnx.Module):
     """Pre-LayerNorm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, division: Division, rngs: nnx.Rngs):
-        norm = partial(LayerNorm, config.width, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(compute.activation_dtype))
+        norm = partial(
+            LayerNorm, config.width, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(compute.activation_dtype)
+        )
         self.attention_norm = norm()
         self.attention = Attention(config, compute, division, rngs)
         self.mlp_norm = norm()
         self.mlp = MLP(config, compute, division, rngs)
         self.dropout = nnx.Dropout(config.residual_dropout)
 
-    def __call__(self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None) -> jax.Array:
-        in_attention, after_attention, after_mlp = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    def __call__(
+        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        in_attention, after_attention, after_mlp = (
+            (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        )
         drop = partial(self.dropout, deterministic=dropout_key is None)
-        hidden_BLD += drop(self.attention(self.attention_norm(hidden_BLD), segment_ids_BL, in_attention), rngs=after_attention)
+        hidden_BLD += drop(
+            self.attention(self.attention_norm(hidden_BLD), segment_ids_BL, in_attention), rngs=after_attention
+        )
         return hidden_BLD + drop(self.mlp(self.mlp_norm(hidden_BLD)), rngs=after_mlp)
 
 
 class Decoder(nnx.Module):
-    """The whole model. Parameters are fp32 unless loaded otherwise; see `TABLE` in `sharding.py` for their paths and shapes."""
+    """The whole model. Parameters are fp32 unless loaded otherwise; see `TABLE` in `sharding.py` for their
+    paths and shapes."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs, division: Division = WHOLE):
         self.config = config
@@ -161,12 +177,15 @@ class Decoder(nnx.Module):
 
         Args:
             tokens_BL: token ids.
-            positions_BL: row of the position embedding for each token; 0 .. L-1 without it. Values are the caller's promise to be
-                below `max_positions`: they are data, and cannot be checked in a compiled program. ALiBi does not need them: its distances
+            positions_BL: row of the position embedding for each token; 0 .. L-1 without it. Values are the
+                caller's promise to be below `max_positions`: they are data, and cannot be checked in a
+                compiled program. ALiBi does
+                    not need them: its distances
                 are those of places in the row, which within a segment are the same.
             segment_ids_BL: tokens attend within their own segment only. Left padding is a segment of its own.
             dropout_key: dropout is applied if a key is given.
-            gathered_layers: the layers' stacked parameters as `Division.gather` gives them, so that they are not gathered here.
+            gathered_layers: the layers' stacked parameters as `Division.gather` gives them, so that they are
+                not gathered here.
 
         Raises:
             InputError: L is greater than `max_positions`, where positions are learned: they do not extrapolate.
@@ -174,7 +193,9 @@ class Decoder(nnx.Module):
         L = tokens_BL.shape[1]
         whole_L = L if self.division.sequence is None else L * jax.lax.axis_size(self.division.sequence)
         if self.config.longest_sequence < whole_L:
-            raise InputError(f"The sequence has {whole_L} tokens; this model has learned only {self.config.max_positions} positions.")
+            raise InputError(
+                f"The sequence has {whole_L} tokens; this model has learned only {self.config.max_positions} positions."
+            )
         embedding_key, layers_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         hidden_BLD = self.embed(tokens_BL, positions_BL)
         hidden_BLD = self.dropout(hidden_BLD, deterministic=dropout_key is None, rngs=embedding_key)
@@ -187,16 +208,23 @@ class Decoder(nnx.Module):
             if gathered is not None:
                 parameters = _state(self.division.attach(gathered, nnx.to_pure_dict(parameters), dtype=product_dtype))
             elif self.division.fsdp:
-                whole = self.division.gather(nnx.to_pure_dict(parameters), dtype=product_dtype, prefix="layers.", stacked=False)
+                whole = self.division.gather(
+                    nnx.to_pure_dict(parameters), dtype=product_dtype, prefix="layers.", stacked=False
+                )
                 parameters = _state(whole)
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
             return nnx.merge(structure, parameters)(hidden_BLD, segment_ids_BL, key), None
 
         if self.compute.rematerialisation != "nothing":
-            apply_layer = jax.checkpoint(apply_layer, policy=REMATERIALISATION[self.compute.rematerialisation], prevent_cse=False)
+            apply_layer = jax.checkpoint(
+                apply_layer, policy=REMATERIALISATION[self.compute.rematerialisation], prevent_cse=False
+            )
         N = self.config.layers
         hidden_BLD, _ = jax.lax.scan(
-            apply_layer, hidden_BLD, (stacked, gathered_layers, jnp.arange(N)), unroll=N if self.compute.unroll_layers else 1
+            apply_layer,
+            hidden_BLD,
+            (stacked, gathered_layers, jnp.arange(N)),
+            unroll=N if self.compute.unroll_layers else 1,
         )
         return self.final_norm(hidden_BLD)
 
@@ -212,7 +240,8 @@ class Decoder(nnx.Module):
         return self.embedding_norm(hidden_BLD) if self.config.embedding_norm else hidden_BLD
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32; -inf for rows of padding.
+        """Scores of the vocabulary [B, L, V] by the tied head, accumulated and returned in fp32; -inf for
+        rows of padding.
 
         On a mesh whose `tensor` axis divides the vocabulary: of this device's rows.
         """
@@ -226,12 +255,15 @@ class Decoder(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gelu(x: jax.Array, approximate: bool, separate: bool = False) -> jax.Array:
-    """GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal distribution function at x, exact or by its tanh approximation.
+    """GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal distribution function at x, exact
+    or by its tanh approximation.
 
-    Computed in fp32. The exact form goes through erf as PyTorch's does; `jax.nn.gelu` takes erfc, which costs three times as much on CPU.
+    Computed in fp32. The exact form goes through erf as PyTorch's does; `jax.nn.gelu` takes erfc, which costs
+    three times as much on CPU.
 
     Args:
-        separate: keep value and slope out of the products that take them; the compiler otherwise computes them again in each tile.
+        separate: keep value and slope out of the products that take them; the compiler otherwise computes
+            them again in each tile.
     """
     return _gelu_forward(x, approximate, separate)[0]
 
@@ -268,7 +300,8 @@ def merge(structure: nnx.GraphDef, parameters: dict) -> Decoder:
 
 
 def merge_unstacked(structure: nnx.GraphDef, parameters: dict) -> tuple[Decoder, list[Layer]]:
-    """As `merge`, of parameters whose `layers` is a list: the decoder, to embed, normalise and score with, and its layers one by one."""
+    """As `merge`, of parameters whose `layers` is a list: the decoder, to embed, normalise and score with,
+    and its layers one by one."""
     decoder = merge(structure, {**parameters, "layers": parameters["layers"][0]})
     layer_structure, _ = nnx.split(decoder.layers)
     return decoder, [nnx.merge(layer_structure, _state(layer)) for layer in parameters["layers"]]
@@ -284,7 +317,8 @@ def check_parameters(config: ModelConfig, parameters: dict) -> None:
             raise InputError(f"The checkpoint holds {path} {found[path].shape}, which the model does not have.")
         if expected[path].shape != found[path].shape:
             raise InputError(
-                f"{path} has the shape {found[path].shape}; the config asks for {expected[path].shape} ({TABLE[path].letters})."
+                f"{path} has the shape {found[path].shape}; the config asks for {expected[path].shape} "
+                f"({TABLE[path].letters})."
             )
 
 
@@ -297,7 +331,9 @@ def _padded_init(init: nnx.Initializer, config: ModelConfig) -> nnx.Initializer:
     padding = config.padded_vocabulary_size - config.vocabulary_size
     if not padding:
         return init
-    return lambda key, shape, dtype: jnp.pad(init(key, (config.vocabulary_size, *shape[1:]), dtype), ((0, padding), (0, 0)))
+    return lambda key, shape, dtype: jnp.pad(
+        init(key, (config.vocabulary_size, *shape[1:]), dtype), ((0, padding), (0, 0))
+    )
 
 
 def _residual_init(config: ModelConfig) -> nnx.Initializer:

@@ -1,7 +1,9 @@
-"""How one model's program is divided over a mesh by hand, inside `shard_map`: which collective stands where, and its gradient.
+"""How one model's program is divided over a mesh by hand, inside `shard_map`: which collective stands where,
+and its gradient.
 
-Weights are gathered where they are used (fully sharded data parallelism, ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054), heads
-and feed-forward columns are split over `tensor` (Shoeybi et al. 2019, arXiv 1909.08053), places over `sequence`.
+Weights are gathered where they are used (fully sharded data parallelism, ZeRO stage 3: Rajbhandari et al.
+2020, arXiv 1910.02054), heads and feed-forward columns are split over `tensor` (Shoeybi et al. 2019, arXiv
+1909.08053), places over `sequence`.
 
 D model, V vocabulary; other letters as in `sharding.py`.
 """
@@ -37,16 +39,20 @@ class Division:
         )
 
     def gather(self, parameters: dict, *, dtype: jnp.dtype, prefix: str = "", stacked: bool = True) -> dict:
-        """Parameters as their products need them: rounded to `dtype` and whole along the fsdp axes; their gradients are reduce-scattered.
+        """Parameters as their products need them: rounded to `dtype` and whole along the fsdp axes; their
+        gradients are reduce-scattered.
 
-        One axis is gathered after the other: only then does the TPU compiler turn the gradient's sum into reduce-scatters. What the table
+        One axis is gathered after the other: only then does the TPU compiler turn the gradient's sum into
+        reduce-scatters. What the table
         does not divide over fsdp is left as it is.
 
         Args:
             prefix: of the paths in the sharding table.
             stacked: False for the parameters of one layer, whose arrays have no leading layer axis.
         """
-        return nest({path: self._gathered(prefix + path, array, dtype, stacked) for path, array in flatten(parameters).items()})
+        return nest(
+            {path: self._gathered(prefix + path, array, dtype, stacked) for path, array in flatten(parameters).items()}
+        )
 
     def _gathered(self, path: str, array: jax.Array, dtype: jnp.dtype, stacked: bool) -> jax.Array:
         partition = TABLE[path].partition[0 if stacked else 1 :]
@@ -64,7 +70,8 @@ class Division:
         return array
 
     def attach(self, gathered: dict, parameters: dict, *, dtype: jnp.dtype) -> dict:
-        """Parameters of one layer that were gathered before, as if `gather` did it here: their gradients are scattered, to `parameters`."""
+        """Parameters of one layer that were gathered before, as if `gather` did it here: their gradients are
+        scattered, to `parameters`."""
         gather = partial(self.gather, dtype=dtype, prefix="layers.", stacked=False)
         shapes = jax.eval_shape(lambda: parameters)
 
@@ -80,7 +87,8 @@ class Division:
         return attached(parameters, jax.lax.stop_gradient(gathered))
 
     def enter(self, activations: jax.Array) -> jax.Array:
-        """Activations that are the same on all of `tensor`, before each takes its own part of the work: gradients are summed here."""
+        """Activations that are the same on all of `tensor`, before each takes its own part of the work:
+        gradients are summed here."""
         return activations if self.tensor is None else _enter(activations, self.tensor)
 
     def leave(self, partial_sums: jax.Array) -> jax.Array:
@@ -88,7 +96,8 @@ class Division:
         return partial_sums if self.tensor is None else _leave(partial_sums, self.tensor)
 
     def own_heads(self, array: jax.Array, axis: int) -> jax.Array:
-        """This device's part of what each key/value head (or each query head) has; the one head of multi-query attention is everybody's."""
+        """This device's part of what each key/value head (or each query head) has; the one head of
+        multi-query attention is everybody's."""
         heads = array.shape[axis]
         if self.tensor is None or heads == 1:
             return array
@@ -139,4 +148,6 @@ def _leave(partial_sums, axis):
     return jax.lax.psum(partial_sums, axis)
 
 
-_leave.defvjp(lambda partial_sums, axis: (jax.lax.psum(partial_sums, axis), None), lambda axis, _, gradient: (gradient,))
+_leave.defvjp(
+    lambda partial_sums, axis: (jax.lax.psum(partial_sums, axis), None), lambda axis, _, gradient: (gradient,)
+)

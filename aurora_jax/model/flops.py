@@ -5,7 +5,8 @@ from aurora_jax.model.sharding import parameter_count
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:
-    """Training FLOPs a token: 6 N + 6 layers H C L (Chowdhery et al. 2022, arXiv 2204.02311, with the causal half of attention).
+    """Training FLOPs a token: 6 N + 6 layers H C L (Chowdhery et al. 2022, arXiv 2204.02311, with the causal
+    half of attention).
 
     Args:
         model: N is its number of parameters (the tied head counted once), H C its query heads times their dimension.

@@ -25,19 +25,21 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of weighted negative log-likelihoods over `total_weight`, plus the z-loss.
 
-    `total_weight` is the number of valid tokens of the *global* batch: dividing each part of a batch (a device's, a micro-batch's) by it
-    makes the parts add up to the loss of the whole, whatever their padding. The gradient is computed in the forward pass, while the logits
-    of a chunk are at hand, so the head costs three matrix products instead of four (as in Liger, arXiv 2410.10989).
+    `total_weight` is the number of valid tokens of the *global* batch: dividing each part of a batch (a
+    device's, a micro-batch's) by it makes the parts add up to the loss of the whole, whatever their padding.
+    The gradient is computed in the forward pass, while the logits of a chunk are at hand, so the head costs
+    three matrix products instead of four (as in Liger, arXiv 2410.10989).
 
     Args:
         dtype: precision of the operands of the head's matrix products; sums and softmax are fp32.
-        vocabulary_axis: inside `shard_map`, the mesh axis over which the rows of the embedding are divided. The gradient of the hidden
-            states is then this device's part of a sum over it (`Division.enter`).
-        vocabulary_size: number of tokens, where the embedding has more rows: those beyond it are padding, without probability and without
-            gradient. All rows are tokens without it.
+        vocabulary_axis: inside `shard_map`, the mesh axis over which the rows of the embedding are divided.
+            The gradient of the hidden states is then this device's part of a sum over it (`Division.enter`).
+        vocabulary_size: number of tokens, where the embedding has more rows: those beyond it are padding,
+            without probability and without gradient. All rows are tokens without it.
 
     Returns:
-        The loss (fp32 scalar) and the negative log-likelihood of every token, fp32 [B, L], in nats, without weights and without gradient.
+        The loss (fp32 scalar) and the negative log-likelihood of every token, fp32 [B, L], in nats, without
+        weights and without gradient.
     """
     B, L, D = hidden_BLD.shape
     tokens = B * L
@@ -62,34 +64,48 @@ def cross_entropy(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _chunked_loss(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size):
+def _chunked_loss(
+    hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size
+):
     embedding_VD = embedding_VD.astype(dtype)
 
     def one_chunk(loss, chunk):
         hidden_UD, targets_U, weights_U = chunk
-        *_, log_z_U, nll_U = _chunk_nll(hidden_UD.astype(dtype), embedding_VD, targets_U, vocabulary_axis, vocabulary_size)
+        *_, log_z_U, nll_U = _chunk_nll(
+            hidden_UD.astype(dtype), embedding_VD, targets_U, vocabulary_axis, vocabulary_size
+        )
         return loss + _weighted(nll_U, log_z_U, weights_U, z_loss), nll_U
 
     loss, nll_SU = jax.lax.scan(one_chunk, jnp.zeros((), jnp.float32), (hidden_SUD, targets_SU, weights_SU))
     return loss / total_weight, nll_SU
 
 
-def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size):
+def _chunked_loss_forward(
+    hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size
+):
     rounded_VD = embedding_VD.astype(dtype)
 
     def one_chunk(carry, chunk):
         loss, gradient_DV = carry
         hidden_UD, targets_U, weights_U = chunk
         hidden_UD = hidden_UD.astype(dtype)
-        logits_UV, is_target_UV, log_z_U, nll_U = _chunk_nll(hidden_UD, rounded_VD, targets_U, vocabulary_axis, vocabulary_size)
+        logits_UV, is_target_UV, log_z_U, nll_U = _chunk_nll(
+            hidden_UD, rounded_VD, targets_U, vocabulary_axis, vocabulary_size
+        )
         scale_U = weights_U / total_weight
         slope_U = scale_U * (1 + 2 * z_loss * log_z_U)
-        d_logits_UV = jnp.exp(logits_UV - log_z_U[:, None]) * slope_U[:, None] - jnp.where(is_target_UV, scale_U[:, None], 0)
+        d_logits_UV = jnp.exp(logits_UV - log_z_U[:, None]) * slope_U[:, None] - jnp.where(
+            is_target_UV, scale_U[:, None], 0
+        )
         d_logits_UV = d_logits_UV.astype(dtype)
-        # [D, V]: the transposed operand of this product is then the small one (see `_einsum_smaller_first` in `product.py`).
+        # [D, V]: the transposed operand of this product is then the small one (see `_einsum_smaller_first` in
+        # `product.py`).
         gradient_DV += jnp.einsum("ud,uv->dv", hidden_UD, d_logits_UV, preferred_element_type=jnp.float32)
         gradient_UD = jnp.einsum("uv,vd->ud", d_logits_UV, rounded_VD, preferred_element_type=jnp.float32)
-        return (loss + _weighted(nll_U, log_z_U, weights_U, z_loss), gradient_DV), (nll_U, gradient_UD.astype(hidden_SUD.dtype))
+        return (loss + _weighted(nll_U, log_z_U, weights_U, z_loss), gradient_DV), (
+            nll_U,
+            gradient_UD.astype(hidden_SUD.dtype),
+        )
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
     (loss, gradient_DV), (nll_SU, gradient_SUD) = jax.lax.scan(one_chunk, start, (hidden_SUD, targets_SU, weights_SU))
@@ -99,7 +115,13 @@ def _chunked_loss_forward(hidden_SUD, embedding_VD, targets_SU, weights_SU, tota
 def _chunked_loss_backward(dtype, z_loss, vocabulary_axis, vocabulary_size, gradients, cotangents):
     gradient_SUD, gradient_VD = gradients
     d_loss, _ = cotangents
-    return (gradient_SUD * d_loss).astype(gradient_SUD.dtype), (gradient_VD * d_loss).astype(gradient_VD.dtype), None, None, None
+    return (
+        (gradient_SUD * d_loss).astype(gradient_SUD.dtype),
+        (gradient_VD * d_loss).astype(gradient_VD.dtype),
+        None,
+        None,
+        None,
+    )
 
 
 _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)

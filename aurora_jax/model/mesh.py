@@ -25,14 +25,15 @@ class MeshConfig:
     fsdp: int = -1
     """Weights are stored in parts and gathered where they are used."""
     fsdp_inner: int = 1
-    """A second axis of the same kind: two that follow the torus (16 x 16 on v5e, 4 x 16 on 64 v5p) let the compiler reduce-scatter."""
+    """A second axis of the same kind: two that follow the torus (16 x 16 on v5e, 4 x 16 on 64 v5p) let the
+    compiler reduce-scatter."""
     sequence: int = 1
     """Divides the places of a sequence; keys and values are gathered along it."""
     tensor: int = 1
     """Divides heads, feed-forward columns and the vocabulary."""
     gather: Literal["layer", "step"] = "layer"
-    """When weights are gathered along fsdp: by each layer, each time it is computed; or all once a step, kept whole in the precision of the
-    products (2 bytes a parameter on every chip) for all micro-batches."""
+    """When weights are gathered along fsdp: by each layer, each time it is computed; or all once a step, kept
+    whole in the precision of the products (2 bytes a parameter on every chip) for all micro-batches."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,12 +51,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise InputError(f"mesh {config} does not fit {len(devices)} devices: the product of its axes must be that number (one may be -1).")
+        raise InputError(
+            f"mesh {config} does not fit {len(devices)} devices: the product of its axes must be that number "
+            "(one may be -1)."
+        )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     elif sizes[0] % slices:
-        raise InputError(f"mesh {config}: the data axis runs over slices, and {sizes[0]} cannot be divided over {slices} of them.")
+        raise InputError(
+            f"mesh {config}: the data axis runs over slices, and {sizes[0]} cannot be divided over {slices} of them."
+        )
     else:
         inside, across = [sizes[0] // slices, *sizes[1:]], [slices, *(1 for _ in sizes[1:])]
         array = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)

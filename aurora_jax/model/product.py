@@ -19,14 +19,16 @@ from aurora_jax.model.division import WHOLE, Division
 def einsum(equation: str, left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`jnp.einsum` of two arrays: operands rounded to `dtype`, sums kept in fp32, result in fp32.
 
-    Its two gradient products do the same. Plain autodiff would multiply the fp32 cotangent as it is, which leaves the bf16 matrix units,
-    or round the gradient of a parameter to bf16; here a parameter's gradient is an fp32 sum of bf16 products.
+    Its two gradient products do the same. Plain autodiff would multiply the fp32 cotangent as it is, which
+    leaves the bf16 matrix units, or round the gradient of a parameter to bf16; here a parameter's gradient is
+    an fp32 sum of bf16 products.
     """
     return _fp32_sums(equation, left.astype(dtype), right.astype(dtype))
 
 
 def _einsum_forward(equation, left, right, dtype):
-    # The operands are kept rounded: half the memory, and what the gradient products take anyway. Zero-size arrays carry the dtypes.
+    # The operands are kept rounded: half the memory, and what the gradient products take anyway. Zero-size
+    # arrays carry the dtypes.
     left_rounded, right_rounded = left.astype(dtype), right.astype(dtype)
     output = _fp32_sums(equation, left_rounded, right_rounded)
     return output, (left_rounded, right_rounded, jnp.zeros(0, left.dtype), jnp.zeros(0, right.dtype))
@@ -43,15 +45,17 @@ def _einsum_backward(equation, dtype, residuals, cotangent):
 
 
 def _einsum_smaller_first(one_letters, other_letters, result_letters, one, other):
-    # A gradient product sums over leading axes, for which XLA's CPU backend transposes its first operand: let that be the smaller one.
+    # A gradient product sums over leading axes, for which XLA's CPU backend transposes its first operand: let
+    # that be the smaller one.
     if one.size > other.size:
         one_letters, other_letters, one, other = other_letters, one_letters, other, one
     return _fp32_sums(f"{one_letters},{other_letters}->{result_letters}", one, other)
 
 
 def _fp32_sums(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    # jnp.einsum contracts letters in alphabetical order: "blhc,hcd->bld" would be a product over c, h, for which XLA's CPU backend
-    # transposes both operands. Renamed in the order in which they stand, they are contracted as they lie in memory.
+    # jnp.einsum contracts letters in alphabetical order: "blhc,hcd->bld" would be a product over c, h, for
+    # which XLA's CPU backend transposes both operands. Renamed in the order in which they stand, they are
+    # contracted as they lie in memory.
     letters = dict.fromkeys(letter for letter in equation if letter.isalpha())
     names = {ord(letter): chr(ord("a") + place) for place, letter in enumerate(letters)}
     return jnp.einsum(equation.translate(names), left, right, preferred_element_type=jnp.float32)
@@ -61,10 +65,12 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 class Linear(nnx.Module):
-    """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H, C), ...)`.
+    """Affine map from the last axes of its input, given as an einsum: `Linear("bld,dhc->blhc", (D, H, C), (H,
+    C), ...)`.
 
-    Rematerialisation policies know its result by `name`. With `sums`, what it contracts is divided over the tensor axis, and the parts are
-    added up before the bias. With `row_major` its last axis is contiguous in memory.
+    Rematerialisation policies know its result by `name`. With `sums`, what it contracts is divided over the
+    tensor axis, and the parts are added up before the bias. With `row_major` its last axis is contiguous in
+    memory.
     """
 
     def __init__(

@@ -1,8 +1,10 @@
 """The sharding table: every parameter that a decoder can have, its shape in letters, and the mesh axes that split it.
 
-N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2 is key and value.
-Mesh axes: `data` (across slices), `fsdp` and `fsdp_inner` (weights are stored in parts along both; two axes that follow the torus let the
-TPU compiler reduce-scatter gradients), `sequence`, `tensor`. Keys and values are replicated over `tensor`, biases and LayerNorms over fsdp.
+N layers, D model, H query heads, K key/value heads, C head dim, F feed-forward, V vocabulary, P positions; 2
+is key and value. Mesh axes: `data` (across slices), `fsdp` and `fsdp_inner` (weights are stored in parts
+along both; two axes that follow the torus let the TPU compiler reduce-scatter gradients), `sequence`,
+`tensor`. Keys and values are replicated over `tensor`,
+biases and LayerNorms over fsdp.
 """
 
 import math
@@ -62,12 +64,15 @@ OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
 """Modules that only some models have, by the first part of their paths."""
 
 TENSOR_PARTIAL = ("layers.attention.key_value.kernel", "layers.attention.key_value.bias")
-"""Parameters that are replicated over `tensor` but used by each device for its own heads: their gradients are summed over it."""
+"""Parameters that are replicated over `tensor` but used by each device for its own heads: their gradients are
+summed over it."""
 
 
 def rows_of(config: ModelConfig) -> dict[str, ParameterRow]:
     """The rows of the table whose parameters one model has."""
-    return {path: row for path, row in TABLE.items() if OPTIONAL.get(path.partition(".")[0], lambda config: True)(config)}
+    return {
+        path: row for path, row in TABLE.items() if OPTIONAL.get(path.partition(".")[0], lambda config: True)(config)
+    }
 
 
 def dimensions(config: ModelConfig) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Cycles of the flash-attention kernels, from the schedules of the TPU compiler; in a process of its own, since
 libtpu dumps only what it was told to dump when it started.
 
-    python -m aurora_jax.plan.attention_cycles '{"generation": "v5p", "heads": 48, "kv_heads": 1, "head_dim": 128, "length": 8192}'
+    python -m aurora_jax.plan.attention_cycles '{"generation": "v5p", "heads": 48, "kv_heads": 1, "head_dim":
+    128, "length": 8192}'
 
 prints the cycles of a kernel's call for one causal sequence on one TensorCore, forward and backward, and those of their
 products alone at the published peak ("forward floor").
@@ -30,12 +31,16 @@ FLOOR: Measure = attrgetter("matrix_cycles")
 _CYCLES: Measure = attrgetter("cycles")
 
 
-def tile_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, measure: Measure = _CYCLES) -> tuple[int, list[int], int, int]:
-    """Cycles of a whole chunk, of tails of 1, 2 ... blocks of queries, of the rest of a tile, and of what runs once a key/value head.
+def tile_cycles(
+    blocks: list[BasicBlock], sizes: Blocks, direction: str, measure: Measure = _CYCLES
+) -> tuple[int, list[int], int, int]:
+    """Cycles of a whole chunk, of tails of 1, 2 ... blocks of queries, of the rest of a tile, and of what
+    runs once a key/value head.
 
-    The first basic blocks with products are the tails, the one in a loop is a whole chunk (`tiles.visit_chunks`); what stores between them
-    is for tiles without a tail, of which a causal sequence has none. Other blocks run once a tile, except for the long guarded ones of the
-    backward kernel, which start and finish the sums over all tiles.
+    The first basic blocks with products are the tails, the one in a loop is a whole chunk
+    (`tiles.visit_chunks`); what stores between them is for tiles without a tail, of which a causal sequence
+    has none. Other blocks run once a tile, except for the long guarded ones of the backward kernel, which
+    start and finish the sums over all tiles.
     """
     places = [place for place, block in enumerate(blocks) if block.products]
     tails, loop = places[: sizes.keys // sizes.queries], max(places, key=lambda place: blocks[place].depth)
@@ -44,11 +49,20 @@ def tile_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, measure
         for place, block in enumerate(blocks)
         if block.depth and not block.products and not (tails[-1] < place < loop and "vst" in block.operations)
     ]
-    a_tile = sum(measure(block) for block in others if direction == "forward" or block.guards < 2 or block.bundles < 100)
-    return measure(blocks[loop]), [measure(blocks[place]) for place in tails], a_tile, sum(map(measure, others)) - a_tile
+    a_tile = sum(
+        measure(block) for block in others if direction == "forward" or block.guards < 2 or block.bundles < 100
+    )
+    return (
+        measure(blocks[loop]),
+        [measure(blocks[place]) for place in tails],
+        a_tile,
+        sum(map(measure, others)) - a_tile,
+    )
 
 
-def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads: int, length: int, measure: Measure = _CYCLES) -> int:
+def causal_cycles(
+    blocks: list[BasicBlock], sizes: Blocks, direction: str, heads: int, length: int, measure: Measure = _CYCLES
+) -> int:
     """Cycles of one causal sequence: all tiles of `heads` query heads that share a key/value head.
 
     Keys that are not all resident are visited part by part, each part's tiles from the diagonal on.
@@ -66,13 +80,22 @@ def causal_cycles(blocks: list[BasicBlock], sizes: Blocks, direction: str, heads
 
 
 @functools.cache
-def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, length: int, *, alibi: bool = False) -> dict[str, int]:
+def attention_cycles(
+    generation: str, heads: int, kv_heads: int, head_dim: int, length: int, *, alibi: bool = False
+) -> dict[str, int]:
     """Cycles of a call for one causal sequence in bf16 on one TensorCore; compiles both kernels (half a minute).
 
     Keys are "forward" and "backward", and "forward floor" and "backward floor": what their products alone take at the
     published peak. A backward pass is several calls where VMEM does not hold all keys at once (v4).
     """
-    given = {"generation": generation, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "length": length, "alibi": alibi}
+    given = {
+        "generation": generation,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "length": length,
+        "alibi": alibi,
+    }
     command = [sys.executable, "-m", "aurora_jax.plan.attention_cycles", json.dumps(given)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -83,7 +106,9 @@ def attention_cycles(generation: str, heads: int, kv_heads: int, head_dim: int, 
 def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int, alibi: bool = False) -> None:
     """Compiles the kernels and prints their cycles as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update(JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true")
+        os.environ.update(
+            JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        )
         import jax
         import jax.numpy as jnp
         import numpy as np
@@ -96,7 +121,9 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int,
         mesh = Mesh(np.array(tpu_topology(SMALLEST[generation]).devices)[:1], ("x",))
 
         def struct(heads):
-            return jax.ShapeDtypeStruct((1, heads, length, head_dim), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+            return jax.ShapeDtypeStruct(
+                (1, heads, length, head_dim), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec())
+            )
 
         def loss(q, k, v):
             slopes_H = jnp.full(heads, 0.5) if alibi else None
@@ -112,7 +139,9 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int,
             # A backward pass is one call for each part of the keys that stays in VMEM (`ops.py`).
             calls = -(-length // sizes.resident_keys) if direction == "backward" else 1
             for name, measure in ((direction, _CYCLES), (f"{direction} floor", FLOOR)):
-                cycles[name] = kv_heads * causal_cycles(blocks, sizes, direction, heads // kv_heads, length, measure) // calls
+                cycles[name] = (
+                    kv_heads * causal_cycles(blocks, sizes, direction, heads // kv_heads, length, measure) // calls
+                )
         print(json.dumps(cycles))
 
 

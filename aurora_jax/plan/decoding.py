@@ -1,4 +1,5 @@
-"""The decoding step of `aurora generate`, compiled for a TPU topology without a TPU: what a token costs in bytes and cycles.
+"""The decoding step of `aurora generate`, compiled for a TPU topology without a TPU: what a token costs in
+bytes and cycles.
 
 B batch.
 """
@@ -22,7 +23,16 @@ from aurora_jax.plan.topology import tpu_topology
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|\s)([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[su]\d+|f\d+|bf16)\[([\d,]*)\](?:\{([^}]*)\})?")
-_READ_NOTHING = ("parameter", "get-tuple-element", "tuple", "bitcast", "copy-done", "slice-done", "async-done", "constant")
+_READ_NOTHING = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "copy-done",
+    "slice-done",
+    "async-done",
+    "constant",
+)
 _LOOKUPS = ("dynamic-slice", "gather", "slice")
 _FETCHES = ("copy-start", "slice-start")
 
@@ -45,7 +55,9 @@ class DecodingPlan:
     """The longer of cycles and reading: what a token takes at least, its collectives left out."""
 
 
-def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt_slots: int, new_tokens: int) -> DecodingPlan:
+def plan_decoding(
+    config: ModelConfig, topology: str, *, batch_size: int, prompt_slots: int, new_tokens: int
+) -> DecodingPlan:
     """Compiles the loop that draws tokens, in bf16, for the chips of a topology such as v5e:2x4.
 
     Raises:
@@ -57,7 +69,9 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
 
     def placed(shapes, partitions):
         return jax.tree.map(
-            lambda shape, partition: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, partition)),
+            lambda shape, partition: jax.ShapeDtypeStruct(
+                shape.shape, shape.dtype, sharding=NamedSharding(mesh, partition)
+            ),
             shapes,
             partitions,
         )
@@ -66,10 +80,18 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
     parameters = placed(unstacked_shapes(config, jnp.bfloat16), programs.parameters_spec())
     rows = [
         jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (((B, prompt_slots), "int32"), ((B,), "int32"), ((B,), "uint32"), ((B,), "int32"), ((B,), "bool"))
+        for shape, dtype in (
+            ((B, prompt_slots), "int32"),
+            ((B,), "int32"),
+            ((B,), "uint32"),
+            ((B,), "int32"),
+            ((B,), "bool"),
+        )
     ]
     arguments = [placed(row, PartitionSpec(ROWS_AXIS)) for row in rows]
-    state = placed(jax.eval_shape(programs.prefill(settings), parameters, *arguments), programs.state_spec(settings.sampling))
+    state = placed(
+        jax.eval_shape(programs.prefill(settings), parameters, *arguments), programs.state_spec(settings.sampling)
+    )
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     compiled = programs.decode(settings).lower(parameters, state, steps).compile()
 
@@ -91,7 +113,8 @@ def plan_decoding(config: ModelConfig, topology: str, *, batch_size: int, prompt
 def one_trip(text: str, chip: Chip) -> tuple[int, int]:
     """Bytes that one trip of a program's only loop reads from HBM, and its estimated cycles.
 
-    An operand that is in fast memory is not counted, what is fetched into it is; of an array that is only looked up, the rows are.
+    An operand that is in fast memory is not counted, what is fetched into it is; of an array that is only
+    looked up, the rows are.
     """
     module = Module(text, chip)
     computations = module.computations
@@ -135,7 +158,9 @@ def _read_bytes(computations: dict[str, list[str]], here: dict[str, _Instruction
     """Bytes that one instruction reads from HBM."""
     if instruction.operation in _READ_NOTHING:
         return 0
-    sources = [here[name].hbm_bytes if name in here and len(here[name].result) == 1 else 0 for name in instruction.operands]
+    sources = [
+        here[name].hbm_bytes if name in here and len(here[name].result) == 1 else 0 for name in instruction.operands
+    ]
     if instruction.operation in _FETCHES:
         # The result is a tuple: source, destination, a flag. What is fetched is as large as the destination.
         return array_bytes(instruction.result[1][:2]) if sources[0] else 0
@@ -150,7 +175,9 @@ def _read_bytes(computations: dict[str, list[str]], here: dict[str, _Instruction
 
 def _used_bytes(inside: dict[str, _Instruction], place: int) -> int:
     """Bytes of a fusion's operand that are read: all of it, unless it is only looked up or written to."""
-    name = next(name for name, each in inside.items() if each.operation == "parameter" and f" parameter({place})" in each.line)
+    name = next(
+        name for name, each in inside.items() if each.operation == "parameter" and f" parameter({place})" in each.line
+    )
     names, used = {name}, 0
     whole = array_bytes(inside[name].result[0][:2])
     for user, each in inside.items():

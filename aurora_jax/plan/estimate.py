@@ -1,6 +1,7 @@
 """What a run needs on a topology: the step that `train` runs, compiled for it, and read.
 
-An estimate, and called one: it leaves out stalls on memory that the compiler does not foresee, contention in the network and the input.
+An estimate, and called one: it leaves out stalls on memory that the compiler does not foresee, contention in
+the network and the input.
 """
 
 import re
@@ -32,7 +33,8 @@ class DoesNotFit(InputError):
     def __init__(self, needed: float, available: float):
         self.needed, self.available = needed, available
         super().__init__(
-            f"does not fit: a chip would need {needed / GIB:.1f} GiB of {available / GIB:.1f}, {(needed - available) / GIB:.1f} GiB over."
+            f"does not fit: a chip would need {needed / GIB:.1f} GiB of {available / GIB:.1f}, "
+            f"{(needed - available) / GIB:.1f} GiB over."
         )
 
 
@@ -41,7 +43,8 @@ class BelowPhysics(InputError):
 
     def __init__(self, topology: str, seconds: float, least: float):
         super().__init__(
-            f"{topology}: no plan. The compiled step reads as {seconds:.3g} s of computing, and the model's products alone "
+            f"{topology}: no plan. The compiled step reads as {seconds:.3g} s of computing, and the model's "
+            "products alone "
             f"take {least:.3g} s at the chips' published peak: the program is not written as `aurora plan` reads it. "
             "Install the libtpu that requirements.txt pins, or report it."
         )
@@ -90,7 +93,8 @@ class Plan:
     """Of collectives that nothing hides."""
     collectives: tuple[CollectiveRow, ...]
     mfu: float
-    """Model FLOP/s over peak: 6 FLOPs a parameter and token, and attention's products with a causal triangle counted once."""
+    """Model FLOP/s over peak: 6 FLOPs a parameter and token, and attention's products with a causal triangle
+    counted once."""
     compile_seconds: float
 
     @property
@@ -115,7 +119,11 @@ class Plan:
 
     def as_dict(self) -> dict:
         """All fields and what follows from them, for JSON."""
-        return {**asdict(self), "step_seconds": self.step_seconds, "tokens_per_second_per_chip": self.tokens_per_second_per_chip}
+        return {
+            **asdict(self),
+            "step_seconds": self.step_seconds,
+            "tokens_per_second_per_chip": self.tokens_per_second_per_chip,
+        }
 
 
 def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
@@ -137,12 +145,17 @@ def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
             hint = f" {PADDING_HINT}" if what == "vocabulary_size" else ""
             raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.{hint}")
     if model.width % (mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]):
-        raise InputError(f"width {model.width} cannot be divided over fsdp x fsdp_inner = {mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}.")
+        raise InputError(
+            f"width {model.width} cannot be divided over fsdp x fsdp_inner = "
+            f"{mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}."
+        )
     shards = mesh.shape["tensor"] * mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
     if model.mlp_width % shards:
         raise InputError(f"mlp_width {model.mlp_width} cannot be divided over tensor x fsdp x fsdp_inner = {shards}.")
     if config.data.sequence_length > model.longest_sequence:
-        raise InputError(f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions.")
+        raise InputError(
+            f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions."
+        )
 
 
 def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> Plan:
@@ -155,7 +168,10 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     """
     generation = topology.partition(":")[0]
     if generation not in CHIPS:
-        raise InputError(f"Topology {topology!r}: there is no chip {generation!r}; there are {', '.join(CHIPS)} (`aurora plan --list`).")
+        raise InputError(
+            f"Topology {topology!r}: there is no chip {generation!r}; there are {', '.join(CHIPS)} (`aurora "
+            "plan --list`)."
+        )
     chip = CHIPS[generation]
     mesh = make_mesh(config.mesh, tpu_topology(topology, slices).devices)
     check(config, mesh, model)
@@ -234,7 +250,8 @@ def smallest_change(config: TrainConfig, model: ModelConfig, topology: str, slic
     changes += [{"compute.rematerialisation": each} for each in order[order.index(kept) + 1 :] if each != "offload"]
     changes += [{"optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4)]
     changes += [
-        {"compute.rematerialisation": "full", "optimizer.micro_batches": config.optimizer.micro_batches * factor} for factor in (2, 4, 8)
+        {"compute.rematerialisation": "full", "optimizer.micro_batches": config.optimizer.micro_batches * factor}
+        for factor in (2, 4, 8)
     ]
     if config.optimizer.moments_dtype == "float32":
         changes.append({"optimizer.moments_dtype": "bfloat16", "compute.rematerialisation": "full"})
@@ -252,7 +269,8 @@ def smallest_change(config: TrainConfig, model: ModelConfig, topology: str, slic
 
 
 def collective_rows(collectives: list[Collective], mesh: Mesh, chip: Chip) -> list[CollectiveRow]:
-    """Collectives of one kind and group added up, with their time at the bandwidth of the links that the group spans; longest first."""
+    """Collectives of one kind and group added up, with their time at the bandwidth of the links that the
+    group spans; longest first."""
     rows: dict[tuple[str, str], CollectiveRow] = {}
     for each in collectives:
         if each.group < 2:
@@ -272,7 +290,8 @@ def collective_rows(collectives: list[Collective], mesh: Mesh, chip: Chip) -> li
 
 
 def _axes_of(members: tuple[int, ...], mesh: Mesh, chip: Chip) -> tuple[str, float]:
-    """Mesh axes along which a group's devices lie, and the bandwidth that such a group has: that of the torus dimensions it spans."""
+    """Mesh axes along which a group's devices lie, and the bandwidth that such a group has: that of the torus
+    dimensions it spans."""
     places = np.unravel_index(members, mesh.devices.shape)
     name = " x ".join(axis for axis, column in zip(mesh.axis_names, places, strict=True) if len(set(column)) > 1)
     devices = mesh.devices.ravel()[list(members)]
@@ -282,33 +301,50 @@ def _axes_of(members: tuple[int, ...], mesh: Mesh, chip: Chip) -> tuple[str, flo
     return name, chip.interconnect * max(spanned, 1) / chip.torus_dimensions
 
 
-def _kernel_seconds(program: Program, config: TrainConfig, model: ModelConfig, mesh: Mesh, generation: str, chip: Chip) -> float:
+def _kernel_seconds(
+    program: Program, config: TrainConfig, model: ModelConfig, mesh: Mesh, generation: str, chip: Chip
+) -> float:
     if not program.kernels:
         return 0.0
     tensor = mesh.shape["tensor"]
     kv_heads = max(model.kv_heads // tensor, 1)
     cycles = attention_cycles(
-        generation, model.heads // tensor, kv_heads, model.head_dim, config.data.sequence_length, alibi=model.positions == "alibi"
+        generation,
+        model.heads // tensor,
+        kv_heads,
+        model.head_dim,
+        config.data.sequence_length,
+        alibi=model.positions == "alibi",
     )
     rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
     sequences = config.data.batch_size // rows // config.optimizer.micro_batches
-    total = sum(times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items())
-    # A sequence that is divided has fewer queries on each device, of which the last see all keys: an even share, roughly.
+    total = sum(
+        times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items()
+    )
+    # A sequence that is divided has fewer queries on each device, of which the last see all keys: an even
+    # share, roughly.
     return total * sequences / mesh.shape["sequence"] / chip.cores / chip.clock
 
 
 def bytes_gathered_once(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> int:
-    """What the layers' weights take on a chip when they are gathered along fsdp for the whole step; 0 where each layer gathers its own."""
+    """What the layers' weights take on a chip when they are gathered along fsdp for the whole step; 0 where
+    each layer gathers its own."""
     if config.mesh.gather != "step":
         return 0
     shapes, total = parameter_shapes(model, config.compute.compute_dtype), 0
     for path, row in rows_of(model).items():
         axes = [axis for entry in row.partition for axis in (entry if isinstance(entry, tuple) else (entry,))]
         if path.startswith("layers.") and set(FSDP_AXES).intersection(axes):
-            total += shapes[path].size * shapes[path].dtype.itemsize // (mesh.shape[TENSOR_AXIS] if TENSOR_AXIS in axes else 1)
+            total += (
+                shapes[path].size
+                * shapes[path].dtype.itemsize
+                // (mesh.shape[TENSOR_AXIS] if TENSOR_AXIS in axes else 1)
+            )
     return total
 
 
 def bytes_a_chip(tree: object) -> int:
     """What a tree of arrays, or of their shapes with shardings, takes on one device."""
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )

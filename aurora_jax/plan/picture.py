@@ -20,7 +20,9 @@ def draw(plan: Plan, path: Path) -> None:
         ("exposed collectives", plan.exposed_seconds),
     ]
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 4.2), layout="constrained")
-    for ax, parts, unit, limit in zip(axes, (memory, seconds), ("GiB a chip", "s a step"), (plan.memory_capacity / GIB, None), strict=True):
+    for ax, parts, unit, limit in zip(
+        axes, (memory, seconds), ("GiB a chip", "s a step"), (plan.memory_capacity / GIB, None), strict=True
+    ):
         left = 0.0
         for number, (name, size) in enumerate(parts):
             ax.barh([0], [size], left=left, height=0.5, color=f"C{number}", label=f"{name}: {size:.2f}")
@@ -35,6 +37,9 @@ def draw(plan: Plan, path: Path) -> None:
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.32), ncols=4, frameon=False, fontsize=9)
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
-    figure.suptitle(f"{slices}{plan.topology}: {plan.step_seconds:.2f} s a step, MFU at most {plan.mfu:.1%} (estimates)", fontsize=11)
+    figure.suptitle(
+        f"{slices}{plan.topology}: {plan.step_seconds:.2f} s a step, MFU at most {plan.mfu:.1%} (estimates)",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -16,7 +16,8 @@ from aurora_jax.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Compiles the step that `aurora train` would run, for chips that are not there, and says what it needs. Nothing is allocated."""
+    """Compiles the step that `aurora train` would run, for chips that are not there, and says what it needs.
+    Nothing is allocated."""
 
     topology: str = "v5p:4x4x4"
     """Chips to plan for, such as v5p:4x4x4, v5e:16x16 or v6e:16x16; `--list` shows them all."""
@@ -33,8 +34,8 @@ class PlanOptions:
     json: Path | None = None
     """Write everything found to this file."""
     search: bool = False
-    """Compile many ways to run the config (mesh, rematerialisation, micro-batches, when weights are gathered, precision of the moments) and
-    rank them; stop and start again as you like."""
+    """Compile many ways to run the config (mesh, rematerialisation, micro-batches, when weights are gathered,
+    precision of the moments) and rank them; stop and start again as you like."""
     budget: int = 12
     """Candidates that a search compiles, minutes each."""
     search_log: Path = Path("plan_search.jsonl")
@@ -48,12 +49,18 @@ class PlanOptions:
 def list_topologies(console: Console) -> None:
     """A table of chips and the topologies they come in."""
     table = Table(
-        title="chips", caption="peak: bf16 TFLOP/s; bandwidths: GB/s a chip; price: US dollars a chip-hour, on demand, from memory"
+        title="chips",
+        caption="peak: bf16 TFLOP/s; bandwidths: GB/s a chip; price: US dollars a chip-hour, on demand, from memory",
     )
     for column in ("chip", "HBM", "peak", "memory", "interconnect", "price", "topologies"):
         table.add_column(column, no_wrap=column != "topologies")
     for name, chip in CHIPS.items():
-        facts = (f"{chip.hbm // GIB} GiB", f"{chip.peak / 1e12:.0f}", f"{chip.hbm_bandwidth / 1e9:.0f}", f"{chip.interconnect / 1e9:.0f}")
+        facts = (
+            f"{chip.hbm // GIB} GiB",
+            f"{chip.peak / 1e12:.0f}",
+            f"{chip.hbm_bandwidth / 1e9:.0f}",
+            f"{chip.interconnect / 1e9:.0f}",
+        )
         table.add_row(name, *facts, f"{chip.price:.2f}", " ".join(f"{name}:{size}" for size in chip.sizes))
     console.print(table)
 
@@ -66,7 +73,9 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     if options.search:
         from aurora_jax.plan.search import print_ranking, search, write_config
 
-        found = search(config, model, options.topology, options.slices, options.search_log, console, budget=options.budget)
+        found = search(
+            config, model, options.topology, options.slices, options.search_log, console, budget=options.budget
+        )
         print_ranking(found, console)
         if options.write is not None:
             write_config(found[0][0].apply(config), found[0][1], options.write)
@@ -77,17 +86,25 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
             plan = make_plan(config, model, options.topology, options.slices)
         except DoesNotFit as error:
             change = smallest_change(config, model, options.topology, options.slices) if options.suggest else None
-            hint = f" Smallest change that fits: {change[0]} (peak {change[1].memory_peak / GIB:.1f} GiB)." if change else ""
+            hint = (
+                f" Smallest change that fits: {change[0]} (peak {change[1].memory_peak / GIB:.1f} GiB)."
+                if change
+                else ""
+            )
             raise InputError(f"{options.topology}: {error}{hint}") from None
     chip = CHIPS[options.topology.partition(":")[0]]
     price = chip.price if options.price is None else options.price
 
-    table = Table(title=f"{options.slices} x {options.topology}, {plan.chips} chips, mesh {plan.mesh}", show_header=False)
+    table = Table(
+        title=f"{options.slices} x {options.topology}, {plan.chips} chips, mesh {plan.mesh}", show_header=False
+    )
     table.add_row("parameters", f"{plan.parameters:,}")
     table.add_row("tokens a step", f"{plan.tokens:,}")
     table.add_section()
     free = 1 - plan.memory_peak / plan.memory_capacity
-    table.add_row("HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)")
+    table.add_row(
+        "HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)"
+    )
     for name, size in plan.memory_parts.items():
         table.add_row(f"  {name}", f"{size / GIB:.2f} GiB")
     table.add_section()
@@ -99,20 +116,31 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     table.add_row("MFU, at most", f"{plan.mfu:.1%}")
     table.add_section()
     hours = options.tokens / plan.tokens * plan.step_seconds / 3600
-    table.add_row(f"{options.tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours")
+    table.add_row(
+        f"{options.tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours"
+    )
     table.add_row(f"  at ${price:.2f} a chip-hour", f"${hours * plan.chips * price:,.0f}")
     console.print(table)
 
-    collectives = Table("collective", "mesh axis", "a step", "GB sent", "seconds", "exposed", title="collectives of a chip")
+    collectives = Table(
+        "collective", "mesh axis", "a step", "GB sent", "seconds", "exposed", title="collectives of a chip"
+    )
     for row in plan.collectives:
         collectives.add_row(
-            row.kind, row.axis, f"{row.count:,}", f"{row.gigabytes:.2f}", f"{row.seconds:.3f}", f"{row.exposed_seconds:.3f}"
+            row.kind,
+            row.axis,
+            f"{row.count:,}",
+            f"{row.gigabytes:.2f}",
+            f"{row.seconds:.3f}",
+            f"{row.exposed_seconds:.3f}",
         )
     console.print(collectives)
     console.print("Fits." if free >= 0.1 else "Fits, but tightly: less than 10 % of the memory is free.", style="bold")
     console.print(
-        f"Compiled in {plan.compile_seconds:.0f} s by the TPU compiler. Times are its estimates: stalls on memory, contention in the "
-        "network and the input are left out. MFU: (6 N + 6 layers H C L) FLOPs a token, attention's triangle counted once, over the peak."
+        f"Compiled in {plan.compile_seconds:.0f} s by the TPU compiler. Times are its estimates: stalls on "
+        "memory, contention in the "
+        "network and the input are left out. MFU: (6 N + 6 layers H C L) FLOPs a token, attention's triangle "
+        "counted once, over the peak."
     )
     if options.picture is not None:
         from aurora_jax.plan.picture import draw
@@ -136,7 +164,8 @@ def model_of(config: TrainConfig, preset: str | None) -> ModelConfig:
     assert config.initial_checkpoint is not None  # TrainConfig checks it
     if not config.initial_checkpoint.exists():
         raise InputError(
-            f"{config.initial_checkpoint} is not here, and the architecture is in it: name a preset, --model starcoderplus "
+            f"{config.initial_checkpoint} is not here, and the architecture is in it: name a preset, --model "
+            "starcoderplus "
             f"({', '.join(PRESETS)})."
         )
     return read_metadata(config.initial_checkpoint).config

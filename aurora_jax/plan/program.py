@@ -1,4 +1,5 @@
-"""What a compiled TPU program does in one run: cycles, collectives and kernels, read from its optimized HLO with loop trip counts.
+"""What a compiled TPU program does in one run: cycles, collectives and kernels, read from its optimized HLO
+with loop trip counts.
 
 The compiler writes its own estimate of cycles beside each instruction, except for collectives and custom calls. An
 estimate can lie below the time that the instruction's matrix products take at the chip's published peak (it does for
@@ -17,15 +18,21 @@ from aurora_jax.errors import InputError
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
-_COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\(")
+_COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all)(-start)?\("
+)
 _CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|branch_computations=\{)=?%?([\w.\-]+)")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c64|c128)\[([\d,]*)\]")
 _KERNEL = re.compile(r'custom_call_target="tpu_custom_call".*?/(\w+)/pallas_call"')
-_BETWEEN_SLICES = re.compile(r' send\(.*_xla_host_transfer_rendezvous="([^"]+)".*_xla_megascale_transfer_type="([A-Z_]+)"')
-_CONVOLUTION = re.compile(r"%?([\w.\-]+) = \S+ convolution\(%?([\w.\-]+), %?([\w.\-]+)\).*dim_labels=(\w+)_(\w+)->(\w+)")
+_BETWEEN_SLICES = re.compile(
+    r' send\(.*_xla_host_transfer_rendezvous="([^"]+)".*_xla_megascale_transfer_type="([A-Z_]+)"'
+)
+_CONVOLUTION = re.compile(
+    r"%?([\w.\-]+) = \S+ convolution\(%?([\w.\-]+), %?([\w.\-]+)\).*dim_labels=(\w+)_(\w+)->(\w+)"
+)
 _WINDOW = re.compile(r"\b(stride|pad|lhs_dilate|rhs_dilate)=([-\d_x]+)")
 _FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
@@ -46,7 +53,8 @@ class Collective:
     times: int
     """How often it runs in a step."""
     hidden_cycles: int
-    """Estimated cycles of what runs between its start and its end, each time, as its share of the links; 0 if it is synchronous."""
+    """Estimated cycles of what runs between its start and its end, each time, as its share of the links; 0 if
+    it is synchronous."""
     operation: str
     """Where in the program it comes from."""
     network: bool = False
@@ -59,7 +67,8 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a chip sends, each time, by the ring algorithm: (n - 1) / n of the array, twice that for an all-reduce."""
+        """Bytes that a chip sends, each time, by the ring algorithm: (n - 1) / n of the array, twice that for
+        an all-reduce."""
         factor = {"all-reduce": 2.0, "collective-permute": self.group / max(self.group - 1, 1)}.get(self.kind, 1.0)
         return factor * self.bytes * (self.group - 1) / self.group
 
@@ -132,13 +141,15 @@ class Module:
         if convolution is None or not all(sizes):
             raise InputError(f"A matrix product of the compiled program cannot be read: {line.strip()[:120]}")
         left, right, result = (
-            dict(zip(*each, strict=True)) for each in zip(convolution.groups()[3:], (sizes[1], sizes[2], sizes[0]), strict=True)
+            dict(zip(*each, strict=True))
+            for each in zip(convolution.groups()[3:], (sizes[1], sizes[2], sizes[0]), strict=True)
         )
         window = {what: value.split("x") for what, value in _WINDOW.findall(line)}
         products = result["b"] * result["f"] * right["i"]
         for label in filter(str.isdigit, left):
             stride, dilated, spread = (
-                int(window[what][int(label)]) if what in window else 1 for what in ("stride", "lhs_dilate", "rhs_dilate")
+                int(window[what][int(label)]) if what in window else 1
+                for what in ("stride", "lhs_dilate", "rhs_dilate")
             )
             pad = int(window["pad"][int(label)].split("_")[0]) if "pad" in window else 0
             starts = np.arange(result[label]) * stride - pad
@@ -156,7 +167,8 @@ def read_program(text: str, chip: Chip, slices: int = 1) -> Program:
         slices: that it was compiled for; what they exchange is written as sends to a host.
 
     Raises:
-        InputError: no module, a product that cannot be read, or a loop whose trip count is not a constant of its condition.
+        InputError: no module, a product that cannot be read, or a loop whose trip count is not a constant of
+            its condition.
     """
     module, program = Module(text, chip), Program()
     _walk(module, module.entry, 1, program, slices)
@@ -184,7 +196,13 @@ def _walk(module: Module, name: str, times: int, program: Program, slices: int) 
         elif sent := _BETWEEN_SLICES.search(line):
             size = array_bytes(_ARRAY.findall(line.split(" = ", 1)[1])[0])
             kind = sent[2].lower().replace("_", "-")
-            spans.append((place, _received(lines, place, sent[1]), Collective(kind, tuple(range(slices)), size, times, 0, sent[1], True)))
+            spans.append(
+                (
+                    place,
+                    _received(lines, place, sent[1]),
+                    Collective(kind, tuple(range(slices)), size, times, 0, sent[1], True),
+                )
+            )
         elif found := _COLLECTIVE.search(line):
             end = _end(lines, place, f"{found[1]}-done") if found[2] else place
             spans.append((place, end, _collective(line, found, times)))
@@ -192,7 +210,8 @@ def _walk(module: Module, name: str, times: int, program: Program, slices: int) 
 
 
 def _merged(computations: dict[str, list[str]], lines: list[str], times: int) -> list[tuple[int, int, Collective]]:
-    """Collectives that the compiler merges with computation: they stand in several fusions, from start to end, under one channel."""
+    """Collectives that the compiler merges with computation: they stand in several fusions, from start to
+    end, under one channel."""
     places: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for place, line in enumerate(lines):
         called = _FUSION.search(line)
@@ -211,14 +230,17 @@ def _merged(computations: dict[str, list[str]], lines: list[str], times: int) ->
 
 
 def _hide(spans: list[tuple[int, int, Collective]], cycles: list[int]) -> list[Collective]:
-    """Gives what runs between a collective's start and end to it; several in flight share it by their bytes, as they share the links."""
+    """Gives what runs between a collective's start and end to it; several in flight share it by their bytes,
+    as they share the links."""
     shares = [0.0] * len(spans)
     for place, own in enumerate(cycles):
         flying = [index for index, (first, last, _) in enumerate(spans) if first < place < last] if own else []
         total = sum(spans[index][2].wire_bytes for index in flying)
         for index in flying:
             shares[index] += own * spans[index][2].wire_bytes / max(total, 1.0)
-    return [replace(collective, hidden_cycles=int(share)) for (_, _, collective), share in zip(spans, shares, strict=True)]
+    return [
+        replace(collective, hidden_cycles=int(share)) for (_, _, collective), share in zip(spans, shares, strict=True)
+    ]
 
 
 def _received(lines: list[str], place: int, rendezvous: str) -> int:
@@ -242,8 +264,8 @@ def _estimate(line: str) -> int:
 
 def _collective(line: str, found: re.Match, times: int) -> Collective:
     members, kind, is_asynchronous = _members(line), found[1], bool(found[2])
-    # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all; the result of a start has
-    # its operands first.
+    # The result's arrays stand before the operation's name. Of several, a synchronous collective carries all;
+    # the result of a start has its operands first.
     sizes = [array_bytes(array) for array in _ARRAY.findall(line.split(" = ", 1)[1].split(found[0])[0])]
     size = max(sizes) if is_asynchronous else sum(sizes)
     if kind == "reduce-scatter" and not is_asynchronous:
@@ -253,12 +275,15 @@ def _collective(line: str, found: re.Match, times: int) -> Collective:
 
 
 def _members(line: str) -> tuple[int, ...]:
-    """Devices of the first group, as places in the order of the program's devices, in any of the three ways of writing groups."""
+    """Devices of the first group, as places in the order of the program's devices, in any of the three ways
+    of writing groups."""
     if listed := _LISTED_GROUPS.search(line):
         return tuple(int(number) for number in listed[1].split(","))
     if iota := _IOTA_GROUPS.search(line):
         groups, size = int(iota[1]), int(iota[2])
-        places = np.arange(groups * size).reshape([int(number) for number in (iota[3] or str(groups * size)).split(",")])
+        places = np.arange(groups * size).reshape(
+            [int(number) for number in (iota[3] or str(groups * size)).split(",")]
+        )
         if iota[4]:
             places = places.transpose([int(number) for number in iota[4].split(",")])
         return tuple(int(place) for place in places.reshape(groups, size)[0])
@@ -266,7 +291,9 @@ def _members(line: str) -> tuple[int, ...]:
         axes = re.findall(r"'([^']+)'=(\d+)", mesh[1])
         places = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
         taken = set(re.findall(r"'([^']+)'", mesh[2]))
-        return tuple(int(place) for place in places[tuple(slice(None) if name in taken else 0 for name, _ in axes)].ravel())
+        return tuple(
+            int(place) for place in places[tuple(slice(None) if name in taken else 0 for name, _ in axes)].ravel()
+        )
     return (0,)
 
 
@@ -298,7 +325,11 @@ def _trips(computations: dict[str, list[str]], line: str) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    constants = [int(value) for each in computations[_named(line, "condition")] for value in re.findall(r" constant\((\d+)\)", each)]
+    constants = [
+        int(value)
+        for each in computations[_named(line, "condition")]
+        for value in re.findall(r" constant\((\d+)\)", each)
+    ]
     if len(constants) != 1:
         raise InputError(f"The trip count of a loop is not a constant of its condition: {line[:120]}")
     return constants[0]

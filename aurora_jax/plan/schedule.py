@@ -1,7 +1,8 @@
 """Cycles of Pallas TPU kernels, read from the bundles that the TPU compiler schedules, on a machine without a TPU.
 
 A TensorCore issues one VLIW bundle a cycle, and the compiler issues products faster than the matrix units' published
-peak: a basic block takes its bundles or the time of its products at that peak, whichever is more. Stalls on DMA are left
+peak: a basic block takes its bundles or the time of its products at that peak, whichever is more. Stalls on
+DMA are left
 out: it is a lower bound.
 """
 
@@ -21,8 +22,8 @@ _OPERATION = re.compile(r"(?:^|= |;;  |\{ )(v[a-z]+[0-9]*)\b")
 _PRODUCT = re.compile(r"\bvmatmul\S*")
 _PRODUCT_PARTS = re.compile(r"vmatmul\.(?:(?!lmr)[a-z]+\.)*(bf16|f32|lmr\.bf16)(?:\.[a-z0-9]+)*\.mxu(\d)")
 _ROWS = {"bf16": 16, "f32": 8, "lmr.bf16": 8}
-"""Of the operand that a vmatmul streams: those of one vector register, 8 sublanes of 32 bits, and half of that where the operand is
-transposed on the way (v5e). From products of known shapes."""
+"""Of the operand that a vmatmul streams: those of one vector register, 8 sublanes of 32 bits, and half of
+that where the operand is transposed on the way (v5e). From products of known shapes."""
 
 
 @dataclass
@@ -60,13 +61,16 @@ def rows_of_products(text: str) -> Counter[str]:
     for operation in _PRODUCT.findall(text):
         parts = _PRODUCT_PARTS.fullmatch(operation)
         if parts is None:
-            raise InputError(f"The schedule of a kernel has {operation}: how many rows it takes is not known ({__name__}).")
+            raise InputError(
+                f"The schedule of a kernel has {operation}: how many rows it takes is not known ({__name__})."
+            )
         rows[parts[2]] += _ROWS[parts[1]]
     return rows
 
 
 def basic_blocks(path: Path, generation: str) -> list[BasicBlock]:
-    """Basic blocks, in order, of one `*final_bundles.txt` as dumped with `--xla_jf_dump_to` and `--xla_jf_dump_llo_text`."""
+    """Basic blocks, in order, of one `*final_bundles.txt` as dumped with `--xla_jf_dump_to` and
+    `--xla_jf_dump_llo_text`."""
     lines = [match.groups() for match in map(_BUNDLE.match, path.read_text().splitlines()) if match]
     targets: dict[str, int] = {}
     for place, (_, marker, _, text) in enumerate(lines):
@@ -92,7 +96,8 @@ def basic_blocks(path: Path, generation: str) -> list[BasicBlock]:
 
 
 def dumped_kernels(folder: Path, generation: str) -> dict[str, list[BasicBlock]]:
-    """The basic blocks of every kernel whose bundles were dumped into a folder for a TPU generation, by the kernel's name."""
+    """The basic blocks of every kernel whose bundles were dumped into a folder for a TPU generation, by the
+    kernel's name."""
     kernels = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         if "schedule-analysis" in path.name:

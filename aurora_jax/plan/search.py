@@ -1,8 +1,8 @@
-"""`aurora plan --search`: the fastest way to run a config on a topology, over meshes, rematerialisation, micro-batches, and what is kept of
-weights and moments.
+"""`aurora plan --search`: the fastest way to run a config on a topology, over meshes, rematerialisation,
+micro-batches, and what is kept of weights and moments.
 
-Arithmetic orders the candidates and drops those that cannot fit or cannot win; the rest are compiled, one after the other, and every result
-is written at once, so that a search that was stopped goes on where it was.
+Arithmetic orders the candidates and drops those that cannot fit or cannot win; the rest are compiled, one
+after the other, and every result is written at once, so that a search that was stopped goes on where it was.
 """
 
 import hashlib
@@ -54,7 +54,8 @@ class Candidate:
     def flags(self) -> str:
         """As options of `aurora train`."""
         return (
-            f"--mesh.fsdp {self.fsdp} --mesh.fsdp-inner {self.fsdp_inner} --mesh.sequence {self.sequence} --mesh.tensor {self.tensor} "
+            f"--mesh.fsdp {self.fsdp} --mesh.fsdp-inner {self.fsdp_inner} --mesh.sequence {self.sequence} "
+            f"--mesh.tensor {self.tensor} "
             f"--mesh.gather {self.gather} --compute.rematerialisation {self.rematerialisation} "
             f"--optimizer.micro-batches {self.micro_batches} --optimizer.moments-dtype {self.moments_dtype}"
         )
@@ -68,19 +69,27 @@ def candidates(config: TrainConfig, model: ModelConfig, chips: int) -> Iterator[
             shards, rest = divmod(chips, tensor * sequence)
             if rest or model.width % shards:
                 continue
-            for inner in (size for size in powers if size * size >= shards > 1 and shards % size == 0 and size < shards):
+            for inner in (
+                size for size in powers if size * size >= shards > 1 and shards % size == 0 and size < shards
+            ):
                 for micro_batches in powers[:6]:
                     if config.data.batch_size % (config.mesh.data * shards * micro_batches) == 0:
-                        for kept, gather, moments in product(REMATERIALISATIONS, ("layer", "step"), ("float32", "bfloat16")):
-                            yield Candidate(shards // inner, inner, sequence, tensor, kept, micro_batches, gather, moments)
+                        for kept, gather, moments in product(
+                            REMATERIALISATIONS, ("layer", "step"), ("float32", "bfloat16")
+                        ):
+                            yield Candidate(
+                                shards // inner, inner, sequence, tensor, kept, micro_batches, gather, moments
+                            )
 
 
 def least_memory(candidate: Candidate, config: TrainConfig, model: ModelConfig) -> float:
-    """Bytes a chip by arithmetic: parameters and gradients in fp32, moments as asked for, and in bf16 what is kept of each layer and the
-    weights that are gathered once. A lower bound."""
+    """Bytes a chip by arithmetic: parameters and gradients in fp32, moments as asked for, and in bf16 what is
+    kept of each layer and the weights that are gathered once. A lower bound."""
     shards = candidate.fsdp * candidate.fsdp_inner
     tokens = (
-        config.data.batch_size * config.data.sequence_length / (config.mesh.data * shards * candidate.sequence * candidate.micro_batches)
+        config.data.batch_size
+        * config.data.sequence_length
+        / (config.mesh.data * shards * candidate.sequence * candidate.micro_batches)
     )
     attention = model.width / candidate.tensor
     projections = 2 * attention + 2 * model.kv_heads * model.head_dim + model.width
@@ -100,10 +109,13 @@ def least_memory(candidate: Candidate, config: TrainConfig, model: ModelConfig) 
 
 
 def least_seconds(candidate: Candidate, config: TrainConfig, model: ModelConfig, chip: Chip, chips: int) -> float:
-    """Seconds of a step by arithmetic: matrix products at the peak, with those that are computed again (never the last of a layer)."""
+    """Seconds of a step by arithmetic: matrix products at the peak, with those that are computed again (never
+    the last of a layer)."""
     tokens = config.data.batch_size * config.data.sequence_length
     passes = {"full": 6 / 5, "attention": 6 / 5, "projections": 17 / 15}.get(candidate.rematerialisation, 1.0)
-    return flops_per_token(model, config.data.sequence_length) * passes * tokens / (chips * config.mesh.data * chip.peak)
+    return (
+        flops_per_token(model, config.data.sequence_length) * passes * tokens / (chips * config.mesh.data * chip.peak)
+    )
 
 
 def search(
@@ -120,19 +132,22 @@ def search(
     """Compiles up to `budget` candidates, the most promising first, and returns those that fit, fastest first.
 
     Args:
-        log: JSON lines, one a candidate; those that it holds already, for this topology and batch, are not compiled again.
+        log: JSON lines, one a candidate; those that it holds already, for this topology and batch, are not
+            compiled again.
 
     Raises:
         InputError: no candidate divides or can fit.
     """
     chip = CHIPS[topology.partition(":")[0]]
     chips = math.prod(int(size) for size in topology.partition(":")[2].split("x"))
-    possible = [each for each in candidates(config, model, chips) if least_memory(each, config, model) < 0.95 * chip.hbm]
+    possible = [
+        each for each in candidates(config, model, chips) if least_memory(each, config, model) < 0.95 * chip.hbm
+    ]
     if not possible:
         raise InputError(f"No mesh over {chips} chips of {topology} divides this config and can hold it.")
 
-    # Fewer collectives win among equals: little tensor and sequence parallelism, few gathers and scatters, two axes of like sizes. Moments
-    # in bf16 save memory, not time.
+    # Fewer collectives win among equals: little tensor and sequence parallelism, few gathers and scatters,
+    # two axes of like sizes. Moments in bf16 save memory, not time.
     def promise(each: Candidate) -> tuple:
         seconds = least_seconds(each, config, model, chip, chips) * (1 + 0.05 * math.log2(each.tensor * each.sequence))
         gathers = 1 if each.gather == "step" else each.micro_batches * (1 if each.rematerialisation == "nothing" else 2)
@@ -141,7 +156,9 @@ def search(
 
     possible.sort(key=promise)
     searched = replace(config, output=Path(), mesh=MeshConfig(config.mesh.data))
-    fingerprint = hashlib.sha256(repr((Candidate(1, 1, 1, 1, "full", 1).apply(searched), model)).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr((Candidate(1, 1, 1, 1, "full", 1).apply(searched), model)).encode()).hexdigest()[
+        :16
+    ]
     key = {"topology": topology, "slices": slices, "config": fingerprint}
     lines = json_lines.read_log(log) if log.exists() else []
     json_lines.mend_log(log)
@@ -169,10 +186,27 @@ def print_ranking(found: list[tuple[Candidate, dict]], console: Console) -> None
     """The candidates that fit, fastest first, and the options of the best."""
     if not found:
         raise InputError("Nothing that was compiled fits: give a larger --budget, a smaller batch or more chips.")
-    columns = ("fsdp", "sequence", "tensor", "gathered", "kept", "micro-batches", "moments", "s a step", "MFU at most", "HBM, GiB")
+    columns = (
+        "fsdp",
+        "sequence",
+        "tensor",
+        "gathered",
+        "kept",
+        "micro-batches",
+        "moments",
+        "s a step",
+        "MFU at most",
+        "HBM, GiB",
+    )
     table = Table(*columns, title="fastest first")
     for each, plan in found:
-        shape = f"{each.fsdp} x {each.fsdp_inner}", str(each.sequence), str(each.tensor), f"by {each.gather}", each.rematerialisation
+        shape = (
+            f"{each.fsdp} x {each.fsdp_inner}",
+            str(each.sequence),
+            str(each.tensor),
+            f"by {each.gather}",
+            each.rematerialisation,
+        )
         figures = f"{plan['step_seconds']:.2f}", f"{plan['mfu']:.1%}", f"{plan['memory_peak'] / GIB:.1f}"
         table.add_row(*shape, str(each.micro_batches), each.moments_dtype, *figures)
     console.print(table)
@@ -201,5 +235,7 @@ def write_config(config: TrainConfig, plan: dict, path: Path) -> None:
     text = pprint.pformat(config, width=120).replace("PosixPath(", "Path(").replace("\n", "\n" + " " * 11)
     sizes = {"memory": plan["memory_peak"] / GIB, "capacity": plan["memory_capacity"] / GIB}
     path.write_text(
-        CONFIG_FILE.format(config=text, **sizes, **{name: plan[name] for name in ("slices", "topology", "step_seconds", "mfu")})
+        CONFIG_FILE.format(
+            config=text, **sizes, **{name: plan[name] for name in ("slices", "topology", "step_seconds", "mfu")}
+        )
     )

@@ -56,7 +56,14 @@ def lower_train_step(
         dropout: rate, in place of the model's own.
     """
     step = train_step_on_mesh(
-        model, compute, optimizer, mesh, lambda step: 1e-4, isolate_documents=isolate_documents, gather=gather, dropout=dropout
+        model,
+        compute,
+        optimizer,
+        mesh,
+        lambda step: 1e-4,
+        isolate_documents=isolate_documents,
+        gather=gather,
+        dropout=dropout,
     )
     # Outside the mesh's context: optax makes a small array on the way, which no absent TPU can hold.
     arguments = state_shapes(model, optimizer, mesh), abstract_batch(batch_size, length, mesh)

@@ -19,8 +19,9 @@ ENVIRONMENT = {
 def tpu_topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
     """The chips of a topology such as `v5p:4x4x4` or `v6e:16x16`, to compile for.
 
-    v4 and v5p slices of whole 4 x 4 x 4 cubes are described as the torus that they are: otherwise gathers of weights are compiled as
-    all-reduces of whole matrices. The two cores of a v4 chip are one device, as on v5p.
+    v4 and v5p slices of whole 4 x 4 x 4 cubes are described as the torus that they are: otherwise gathers of
+    weights are compiled as all-reduces of whole matrices. The two cores of a v4 chip are one device, as on
+    v5p.
 
     Args:
         slices: such slices, joined by the data-center network.
@@ -33,13 +34,17 @@ def tpu_topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
     generation, _, sizes = name.partition(":")
     options: dict = {"num_slices": slices}
     if generation in ("v4", "v5p"):
-        options |= {"chip_config_name": "megacore" if generation == "v4" else "default", "chips_per_host_bounds": (2, 2, 1)}
+        options |= {
+            "chip_config_name": "megacore" if generation == "v4" else "default",
+            "chips_per_host_bounds": (2, 2, 1),
+        }
         if sizes.count("x") == 2 and all(size.isdigit() and int(size) % 4 == 0 for size in sizes.split("x")):
             options["wrap"] = (True, True, True)
     try:
         return topologies.get_topology_desc(name, platform="tpu", **options)
     except Exception as error:
         raise InputError(
-            f"TPU topology {name!r} cannot be compiled for: {error}\nA topology is named like v5p:4x4x4 or v6e:16x16, and libtpu must be "
+            f"TPU topology {name!r} cannot be compiled for: {error}\nA topology is named like v5p:4x4x4 or "
+            "v6e:16x16, and libtpu must be "
             "installed (pip install 'aurora-jax[tpu]')."
         ) from error

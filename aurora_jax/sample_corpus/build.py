@@ -86,7 +86,9 @@ class Manifest:
         """The manifest in `directory`, or None where there is none of ours."""
         try:
             fields = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-            fields["sources"] = [SourceEntry(**entry | {"languages": tuple(entry["languages"])}) for entry in fields["sources"]]
+            fields["sources"] = [
+                SourceEntry(**entry | {"languages": tuple(entry["languages"])}) for entry in fields["sources"]
+            ]
             manifest = cls(**fields)
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -94,7 +96,12 @@ class Manifest:
 
 
 def build(
-    directory: Path, registry: str, collection: Collection, packages: Sequence[Package], code: Iterable[CodeFile], progress: Progress
+    directory: Path,
+    registry: str,
+    collection: Collection,
+    packages: Sequence[Package],
+    code: Iterable[CodeFile],
+    progress: Progress,
 ) -> Manifest:
     """Read the packages and write the corpus into the empty folder `directory`. The same inputs give the same bytes.
 
@@ -123,16 +130,21 @@ def build(
     held_out = select(segments, HELD_OUT_ENGLISH_BYTES)
     if not held_out:
         raise InputError(
-            f"{collection.aligned.package}: no messages found that are aligned across {', '.join(LANGUAGES)}; use another --sources."
+            f"{collection.aligned.package}: no messages found that are aligned across {', '.join(LANGUAGES)}; "
+            "use another --sources."
         )
 
-    splits: dict[str, dict[str, list[Record]]] = {split: {part: [] for part in PARTS} for split in ("train", "heldout", "clean")}
+    splits: dict[str, dict[str, list[Record]]] = {
+        split: {part: [] for part in PARTS} for split in ("train", "heldout", "clean")
+    }
     held_out_lines = []
     for language in LANGUAGES:
         for document in held_out:
             lines = [segment[language] for segment in document]
             held_out_lines += lines
-            splits["heldout"][language].append(_record(lines, collection.aligned.package, collection.aligned.license, language))
+            splits["heldout"][language].append(
+                _record(lines, collection.aligned.package, collection.aligned.license, language)
+            )
 
     english_lines: list[str] = []
     for language in LANGUAGES:  # English first: what is equal to it elsewhere was left untranslated
@@ -142,7 +154,14 @@ def build(
                 if language == "en":
                     english_lines += lines
                 _add(splits["train"], lines, source.package, source.license, language, _SHORTEST_DOCUMENT)
-                _add(splits["clean"], prose(lines, language), source.package, source.license, language, _SHORTEST_CLEAN_DOCUMENT)
+                _add(
+                    splits["clean"],
+                    prose(lines, language),
+                    source.package,
+                    source.license,
+                    language,
+                    _SHORTEST_CLEAN_DOCUMENT,
+                )
 
     projects = _add_code(splits, code)
     for language in LANGUAGES:
@@ -161,16 +180,22 @@ def _outcome(reading: Future[T], package: Package) -> T:
     try:
         return reading.result()
     except (ValueError, OSError, EOFError, struct.error, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise InputError(f"{package.path} cannot be read ({error}); delete it, so that it is downloaded again.") from error
+        raise InputError(
+            f"{package.path} cannot be read ({error}); delete it, so that it is downloaded again."
+        ) from error
 
 
-def _unique(documents: Iterable[extract.Document], duplicates: Deduplicator, grouped: bool) -> Iterable[extract.Document]:
+def _unique(
+    documents: Iterable[extract.Document], duplicates: Deduplicator, grouped: bool
+) -> Iterable[extract.Document]:
     for lines in documents:
         fresh = duplicates.new(lines)
         yield from extract.group(fresh) if grouped else [fresh]
 
 
-def _add(split: Mapping[str, list[Record]], lines: Sequence[str], package: str, license: str, language: str, shortest: int) -> None:
+def _add(
+    split: Mapping[str, list[Record]], lines: Sequence[str], package: str, license: str, language: str, shortest: int
+) -> None:
     # A character of Japanese says about twice what a Latin letter does.
     weight = 2 if language == "ja" else 1
     if weight * sum(map(len, lines)) >= shortest:
@@ -178,17 +203,25 @@ def _add(split: Mapping[str, list[Record]], lines: Sequence[str], package: str, 
 
 
 def _add_code(splits: Mapping[str, Mapping[str, list[Record]]], files: Iterable[CodeFile]) -> dict[str, str]:
-    """Add the code to the splits and return project -> version. A text goes in once; one that is held out, never into train."""
+    """Add the code to the splits and return project -> version. A text goes in once; one that is held out,
+    never into train."""
     rows = list(files)
     seen = set()
     projects = {}
-    for file in sorted(rows, key=lambda file: not file.held_out):  # stable: the held-out first, so that their copies are dropped
+    for file in sorted(
+        rows, key=lambda file: not file.held_out
+    ):  # stable: the held-out first, so that their copies are dropped
         key = file.text.strip()
         if key in seen:
             continue
         seen.add(key)
         projects[file.project] = file.version
-        record = {"text": file.text, "source": f"{file.project}/{file.path}", "license": file.license, "language": "code"}
+        record = {
+            "text": file.text,
+            "source": f"{file.project}/{file.path}",
+            "license": file.license,
+            "language": "code",
+        }
         splits["heldout" if file.held_out else "train"]["code"].append(record)
         if not file.held_out and file.path.endswith(".py") and is_well_documented(file.text):
             splits["clean"]["code"].append(record)
@@ -199,7 +232,9 @@ def _record(lines: Sequence[str], package: str, license: str, language: str) -> 
     return {"text": "\n".join(lines), "source": package, "license": license, "language": language}
 
 
-def _write(directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[Record]]], versions: Mapping[str, str]) -> Manifest:
+def _write(
+    directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[Record]]], versions: Mapping[str, str]
+) -> Manifest:
     totals: dict[str, dict[str, dict[str, int]]] = {}
     sources: dict[tuple[str, str, str], tuple[Counter[str], set[str]]] = {}
     sha256 = {}
@@ -222,7 +257,14 @@ def _write(directory: Path, registry: str, splits: Mapping[str, Mapping[str, lis
             sha256[f"{split}/{part}.jsonl"] = hashlib.sha256(content).hexdigest()
     entries = [
         SourceEntry(
-            split, package, versions[package], license, tuple(sorted(languages)), counts["bytes"], counts["documents"], counts["lines"]
+            split,
+            package,
+            versions[package],
+            license,
+            tuple(sorted(languages)),
+            counts["bytes"],
+            counts["documents"],
+            counts["lines"],
         )
         for (split, package, license), (counts, languages) in sources.items()
     ]

@@ -22,7 +22,9 @@ _PLACEHOLDER = re.compile(
 )
 _ACCELERATOR_IN_BRACKETS = re.compile(r"\s*[(（][_&~][A-Za-z0-9][)）]")
 _ACCELERATOR = re.compile(r"[&~](?=\w)|(?<![\w_])_(?=[^\W_])|(?<=[^\W_])_(?=[^\W\d_])")
-_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufffd\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 _SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -32,7 +34,27 @@ _VIETNAMESE = re.compile("[ăâđêôơưạảấầẩẫậắằẳẵặẹ
 _BEYOND_LATIN = re.compile("[\u0370-\u1dff\u2e80-\uffdc]")
 _ENGLISH_WORDS = frozenset(
     (
-        *("the", "of", "and", "to", "in", "is", "for", "with", "that", "this", "are", "be", "you", "or", "on", "from", "as", "by", "it"),
+        *(
+            "the",
+            "of",
+            "and",
+            "to",
+            "in",
+            "is",
+            "for",
+            "with",
+            "that",
+            "this",
+            "are",
+            "be",
+            "you",
+            "or",
+            "on",
+            "from",
+            "as",
+            "by",
+            "it",
+        ),
         *("an", "a", "can", "not", "will", "your", "which", "if"),
     )
 )
@@ -64,14 +86,16 @@ def clean_line(text: str, *, message: bool = False) -> str:
 
 
 def fingerprint(line: str) -> str:
-    """What two lines share if they say the same: case, width of characters, spacing and closing punctuation do not count."""
+    """What two lines share if they say the same: case, width of characters, spacing and closing punctuation
+    do not count."""
     return _SPACE.sub(" ", unicodedata.normalize("NFKC", line).casefold()).strip(" .:;,!?…。、！？।")
 
 
 def is_language(line: str, language: str) -> bool:
     """Whether a clean line is running text of `language` (en, fi, hi, ja, vi).
 
-    By script for Hindi and Japanese; by letters and, from 40 characters on, by a statistical identifier for the Latin scripts.
+    By script for Hindi and Japanese; by letters and, from 40 characters on, by a statistical identifier for
+    the Latin scripts.
     """
     if "/" in line and " " not in line:  # names of time zones and paths
         return False
@@ -133,7 +157,8 @@ class Deduplicator:
 
 
 def prose(lines: Iterable[str], language: str) -> list[str]:
-    """The whole sentences among clean lines: long enough, closed by punctuation, with few symbols and digits, without placeholders."""
+    """The whole sentences among clean lines: long enough, closed by punctuation, with few symbols and digits,
+    without placeholders."""
     minimum = {"ja": 30, "hi": 45}.get(language, 60)
     symbols = 0.10 if language == "ja" else 0.06
     whole = (line for line in lines if len(line) >= minimum and line.endswith(_SENTENCE_END) and "…" not in line)

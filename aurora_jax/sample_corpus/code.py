@@ -20,7 +20,17 @@ HELD_OUT_MODULUS = 35
 # Tests, tables, other people's code, copies (npm's dist/ holds each file twice), and what later Pythons dropped.
 _SKIPPED_FOLDERS = frozenset(
     (
-        *("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "_vendor", "ensurepip"),
+        *(
+            "test",
+            "tests",
+            "idle_test",
+            "encodings",
+            "pydoc_data",
+            "site-packages",
+            "dist-packages",
+            "_vendor",
+            "ensurepip",
+        ),
         *("lib-dynload", "__pycache__", "dist", "distutils", "lib2to3"),
     )
 )
@@ -41,8 +51,12 @@ class CodeFile:
 
     @property
     def held_out(self) -> bool:
-        """Python alone is held out, by its path: the choice is the same on every machine and nearly so for every Python."""
-        return self.path.endswith(".py") and int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % HELD_OUT_MODULUS == 0
+        """Python alone is held out, by its path: the choice is the same on every machine and nearly so for
+        every Python."""
+        return (
+            self.path.endswith(".py")
+            and int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % HELD_OUT_MODULUS == 0
+        )
 
 
 def standard_library(root: Path | None = None) -> Iterator[CodeFile]:
@@ -55,7 +69,8 @@ def standard_library(root: Path | None = None) -> Iterator[CodeFile]:
 
 
 def npm(root: Path | None = None) -> Iterator[CodeFile]:
-    """The JavaScript of Node's npm and of the packages inside it that have permissive licences; nothing where there is no Node."""
+    """The JavaScript of Node's npm and of the packages inside it that have permissive licences; nothing where
+    there is no Node."""
     if root is None:
         node = shutil.which("npm")
         if node is None:
@@ -87,7 +102,9 @@ def is_well_documented(text: str) -> bool:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
     documented = sum(ast.get_docstring(node) is not None for node in public)
-    return len(text) > 1_000 and ast.get_docstring(module) is not None and bool(public) and documented >= 0.5 * len(public)
+    return (
+        len(text) > 1_000 and ast.get_docstring(module) is not None and bool(public) and documented >= 0.5 * len(public)
+    )
 
 
 def _paths(root: Path, suffix: str) -> list[Path]:
@@ -108,7 +125,9 @@ def _is_table(text: str) -> bool:
     lines = text.splitlines()
     letters = sum(character.isalpha() for character in text)
     mean = len(text) / max(len(lines), 1)
-    return not _MEAN_LINE[0] <= mean <= _MEAN_LINE[1] or max(map(len, lines)) > _LONGEST_LINE or letters < 0.4 * len(text)
+    return (
+        not _MEAN_LINE[0] <= mean <= _MEAN_LINE[1] or max(map(len, lines)) > _LONGEST_LINE or letters < 0.4 * len(text)
+    )
 
 
 def _manifest(folder: Path) -> dict:

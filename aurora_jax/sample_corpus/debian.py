@@ -23,7 +23,8 @@ _UNSANDBOXED = ("-o", "APT::Sandbox::User=root") if os.getuid() == 0 else ()
 
 @dataclass(frozen=True)
 class Record:
-    """What apt's lists say of one package: the newest version that would be installed, the archive's file name and size in bytes."""
+    """What apt's lists say of one package: the newest version that would be installed, the archive's file
+    name and size in bytes."""
 
     name: str
     version: str
@@ -35,7 +36,9 @@ def available(names: Iterable[str]) -> dict[str, Record]:
     """The records of those packages that apt's lists have; empty where apt is not there or has no lists."""
     if shutil.which("apt-cache") is None or shutil.which("dpkg-deb") is None:
         return {}
-    output = subprocess.run(["apt-cache", "show", "--no-all-versions", *names], capture_output=True, text=True, check=False).stdout
+    output = subprocess.run(
+        ["apt-cache", "show", "--no-all-versions", *names], capture_output=True, text=True, check=False
+    ).stdout
     records = {}
     for paragraph in output.split("\n\n"):
         fields = email.parser.HeaderParser().parsestr(paragraph.lstrip())
@@ -71,15 +74,25 @@ def fetch(records: Iterable[Record], cache: Path, on_bytes: Callable[[int], None
     present = sum(record.size for record in records) - sum(record.size for record in missing)
     if missing:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = ["apt-get", "download", "-q", *_UNSANDBOXED, *(f"{record.name}={record.version}" for record in missing)]
+            command = [
+                "apt-get",
+                "download",
+                "-q",
+                *_UNSANDBOXED,
+                *(f"{record.name}={record.version}" for record in missing),
+            ]
             log = Path(folder, "apt.log")
-            with log.open("wb") as output, subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT) as download:
+            with (
+                log.open("wb") as output,
+                subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT) as download,
+            ):
                 while download.poll() is None:
                     on_bytes(present + _downloaded(folder))
                     time.sleep(0.1)
             if download.returncode != 0:
                 raise InputError(
-                    f"apt-get download failed:\n{log.read_text().strip()[-600:]}\nRun `apt-get update` as root, or use --sources pypi."
+                    f"apt-get download failed:\n{log.read_text().strip()[-600:]}\nRun `apt-get update` as "
+                    "root, or use --sources pypi."
                 )
             for record in missing:
                 [archive] = Path(folder).glob(f"{record.name}_*.deb")
@@ -93,7 +106,8 @@ def _is_whole(path: Path, record: Record) -> bool:
 
 
 def _downloaded(folder: str) -> int:
-    """Bytes of the archives in `folder` so far. apt creates and renames them while we look, so a miss now is not an error."""
+    """Bytes of the archives in `folder` so far. apt creates and renames them while we look, so a miss now is
+    not an error."""
     total = 0
     for path in Path(folder).glob("*.deb"):
         with contextlib.suppress(FileNotFoundError):

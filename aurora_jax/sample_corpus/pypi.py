@@ -48,6 +48,9 @@ def _download(name: str, cache: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *form, "--dest", folder, name]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
-            raise InputError(f"pip could not download {name}:\n{outcome.stderr.strip()[-600:]}\nCheck the network and the package index.")
+            raise InputError(
+                f"pip could not download {name}:\n{outcome.stderr.strip()[-600:]}\nCheck the network and the "
+                "package index."
+            )
         [archive] = Path(folder).iterdir()
         return archive.replace(cache / archive.name)

@@ -12,7 +12,12 @@ from aurora_jax.sample_corpus.heldout import aligned_segments
 from aurora_jax.sample_corpus.packages import read_members
 from aurora_jax.sample_corpus.packages_table import LANGUAGE_TAGS, LANGUAGES, Source
 
-_PAGES = {"libreoffice-help": extract.libreoffice_help, "html": extract.html, "mallard": extract.mallard, "rst": extract.rst}
+_PAGES = {
+    "libreoffice-help": extract.libreoffice_help,
+    "html": extract.html,
+    "mallard": extract.mallard,
+    "rst": extract.rst,
+}
 
 CATALOGUES = frozenset({"mo", "po", "xpi", "json"})
 
@@ -20,7 +25,8 @@ CATALOGUES = frozenset({"mo", "po", "xpi", "json"})
 def read_documents(path: Path, source: Source) -> dict[str, list[extract.Document]]:
     """Language -> documents of clean lines in that language, in the order of the files' names.
 
-    A page is a document. All messages of a package in one language come as a single document, to be grouped when duplicates are gone.
+    A page is a document. All messages of a package in one language come as a single document, to be grouped
+    when duplicates are gone.
     """
     documents: dict[str, list[extract.Document]] = defaultdict(list)
     for _, match, content in read_members(path, source.pattern):

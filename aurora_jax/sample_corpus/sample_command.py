@@ -31,7 +31,8 @@ class SampleCommand:
     directory: tyro.conf.Positional[Path]
     """The corpus to write: train/, heldout/, clean/ and manifest.json."""
     sources: Registry = "auto"
-    """Where the text comes from: Debian packages through apt, the smaller PyPI corpus, or the first of them that is there."""
+    """Where the text comes from: Debian packages through apt, the smaller PyPI corpus, or the first of them
+    that is there."""
     cache: Path | None = None
     """A folder that keeps downloaded packages (default: ~/.cache/aurora-jax/packages)."""
     force: bool = False
@@ -43,8 +44,11 @@ class SampleCommand:
         Console().print(_table(manifest))
 
 
-def build_sample_corpus(directory: Path | str, *, sources: Registry = "auto", cache: Path | None = None, force: bool = False) -> Manifest:
-    """Build the corpus into `directory`, which appears complete or not at all; a complete one of this builder's version is reused.
+def build_sample_corpus(
+    directory: Path | str, *, sources: Registry = "auto", cache: Path | None = None, force: bool = False
+) -> Manifest:
+    """Build the corpus into `directory`, which appears complete or not at all; a complete one of this
+    builder's version is reused.
 
     Args:
       directory: where to; must not exist, be empty, or be a sample corpus.
@@ -62,20 +66,28 @@ def build_sample_corpus(directory: Path | str, *, sources: Registry = "auto", ca
         stale = existing.version != VERSION or sources not in ("auto", existing.registry)
         if stale or not all((directory / name).is_file() for name in existing.sha256):
             raise InputError(
-                f"{directory} holds a sample corpus that is incomplete, of another version or of other sources; give --force to rebuild it."
+                f"{directory} holds a sample corpus that is incomplete, of another version or of other "
+                "sources; give --force to rebuild it."
             )
-        console.print(f"{directory} is complete already (built from {existing.registry}); reusing it. --force rebuilds.")
+        console.print(
+            f"{directory} is complete already (built from {existing.registry}); reusing it. --force rebuilds."
+        )
         return existing
     if existing is None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not a sample corpus; choose another folder or remove it.")
 
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora-jax" / "packages"
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with _progress(console) as progress, tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+    with (
+        _progress(console) as progress,
+        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch,
+    ):
         registry, collection, packages = _fetch(sources, cache, progress)
         unfinished = Path(scratch, "corpus")
         unfinished.mkdir()
-        manifest = build(unfinished, registry, collection, packages, itertools.chain(code.standard_library(), code.npm()), progress)
+        manifest = build(
+            unfinished, registry, collection, packages, itertools.chain(code.standard_library(), code.npm()), progress
+        )
         if directory.exists():
             directory.rename(Path(scratch, "replaced"))
         unfinished.rename(directory)
@@ -127,12 +139,20 @@ def _fetch_debian(cache: Path, progress: Progress) -> tuple[str, Collection, lis
 
 
 def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description:12}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console)
 
 
 def _table(manifest: Manifest) -> Table:
-    table = Table(title=f"sample corpus from {manifest.registry}", caption="manifest.json lists the sources and their licences")
+    table = Table(
+        title=f"sample corpus from {manifest.registry}", caption="manifest.json lists the sources and their licences"
+    )
     table.add_column("language")
     for name in ("documents", "lines", "train MB", "held-out MB", "clean MB", "sources"):
         table.add_column(name, justify="right")

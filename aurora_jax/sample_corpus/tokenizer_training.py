@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer in StarCoder's layout, trained on a sample corpus.
 
-Same special tokens at the same ids, same pre-tokenization, same decoding: what is written for StarCoder's tokenizer works with this one.
+Same special tokens at the same ids, same pre-tokenization, same decoding: what is written for StarCoder's
+tokenizer works with this one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,16 @@ SPECIAL_TOKENS: tuple[str, ...] = (
 )
 BYTES = 256
 
-# StarCoder saw English and code for the most part, and of other languages what strays into code and its comments. Bytes of each part.
-TRAINING_BYTES: dict[str, int] = {"en": 5_300_000, "code": 2_800_000, "fi": 60_000, "hi": 12_000, "ja": 90_000, "vi": 80_000}
+# StarCoder saw English and code for the most part, and of other languages what strays into code and its
+# comments. Bytes of each part.
+TRAINING_BYTES: dict[str, int] = {
+    "en": 5_300_000,
+    "code": 2_800_000,
+    "fi": 60_000,
+    "hi": 12_000,
+    "ja": 90_000,
+    "vi": 80_000,
+}
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,17 @@ class TrainTokenizerCommand:
             raise InputError(f"{self.out} exists already; remove it or choose another folder.")
         tokenizer = train_tokenizer(corpus_texts(self.corpus), self.vocabulary_size)
         save_tokenizer(tokenizer, self.out)
-        table = Table("part", "bytes per token", title=f"{self.out}: {tokenizer.get_vocab_size():,} entries, on held-out text")
+        table = Table(
+            "part", "bytes per token", title=f"{self.out}: {tokenizer.get_vocab_size():,} entries, on held-out text"
+        )
         for part, ratio in bytes_per_token(tokenizer, self.corpus).items():
             table.add_row(part, f"{ratio:.2f}")
         Console().print(table)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer: special tokens at ids 0-18, then the 256 bytes, then merges. Equal texts give an equal tokenizer.
+    """A byte-level BPE tokenizer: special tokens at ids 0-18, then the 256 bytes, then merges. Equal texts
+    give an equal tokenizer.
 
     Args:
       texts: training text, document by document.
@@ -77,7 +89,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
     if vocabulary_size < len(SPECIAL_TOKENS) + BYTES:
         raise InputError(
-            f"a vocabulary of {vocabulary_size} cannot hold {len(SPECIAL_TOKENS)} special tokens and {BYTES} bytes; ask for more."
+            f"a vocabulary of {vocabulary_size} cannot hold {len(SPECIAL_TOKENS)} special tokens and {BYTES} "
+            "bytes; ask for more."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,13 +107,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocabulary_size:
         raise InputError(
-            f"the texts gave only {tokenizer.get_vocab_size():,} of {vocabulary_size:,} entries; give more text or a smaller vocabulary."
+            f"the texts gave only {tokenizer.get_vocab_size():,} of {vocabulary_size:,} entries; give more "
+            "text or a smaller vocabulary."
         )
     return tokenizer
 
 
 def corpus_texts(corpus: Path) -> Iterator[str]:
-    """The training documents of a sample corpus: of each part as many as reach TRAINING_BYTES, evenly spaced through its file.
+    """The training documents of a sample corpus: of each part as many as reach TRAINING_BYTES, evenly spaced
+    through its file.
 
     Raises:
       InputError: a file is missing or is not JSON lines.

@@ -1,6 +1,7 @@
 """Files wherever they lie: a local path, `gs://bucket/path` or `s3://bucket/path`, through pyarrow's file systems.
 
-Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` lead to an emulator, as in the clouds' libraries.
+Credentials are the cloud's own defaults. `STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` lead to an emulator,
+as in the clouds' libraries.
 """
 
 import fnmatch
@@ -39,8 +40,9 @@ class File:
 def find(pattern: str) -> list[File]:
     """The files that a path or a glob pattern names, by address; `**` goes through folders. Empty if there are none.
 
-    As with Python's `glob`, names that begin with a dot are found only by patterns that do. A path that is there is that path, whatever
-    characters it has, and so is the beginning of a pattern: `set[1]/*.txt` reads the folder `set[1]` where there is one.
+    As with Python's `glob`, names that begin with a dot are found only by patterns that do. A path that is
+    there is that path, whatever characters it has, and so is the beginning of a pattern: `set[1]/*.txt` reads
+    the folder `set[1]` where there is one.
 
     Raises:
         InputError: the file system cannot be reached, or its scheme is none that we know.
@@ -55,7 +57,11 @@ def find(pattern: str) -> list[File]:
             deeper = "/" in path[len(literal) + 1 :] or "**" in path[len(literal) :]
             selector = fs.FileSelector(literal or "/", allow_not_found=True, recursive=deeper)
             wanted = path[len(literal) :].split("/")
-            found = [info for info in filesystem.get_file_info(selector) if _matches(info.path[len(literal) :].split("/"), wanted)]
+            found = [
+                info
+                for info in filesystem.get_file_info(selector)
+                if _matches(info.path[len(literal) :].split("/"), wanted)
+            ]
     except NotADirectoryError:  # a file stands where the pattern has a folder
         return []
     except OSError as error:
@@ -73,7 +79,8 @@ def find_each(patterns: Sequence[str]) -> list[list[File]]:
     """The files of each of several patterns.
 
     Raises:
-        InputError: as `find`, or a file would be read twice: two patterns find it, or one finds it under two names (links).
+        InputError: as `find`, or a file would be read twice: two patterns find it, or one finds it under two
+            names (links).
     """
     found = [find(pattern) for pattern in patterns]
     seen: dict[Hashable, tuple[str, File]] = {}
@@ -103,7 +110,8 @@ def below(pattern: str, file: File) -> str:
 
 
 def _literal(filesystem: fs.FileSystem, path: str) -> str:
-    """The beginning of a pattern that is a path: the folders before the first part with a wildcard that is no name of something there."""
+    """The beginning of a pattern that is a path: the folders before the first part with a wildcard that is no
+    name of something there."""
     parts = path.split("/")
     for number, part in enumerate(parts):
         if any(character in part for character in WILDCARDS):
@@ -114,7 +122,8 @@ def _literal(filesystem: fs.FileSystem, path: str) -> str:
 
 
 def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
-    """fnmatch, part by part, so that `*` stops at a slash; the part `**` stands for any number of parts, as the last one for some."""
+    """fnmatch, part by part, so that `*` stops at a slash; the part `**` stands for any number of parts, as
+    the last one for some."""
     if not parts or not patterns:
         return not parts and not patterns
     shown = not parts[0].startswith(".")
@@ -122,7 +131,11 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
         return shown and (len(parts) == 1 or _matches(parts[1:], patterns))
     if patterns[0] == "**":
         return _matches(parts, patterns[1:]) or (shown and _matches(parts[1:], patterns))
-    return (shown or patterns[0].startswith(".")) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    return (
+        (shown or patterns[0].startswith("."))
+        and fnmatch.fnmatchcase(parts[0], patterns[0])
+        and _matches(parts[1:], patterns[1:])
+    )
 
 
 def patterns_text(patterns: Sequence[str]) -> str:
@@ -166,7 +179,9 @@ def _filesystem(scheme: str, endpoint: str | None) -> fs.FileSystem:
         return fs.LocalFileSystem()
     server = urlsplit(endpoint if not endpoint or "://" in endpoint else f"http://{endpoint}")
     if scheme == "gs" and endpoint:
-        return fs.GcsFileSystem(anonymous=True, scheme=server.scheme, endpoint_override=server.netloc, retry_time_limit=RETRY)
+        return fs.GcsFileSystem(
+            anonymous=True, scheme=server.scheme, endpoint_override=server.netloc, retry_time_limit=RETRY
+        )
     if scheme == "gs":
         return fs.GcsFileSystem(retry_time_limit=RETRY)
     if endpoint:

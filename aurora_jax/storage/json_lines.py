@@ -1,10 +1,11 @@
 """JSON lines: the project's one reader and one writer of them.
 
-Lines end at the byte 0x0A, a carriage return before it is white space, and nothing else divides them: U+2028, U+0085, U+000B and the other
-characters at which `str.splitlines` cuts may stand in a JSON string as they are (RFC 8259, section 7). Text is UTF-8, checked; a byte-order
-mark before a value is no part of it. What JSON leaves open: a name that an object has twice is an error, since one of its values would be
-lost; NaN and the infinities, which Python writes, are read and written back as they came; half a surrogate pair, which JSON can spell
-(`"\\ud83d"`) and UTF-8 cannot, is read and written back in JSON's spelling.
+Lines end at the byte 0x0A, a carriage return before it is white space, and nothing else divides them: U+2028,
+U+0085, U+000B and the other characters at which `str.splitlines` cuts may stand in a JSON string as they are
+(RFC 8259, section 7). Text is UTF-8, checked; a byte-order mark before a value is no part of it. What JSON
+leaves open: a name that an object has twice is an error, since one of its values would be lost; NaN and the
+infinities, which Python writes, are read and written back as they came; half a surrogate pair, which JSON can
+spell (`"\\ud83d"`) and UTF-8 cannot, is read and written back in JSON's spelling.
 """
 
 import codecs
@@ -84,7 +85,8 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The objects of a file that its writer may have died over: a last line that is only the beginning of an object does not count.
+    """The objects of a file that its writer may have died over: a last line that is only the beginning of an
+    object does not count.
 
     Raises:
         InputError: the file cannot be read, or another line is bad.
@@ -94,7 +96,8 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def mend_log(path: str | os.PathLike[str]) -> None:
-    """Prepares such a file, if it is there, for who goes on writing: the last line is ended, or cut off where `read_log` leaves it out."""
+    """Prepares such a file, if it is there, for who goes on writing: the last line is ended, or cut off where
+    `read_log` leaves it out."""
     if os.path.exists(path):
         finished, last = _parted(path)
         if _is_object(last):

@@ -35,8 +35,8 @@ def choose_start(config: TrainConfig) -> Start:
     """The order in which a run looks for its state.
 
     1. Its own newest complete checkpoint: the same command again, after a preemption or a crash, goes on where it was.
-    2. The checkpoint or run that it was told to start from: weights only, the optimizer is fresh. Converted weights are of this kind.
-    3. Random weights.
+    2. The checkpoint or run that it was told to start from: weights only, the optimizer is fresh. Converted
+    weights are of this kind. 3. Random weights.
 
     Raises:
         InputError: the checkpoint to start from is not one, or the run would begin where the stages of an earlier one
@@ -49,8 +49,10 @@ def choose_start(config: TrainConfig) -> Start:
     if kept:
         names = ", ".join(f"{entry.name} (step {format.read_metadata(entry).step})" for entry in kept)
         raise InputError(
-            f"{stages} has {names} of an earlier run, of which {config.output / 'checkpoints'} has no checkpoint to go on from: this "
-            f"run would begin anew and take them for its own. {_away(config.output)} --initial-checkpoint takes a stage's weights."
+            f"{stages} has {names} of an earlier run, of which {config.output / 'checkpoints'} has no "
+            "checkpoint to go on from: this "
+            f"run would begin anew and take them for its own. {_away(config.output)} --initial-checkpoint "
+            "takes a stage's weights."
         )
     if config.initial_checkpoint is not None:
         return Start("checkpoint", Path(format.resolve(config.initial_checkpoint)))
@@ -74,7 +76,10 @@ def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
     steps = sum("loss" in row for row in read_metrics(metrics)) if metrics.exists() else 0
     if not steps:
         return
-    left = f"{metrics} has {steps} steps of an earlier run, of which {output / 'checkpoints'} has no checkpoint to go on from."
+    left = (
+        f"{metrics} has {steps} steps of an earlier run, of which {output / 'checkpoints'} has no "
+        "checkpoint to go on from."
+    )
     kept_facts = output / "run.json"
     if not kept_facts.is_file():
         raise InputError(f"{left} It does not say which run it was. {_away(output)}")
@@ -95,7 +100,14 @@ class RunCheckpoints:
         run: what tells this run from others in the same folder, if it begins; one that is resumed has its own already.
     """
 
-    def __init__(self, config: TrainConfig, metadata: CheckpointMetadata, files: Mapping[str, bytes], facts: Mapping[str, Any], run: str):
+    def __init__(
+        self,
+        config: TrainConfig,
+        metadata: CheckpointMetadata,
+        files: Mapping[str, bytes],
+        facts: Mapping[str, Any],
+        run: str,
+    ):
         self._output = config.output.absolute()
         self._ends = config.ends
         self._metadata = metadata
@@ -174,7 +186,10 @@ class RunCheckpoints:
         format.require_same_architecture(found.config, self._metadata.config, where, "this run's model")
         saved = format.read_run(where)
         if saved is None:
-            raise InputError(f"{where}: a checkpoint without the facts of its run cannot be resumed; begin from it (--initial-checkpoint).")
+            raise InputError(
+                f"{where}: a checkpoint without the facts of its run cannot be resumed; begin from it "
+                "(--initial-checkpoint)."
+            )
         notes = require_same_run(saved, self._facts, where, step)
         self._facts["run"] = saved.get("run") or self._facts["run"]
         self._metadata = replace(self._metadata, lineage=found.lineage)
@@ -220,7 +235,8 @@ class RunCheckpoints:
             del ours["run"], theirs["run"]
         if ours != theirs:
             raise InputError(
-                f"{path} was written by another run: {theirs}, where this one has {ours}. It is neither taken for this run's nor "
+                f"{path} was written by another run: {theirs}, where this one has {ours}. It is neither taken "
+                "for this run's nor "
                 f"overwritten: move it away (mv {path} {path}.earlier), and give the same command again."
             )
 

@@ -16,13 +16,16 @@ class DataConfig:
     """Where the text is and how it becomes batches."""
 
     corpus: str
-    """Folder of the sources: a sample corpus, or the --data-root of `aurora data build`; not needed where the stores are."""
+    """Folder of the sources: a sample corpus, or the --data-root of `aurora data build`; not needed where the
+    stores are."""
     tokenizer: Path | None = None
-    """tokenizer.json, a SentencePiece .model, a folder that holds one (or vocab.json with merges.txt), or the word bytes;
-    without it, the tokenizer of `initial_checkpoint`. It is that of the stores, and the run's checkpoints carry it."""
+    """tokenizer.json, a SentencePiece .model, a folder that holds one (or vocab.json with merges.txt), or the
+    word bytes; without it, the tokenizer of `initial_checkpoint`. It is that of the stores, and the run's
+    checkpoints carry it."""
     allow_other_tokenizer: bool = False
-    """Train although `tokenizer` is not the checkpoint's own, for an old model that gets a new vocabulary: the weights learn
-    anew what its ids mean, and the run carries the tokenizer of the data. Without it such a pair is refused."""
+    """Train although `tokenizer` is not the checkpoint's own, for an old model that gets a new vocabulary:
+    the weights learn anew what its ids mean, and the run carries the tokenizer of the data. Without it such a
+    pair is refused."""
     stores: str = "stores"
     """Folder of the token stores, local, gs:// or s3://; a run on one process builds those that are missing."""
     modules: tuple[str, ...] = ()
@@ -42,7 +45,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): matrices and embeddings decay, biases and LayerNorm do not."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): matrices and embeddings decay, biases and LayerNorm
+    do not."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -56,14 +60,17 @@ class OptimizerConfig:
     """Parts into which a batch is cut to save memory; the gradient is that of the whole batch, and a resumed run may
     change it."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which Adam's two moments are kept between steps; bf16 saves four bytes a parameter where memory is short."""
+    """Precision in which Adam's two moments are kept between steps; bf16 saves four bytes a parameter where
+    memory is short."""
     spike_factor: float | None = None
-    """Skip an update whose gradient norm exceeds this many times the running average; a non-finite one is always skipped."""
+    """Skip an update whose gradient norm exceeds this many times the running average; a non-finite one is
+    always skipped."""
 
     def __post_init__(self) -> None:
         if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
             raise InputError(
-                f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step changes an average by less than "
+                f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step "
+                "changes an average by less than "
                 "bf16's rounding, and it would stand still. Keep the moments in float32, or lower the beta."
             )
 
@@ -123,8 +130,8 @@ class TrainConfig:
     log_format: Literal["auto", "lines"] = "auto"
     """A live progress bar on a terminal, or a line every few seconds."""
     profile_steps: tuple[int, int] | None = None
-    """Trace these steps, first and last (numbered from 0, as in metrics.jsonl), into OUTPUT/profile, for XProf. The first step that a
-    process does compiles: choose later ones."""
+    """Trace these steps, first and last (numbered from 0, as in metrics.jsonl), into OUTPUT/profile, for
+    XProf. The first step that a process does compiles: choose later ones."""
     wandb_project: str | None = None
     """Send the metrics to this project at Weights & Biases too (`pip install wandb`)."""
 
@@ -132,19 +139,26 @@ class TrainConfig:
         if not self.stages:
             raise InputError("The stage table is empty: a run needs at least one stage.")
         if self.data.batch_size % self.optimizer.micro_batches:
-            raise InputError(f"batch_size {self.data.batch_size} is not divisible by micro_batches {self.optimizer.micro_batches}.")
+            raise InputError(
+                f"batch_size {self.data.batch_size} is not divisible by micro_batches {self.optimizer.micro_batches}."
+            )
         if (self.model is None) == (self.initial_checkpoint is None):
             raise InputError(
-                "Give either `model` (random initial weights) or `initial_checkpoint` (converted or trained weights), not both."
+                "Give either `model` (random initial weights) or `initial_checkpoint` (converted or trained "
+                "weights), not both."
             )
         for name, path in (("output", self.output), ("initial_checkpoint", self.initial_checkpoint)):
             if path is not None and str(path).startswith(("gs:/", "s3:/")):
                 raise InputError(
-                    f"{name} {path}: a run reads and writes through the file system. Mount the bucket (gcsfuse; on TPU hosts "
+                    f"{name} {path}: a run reads and writes through the file system. Mount the bucket "
+                    "(gcsfuse; on TPU hosts "
                     f"`launch_tpu.sh setup --bucket BUCKET`) and give the folder, /mnt/BUCKET/..."
                 )
         if self.profile_steps is not None and not 0 <= self.profile_steps[0] <= self.profile_steps[1] < self.steps:
-            raise InputError(f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to {self.steps - 1}.")
+            raise InputError(
+                f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to "
+                f"{self.steps - 1}."
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise InputError(f"Stage names must differ: {', '.join(names)}.")
@@ -157,4 +171,10 @@ class TrainConfig:
     @property
     def ends(self) -> dict[int, str]:
         """The steps after which a stage is done, and its name."""
-        return dict(zip(itertools.accumulate(stage.steps for stage in self.stages), (stage.name for stage in self.stages), strict=True))
+        return dict(
+            zip(
+                itertools.accumulate(stage.steps for stage in self.stages),
+                (stage.name for stage in self.stages),
+                strict=True,
+            )
+        )

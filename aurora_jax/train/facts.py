@@ -31,7 +31,10 @@ PLAIN = ("seed", "dropout", "batch_size", "sequence_length", "attend_across_docu
 
 
 def run_facts(
-    config: TrainConfig, stages: Sequence[DataStage], stores: Mapping[str, TokenStore], held_out: Mapping[str, TokenStore]
+    config: TrainConfig,
+    stages: Sequence[DataStage],
+    stores: Mapping[str, TokenStore],
+    held_out: Mapping[str, TokenStore],
 ) -> dict[str, Any]:
     """The facts of a run, as JSON values.
 
@@ -49,7 +52,10 @@ def run_facts(
         "sequence_length": config.data.sequence_length,
         "attend_across_documents": config.data.attend_across_documents,
         "optimizer": optimizer,
-        "precision": {"compute_dtype": config.compute.compute_dtype, "activation_dtype": config.compute.activation_dtype},
+        "precision": {
+            "compute_dtype": config.compute.compute_dtype,
+            "activation_dtype": config.compute.activation_dtype,
+        },
         "stages": [
             {**asdict(stage), "rates": dict(data.rates), "block_size": data.block_size}
             for stage, data in zip(config.stages, stages, strict=True)
@@ -85,7 +91,9 @@ def _initial(path: Path | None) -> dict[str, Any]:
     return {"path": str(path.absolute()), "source": metadata.source, "step": metadata.step, "lineage": metadata.lineage}
 
 
-def require_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path | str, step: int | None = None) -> list[str]:
+def require_same_run(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path | str, step: int | None = None
+) -> list[str]:
     """Compares a run's facts with those of an earlier start of it.
 
     Stages that have not begun may change, and so may the stores that only these need; new stages at the end are
@@ -107,14 +115,20 @@ def require_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: P
     for name in ("optimizer", "precision"):
         if name in saved:
             ignored = {"micro_batches"}  # a fact until 2026-11-25
-            _require_equal(name, {key: value for key, value in saved[name].items() if key not in ignored}, ours[name], where)
+            _require_equal(
+                name, {key: value for key, value in saved[name].items() if key not in ignored}, ours[name], where
+            )
     tasks = _require_same_stages(saved["stages"], ours["stages"], where, step)
     notes = []
     if "stores" in saved:
         for task in tasks:
-            _require_equal(f"the store of {task}", saved["stores"][task], ours["stores"].get(task, {}), where, _OTHER_STORE)
+            _require_equal(
+                f"the store of {task}", saved["stores"][task], ours["stores"].get(task, {}), where, _OTHER_STORE
+            )
         for task in saved["held_out"].keys() & ours["held_out"].keys():
-            _require_equal(f"the held-out text of {task}", saved["held_out"][task], ours["held_out"][task], where, _OTHER_TEXT)
+            _require_equal(
+                f"the held-out text of {task}", saved["held_out"][task], ours["held_out"][task], where, _OTHER_TEXT
+            )
         _require_same_start(saved["initial"], ours["initial"], where)
         if changed := _changed(saved["layout"], ours["layout"]):
             masks = "; dropout draws other masks" if ours["dropout"] else ""
@@ -123,12 +137,14 @@ def require_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: P
         now = {task: store["fingerprint"] for task, store in ours["stores"].items()}
         _require_equal("data", saved["data"], {task: now.get(task) for task in saved["data"]}, where, _OTHER_STORE)
         notes.append(
-            f"{where} is of a version that recorded neither rates nor sizes of stores, precision and initial weights: they cannot be "
+            f"{where} is of a version that recorded neither rates nor sizes of stores, precision and initial "
+            "weights: they cannot be "
             "compared with those of the run's earlier start"
         )
         if not ours["attend_across_documents"]:
             notes.append(
-                f"{where} is of a version in which the end of an isolated document was asked for the next one's first token: from here on "
+                f"{where} is of a version in which the end of an isolated document was asked for the next "
+                "one's first token: from here on "
                 "it is not, and the loss is that of fewer tokens"
             )
     return notes
@@ -136,7 +152,8 @@ def require_same_run(saved: Mapping[str, Any], ours: Mapping[str, Any], where: P
 
 _OTHER_STORE = "give the folder of the stores that the run began with (--data.stores), or start a new run"
 _OTHER_TEXT = (
-    "its figures would not belong on the same curve: give the folder of the stores that the run began with (--data.stores), leave the task "
+    "its figures would not belong on the same curve: give the folder of the stores that the run began with "
+    "(--data.stores), leave the task "
     "out of --evaluation.tasks, or start a new run"
 )
 
@@ -149,14 +166,17 @@ def _require_same_stages(
     begun = [stage for stage, first_step in zip(saved, begins, strict=True) if step is None or first_step < step]
     if len(ours) < len(begun):
         raise InputError(
-            f"{where} was written by a run that has begun the stages {_names(begun)}, this run has {_names(ours)}: these may not go."
+            f"{where} was written by a run that has begun the stages {_names(begun)}, this run has "
+            f"{_names(ours)}: these may not go."
         )
     for before, now in zip(begun, ours, strict=False):
         name = f"stage {before['name']}"
         # An earlier version has no rates and no block size.
         fields = [field for field in before if field != "rates"]
         _require_equal(name, {field: before[field] for field in fields}, {field: now[field] for field in fields}, where)
-        _require_equal(f"the rates of {name}", before.get("rates", now["rates"]), now["rates"], where, _rates_hint(before, now))
+        _require_equal(
+            f"the rates of {name}", before.get("rates", now["rates"]), now["rates"], where, _rates_hint(before, now)
+        )
     return list(dict.fromkeys(task for stage in begun for task in stage.get("rates", ())))
 
 
@@ -175,25 +195,35 @@ def _require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where
         return
     raise InputError(
         f"{where} was written by a run whose first weights were {before['path'] or 'random'}, this start names "
-        f"{now['path'] or 'random ones'}; a run that goes on reads neither. Restore the setting, or start a new run (another --output)."
+        f"{now['path'] or 'random ones'}; a run that goes on reads neither. Restore the setting, or start a "
+        "new run (another --output)."
     )
 
 
-def _require_equal(name: str, before: Mapping[str, Any], now: Mapping[str, Any], where: Path | str, hint: str = "") -> None:
+def _require_equal(
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], where: Path | str, hint: str = ""
+) -> None:
     differing = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     if not differing:
         return
     more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
     one, other = ({key: each.get(key) for key in differing[:NAMED]} for each in (before, now))
-    values = (f"{name} = {one[name]}", f"{name} = {other[name]}") if [name] == differing else (f"{name} {one}", f"{name} {other}")
+    values = (
+        (f"{name} = {one[name]}", f"{name} = {other[name]}")
+        if [name] == differing
+        else (f"{name} {one}", f"{name} {other}")
+    )
     raise InputError(
-        f"{where} was written by a run with {values[0]}, this run has {values[1]}{more}. Resuming would not continue it: "
+        f"{where} was written by a run with {values[0]}, this run has {values[1]}{more}. Resuming would not "
+        "continue it: "
         f"{hint or 'restore the setting, or start a new run'} (another --output)."
     )
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value)
+    return ", ".join(
+        f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    )
 
 
 def _names(stages: Sequence[Mapping[str, Any]]) -> str:

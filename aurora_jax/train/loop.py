@@ -44,7 +44,8 @@ class Diverged(FloatingPointError):
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Trains until the stage table is done, `stop_after` steps are, or a SIGTERM or Ctrl-C arrives (a checkpoint is written first).
+    """Trains until the stage table is done, `stop_after` steps are, or a SIGTERM or Ctrl-C arrives (a
+    checkpoint is written first).
 
     Returns:
         The last state.
@@ -59,7 +60,8 @@ def train(config: TrainConfig) -> TrainState:
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
-    # ---------------------------------------------------------------- Start: own run, given checkpoint, or random weights
+    # ---------------------------------------------------------------- Start: own run, given checkpoint, or
+    # random weights
     start = choose_start(config)
     model, files, metadata = _describe_start(config, start.path)
     print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
@@ -68,7 +70,8 @@ def train(config: TrainConfig) -> TrainState:
     stages, stores, held_out = _open_data(config, files)
     if config.data.sequence_length > model.longest_sequence:
         raise InputError(
-            f"data.sequence_length is {config.data.sequence_length}, but the model has learned {model.max_positions} positions only."
+            f"data.sequence_length is {config.data.sequence_length}, but the model has learned "
+            f"{model.max_positions} positions only."
         )
     _check_vocabulary(model, {**held_out, **stores})
     loader = Loader(
@@ -154,9 +157,14 @@ def train(config: TrainConfig) -> TrainState:
     ):
 
         def due(step: int) -> list[int | None]:
-            """Windows of the evaluations after so many steps: quick ones also where all text is read, so that they make one curve."""
+            """Windows of the evaluations after so many steps: quick ones also where all text is read, so that
+            they make one curve."""
             whole = step in ends or step == 0
-            return [*([quick] if whole or step % config.evaluation.every == 0 else []), *([None] if whole else [])] if held_out else []
+            return (
+                [*([quick] if whole or step % config.evaluation.every == 0 else []), *([None] if whole else [])]
+                if held_out
+                else []
+            )
 
         def evaluate(step: int, stage: str, windows: int | None) -> None:
             begun = time.monotonic()
@@ -177,10 +185,13 @@ def train(config: TrainConfig) -> TrainState:
             values = _record(log, loader.tasks, step, stage, metrics)
             skipped_in_a_row = 0 if values["accepted"] else skipped_in_a_row + 1
             if skipped_in_a_row:
-                log.console.print(f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']})")
+                log.console.print(
+                    f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']})"
+                )
             if skipped_in_a_row >= MOST_SKIPPED:
                 raise Diverged(
-                    f"The updates of steps {step - MOST_SKIPPED + 1} to {step} were all skipped: loss {values['loss']}, gradient norm "
+                    f"The updates of steps {step - MOST_SKIPPED + 1} to {step} were all skipped: loss "
+                    f"{values['loss']}, gradient norm "
                     f"{values['gradient_norm']}. Lower the learning rate, or look at the batches of these steps."
                 )
 
@@ -190,7 +201,8 @@ def train(config: TrainConfig) -> TrainState:
             with step_trace.before(step):
                 state, metrics = train_step(state, place_here(batch, rows, config.data.batch_size))
             step_trace.after(step, metrics)
-            # Metrics are read one step late: the devices are busy with this step while the host looks at the one before.
+            # Metrics are read one step late: the devices are busy with this step while the host looks at the
+            # one before.
             if dispatched is not None:
                 record(*dispatched)
                 if dispatched[0] == first_step:
@@ -236,8 +248,11 @@ def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig
     return model, files, replace(found, config=model, tokenizer_sha256=sha256, parameter_dtype="float32", step=0)
 
 
-def _open_data(config: TrainConfig, files: RunFiles) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
-    """The stage table with its rates, the training stores and the held-out stores: all made with the run's tokenizer."""
+def _open_data(
+    config: TrainConfig, files: RunFiles
+) -> tuple[list[DataStage], dict[str, TokenStore], dict[str, TokenStore]]:
+    """The stage table with its rates, the training stores and the held-out stores: all made with the run's
+    tokenizer."""
     # SeqIO brings TensorFlow, which takes seconds to import: only those who train pay for it.
     from aurora_jax.data.registry.tasks import mixture_rates, register
     from aurora_jax.data.registry.vocabulary import Vocabulary

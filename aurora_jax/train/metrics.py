@@ -24,8 +24,8 @@ LINE_SECONDS = 10.0
 
 
 class MetricsLog:
-    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard (and Weights & Biases, if a
-    project is named), and shows progress.
+    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard (and
+    Weights & Biases, if a project is named), and shows progress.
 
     Lines at and beyond the step that a resumed run starts from are dropped first, and TensorBoard is told to forget
     them: each step is there once, however often it was done. Of several processes the first writes and shows; the
@@ -65,13 +65,17 @@ class MetricsLog:
             console=self.console,
             disable=self._lines,
         )
-        self._task = self._progress.add_task("train", total=self._steps, completed=first_step, stage="", loss=float("nan"), rate="")
+        self._task = self._progress.add_task(
+            "train", total=self._steps, completed=first_step, stage="", loss=float("nan"), rate=""
+        )
 
     def __enter__(self) -> "MetricsLog":
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
         if self._file and self._tensorboard:
             self._file.close()
@@ -92,24 +96,36 @@ class MetricsLog:
         speed = self._throughput.at(self._done / max(1e-9, time.monotonic() - self._begun - self._paused))
         scalars = {**metrics, **speed}
         rate = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else "")
-        self._write({"step": step, "stage": stage, **scalars, "task_loss": dict(task_loss)}, {f"train/{k}": v for k, v in scalars.items()})
+        self._write(
+            {"step": step, "stage": stage, **scalars, "task_loss": dict(task_loss)},
+            {f"train/{k}": v for k, v in scalars.items()},
+        )
         self._progress.update(self._task, completed=step + 1, stage=stage, loss=metrics["loss"], rate=rate)
         now = time.monotonic()
         if self._lines and (now - self._last_line >= LINE_SECONDS or step + 1 == self._steps):
             self._last_line = now
             remaining = (now - self._begun) / max(1, step - self._first_step) * (self._steps - step - 1)
             self.console.print(
-                f"{stage} step {step + 1}/{self._steps}  loss {metrics['loss']:.3f}  lr {metrics['learning_rate']:.2e}  "
+                f"{stage} step {step + 1}/{self._steps}  loss {metrics['loss']:.3f}  lr "
+                f"{metrics['learning_rate']:.2e}  "
                 f"{rate}  ETA {remaining:.0f} s",
                 highlight=False,
             )
 
-    def evaluation(self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], settings: Settings, *, seconds: float) -> None:
+    def evaluation(
+        self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], settings: Settings, *, seconds: float
+    ) -> None:
         """Records scores by task (`Score` as dictionaries) after `step` steps, and how they were measured; shows their
         change since the start, where the same was measured there."""
         self._paused += seconds
         complete = settings.windows is None
-        row = {"step": step, "stage": stage, "complete": complete, "settings": settings.to_json(), "evaluation": dict(scores)}
+        row = {
+            "step": step,
+            "stage": stage,
+            "complete": complete,
+            "settings": settings.to_json(),
+            "evaluation": dict(scores),
+        }
         if not self._evaluations:
             self.console.print(f"evaluation: {described(row)}", highlight=False)
         self._evaluations.append(row)
@@ -117,13 +133,15 @@ class MetricsLog:
         start = start_of(self._evaluations, complete=complete)
         changes = {} if start is None or start is row else change_since_start(start, row)
         summary = "  ".join(
-            f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}" + (f" ({changes[task]:+.1%})" if task in changes else "")
+            f"{task.removeprefix('sample_')} {score['bits_per_byte']:.3f}"
+            + (f" ({changes[task]:+.1%})" if task in changes else "")
             for task, score in scores.items()
         )
         read = "all held-out text" if complete else f"quick, {settings.windows} windows a task"
         masks = "" if settings.attend_across_documents else ", documents isolated"
         self.console.print(
-            f"{stage} step {step}  bits per byte ({read}, of {settings.sequence_length:,} tokens{masks}): {summary}", highlight=False
+            f"{stage} step {step}  bits per byte ({read}, of {settings.sequence_length:,} tokens{masks}): {summary}",
+            highlight=False,
         )
 
     def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
@@ -146,18 +164,25 @@ class _EventFiles(DirectoryOutput):
 
     def __init__(self, path: str, first_step: int):
         super().__init__(path)
-        self._ev_writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        self._ev_writer.add_event(
+            Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+        )
 
 
 def _curves_of(row: Mapping) -> dict[str, float]:
     """Curves of an evaluation by name: quick ones of another number of windows are others. An earlier version did not
     say how many."""
-    read = "bits_per_byte" if row["complete"] else f"bits_per_byte_of_{row.get('settings', {}).get('windows', 'first')}_windows"
+    read = (
+        "bits_per_byte"
+        if row["complete"]
+        else f"bits_per_byte_of_{row.get('settings', {}).get('windows', 'first')}_windows"
+    )
     return {f"{read}/{task}": score["bits_per_byte"] for task, score in row["evaluation"].items()}
 
 
 def _drop_from(path: Path, first_step: int) -> list[dict]:
-    """Keeps the rows of the steps before `first_step`, and the evaluations up to it; returns them. A run from step 0 starts a new file."""
+    """Keeps the rows of the steps before `first_step`, and the evaluations up to it; returns them. A run from
+    step 0 starts a new file."""
     if not path.exists():
         return []
     kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]

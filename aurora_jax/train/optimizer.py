@@ -16,11 +16,14 @@ def decays(path: str) -> bool:
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     """Adam's direction plus decoupled decay, to be multiplied by minus the learning rate.
 
-    The rate is left out so that it follows the run's step, not the number of updates made: a skipped update does not shift the schedule.
+    The rate is left out so that it follows the run's step, not the number of updates made: a skipped update
+    does not shift the schedule.
     """
     return optax.chain(
         _adam(config),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: nest({path: decays(path) for path in flatten(tree)})),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: nest({path: decays(path) for path in flatten(tree)})
+        ),
     )
 
 
@@ -40,6 +43,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def clip(gradients: dict, norm: jax.Array, largest: float) -> dict:
-    """Gradients scaled so that their global norm, given as `norm`, is at most `largest` (Pascanu et al. 2013, arXiv 1211.5063)."""
+    """Gradients scaled so that their global norm, given as `norm`, is at most `largest` (Pascanu et al. 2013,
+    arXiv 1211.5063)."""
     scale = jnp.minimum(1.0, largest / jnp.maximum(norm, 1e-12))
     return nest({path: gradient * scale.astype(gradient.dtype) for path, gradient in flatten(gradients).items()})

@@ -22,7 +22,8 @@ HELP = f"""Several hosts train one model when each starts this command with, in 
 `launch_tpu.sh run` sets them. --output must then be storage that all hosts share. When one of them dies the others end with an error within
 {HEARTBEAT} (100), so that all can be started again."""
 VISIBLE_SECONDS = 60.0
-"""How long the other hosts look for a file that process 0 has just written; network file systems cache what is not there."""
+"""How long the other hosts look for a file that process 0 has just written; network file systems cache what
+is not there."""
 
 
 def join(environment: Mapping[str, str] = os.environ) -> None:
@@ -43,7 +44,10 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
         if automatic:
             return jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
         if len(given) < 3:
-            raise InputError(f"{' and '.join(given)} alone does not describe a run over several hosts: set {ADDRESS}, {COUNT} and {INDEX}.")
+            raise InputError(
+                f"{' and '.join(given)} alone does not describe a run over several hosts: set {ADDRESS}, "
+                f"{COUNT} and {INDEX}."
+            )
         count, index = int(environment[COUNT]), int(environment[INDEX])
     except ValueError as error:
         raise InputError(f"{ADDRESS}, {COUNT}, {INDEX}, {HEARTBEAT}, {DISTRIBUTED}: {error}") from error
@@ -72,7 +76,8 @@ def of_first(value: int) -> int:
 
 
 def require_shared(output: Path) -> None:
-    """Do all processes see the same folder? With a folder a host, each would write a part of every checkpoint, and none a whole one.
+    """Do all processes see the same folder? With a folder a host, each would write a part of every
+    checkpoint, and none a whole one.
 
     Raises:
         InputError: they do not; raised on all of them.
@@ -92,7 +97,8 @@ def require_shared(output: Path) -> None:
         mark.unlink()
     if blind.size:
         raise InputError(
-            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} of {jax.process_count()} do "
+            f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} "
+            f"of {jax.process_count()} do "
             "not see what process 0 writes there. Use a network file system, or a bucket mounted on every host "
             "(`launch_tpu.sh setup --bucket B`, then --output /mnt/B/...)."
         )
@@ -102,8 +108,9 @@ def require_shared(output: Path) -> None:
 def stop_requested() -> Iterator[Callable[[int], bool]]:
     """Yields a function of the step that says whether SIGTERM (a preemption notice) or Ctrl-C has arrived.
 
-    Of several processes any may be told, and all stop after the same step: JAX's preemption service agrees on it, and it catches SIGTERM.
-    Ctrl-C then ends the process at once; a single process stops well, and a second Ctrl-C interrupts it.
+    Of several processes any may be told, and all stop after the same step: JAX's preemption service agrees on
+    it, and it catches SIGTERM. Ctrl-C then ends the process at once; a single process stops well, and a
+    second Ctrl-C interrupts it.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -114,7 +121,9 @@ def stop_requested() -> Iterator[Callable[[int], bool]]:
         received.append(number)
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    previous: dict[int, Callable | int | None] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Callable | int | None] = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     for number in previous:
         signal.signal(number, remember)
     try:

@@ -7,7 +7,8 @@ import jax
 
 
 class StepTrace:
-    """Traces steps first..last of a run into FOLDER/plugins/profile/TIME/HOST.xplane.pb, where TensorBoard and XProf look for them.
+    """Traces steps first..last of a run into FOLDER/plugins/profile/TIME/HOST.xplane.pb, where TensorBoard
+    and XProf look for them.
 
     Every process writes a file of its own. A run that ends before `last` keeps what it has traced.
     """
@@ -35,7 +36,9 @@ class StepTrace:
     def __enter__(self) -> "StepTrace":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._running:
             self._stop()
 

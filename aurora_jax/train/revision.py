@@ -7,5 +7,6 @@ COMMIT = Path(__file__).resolve().parents[2] / "COMMIT"
 
 
 def revision_fact() -> dict[str, str]:
-    """{"revision": commit}, or nothing where the launcher did not put the code here. A note in the run's facts: none that is compared."""
+    """{"revision": commit}, or nothing where the launcher did not put the code here. A note in the run's
+    facts: none that is compared."""
     return {"revision": COMMIT.read_text().strip()} if COMMIT.is_file() else {}

@@ -17,21 +17,24 @@ class LearningRate:
     peak: float
     warmup_steps: int = 0
     shape: Literal["cosine", "warmup_stable_decay"] = "cosine"
-    """After the warm-up: a cosine from the peak to `final`, or the peak held and then a straight line down to `final` (WSD; Hu et al. 2024,
-    arXiv 2404.06395), which need not know the horizon in advance."""
+    """After the warm-up: a cosine from the peak to `final`, or the peak held and then a straight line down to
+    `final` (WSD; Hu et al. 2024, arXiv 2404.06395), which need not know the horizon in advance."""
     final: float = 0.0
     decay_steps: int | None = None
-    """Steps of the decay. Cosine: all that follow the warm-up of this stage unless given; if it reaches beyond the stage, a following stage
-    without a schedule of its own rides on. Warm-up-stable-decay: the last tenth of the stage unless given."""
+    """Steps of the decay. Cosine: all that follow the warm-up of this stage unless given; if it reaches
+    beyond the stage, a following stage without a schedule of its own rides on. Warm-up-stable-decay: the last
+    tenth of the stage unless given."""
 
     def __post_init__(self) -> None:
         if not 0 < self.peak < math.inf or not 0 <= self.final < math.inf:
             raise InputError(
-                f"A learning rate of peak {self.peak} and final {self.final}: the peak must be above 0, the final rate 0 or more."
+                f"A learning rate of peak {self.peak} and final {self.final}: the peak must be above 0, the "
+                "final rate 0 or more."
             )
         if self.warmup_steps < 0 or (self.decay_steps is not None and self.decay_steps < 1):
             raise InputError(
-                f"A learning rate with {self.warmup_steps} warm-up and {self.decay_steps} decay steps: give 0 or more, and 1 or more."
+                f"A learning rate with {self.warmup_steps} warm-up and {self.decay_steps} decay steps: give 0 "
+                "or more, and 1 or more."
             )
 
     def phases(self, steps: int) -> tuple[int, int]:
@@ -49,7 +52,8 @@ class LearningRate:
             stable_steps = steps - self.warmup_steps - decay_steps
         if decay_steps < 1 or stable_steps < 0 or self.warmup_steps >= steps:
             raise InputError(
-                f"A stage of {steps} steps has no room for {self.warmup_steps} warm-up and {self.decay_steps} decay steps: make it longer "
+                f"A stage of {steps} steps has no room for {self.warmup_steps} warm-up and {self.decay_steps} "
+                "decay steps: make it longer "
                 "or them shorter."
             )
         return stable_steps, decay_steps
@@ -62,7 +66,8 @@ class LearningRate:
             if self.shape == "cosine"
             else optax.linear_schedule(self.peak, self.final, decay_steps)
         )
-        # The first step already has a rate above zero: step s of the warm-up runs at (s + 1) / warmup_steps of the peak.
+        # The first step already has a rate above zero: step s of the warm-up runs at (s + 1) / warmup_steps
+        # of the peak.
         warmup = optax.linear_schedule(self.peak / max(1, self.warmup_steps), self.peak, max(1, self.warmup_steps - 1))
         return optax.join_schedules(
             [warmup, optax.constant_schedule(self.peak), decay], [self.warmup_steps, self.warmup_steps + stable_steps]
@@ -118,12 +123,16 @@ def _require_rates(stage: Stage, owner: Stage, steps: int) -> None:
     at_zero = min(steps - rate.warmup_steps - stable_steps - decay_steps, stage.steps)
     if rate.final > 0 or at_zero <= 0:
         return
-    missing = f"{at_zero:,} of the {stage.steps:,} steps of stage {stage.name!r} would be trained at a learning rate of 0: the schedule of "
+    missing = (
+        f"{at_zero:,} of the {stage.steps:,} steps of stage {stage.name!r} would be trained at a learning "
+        "rate of 0: the schedule of "
+    )
     longer = f"LearningRate(..., decay_steps={steps - rate.warmup_steps})"
     if stage is owner:
         raise InputError(f"{missing}the stage ends before its steps do. Write {longer}, or final=RATE above 0.")
     stretched = f"{longer} in stage {owner.name!r}, " if rate.shape == "cosine" else ""
     raise InputError(
-        f"{missing}stage {owner.name!r}, on which it rides, ends before. Write {stretched}final=RATE above 0 in stage {owner.name!r}, "
+        f"{missing}stage {owner.name!r}, on which it rides, ends before. Write {stretched}final=RATE above 0 "
+        f"in stage {owner.name!r}, "
         f"or give stage {stage.name!r} a learning_rate of its own."
     )

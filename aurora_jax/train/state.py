@@ -1,4 +1,5 @@
-"""What a run carries from step to step, and how it comes to be on a mesh: made or restored in parts, never whole on one device."""
+"""What a run carries from step to step, and how it comes to be on a mesh: made or restored in parts, never
+whole on one device."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,11 +33,14 @@ class TrainState(NamedTuple):
 def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
     """A fresh optimizer around the given parameters."""
     step, accepted = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return TrainState(parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32))
+    return TrainState(
+        parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32)
+    )
 
 
 def state_shapes(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> TrainState:
-    """The state of a run as shapes with shardings: parameters by the table, moments like their parameters, scalars everywhere."""
+    """The state of a run as shapes with shardings: parameters by the table, moments like their parameters,
+    scalars everywhere."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def placed(shape, sharding):
@@ -69,7 +73,8 @@ def make_random_state(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh
 def make_state_around(model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """The program of `initial_state` around weights that lie on the mesh already; it takes their memory over.
 
-    Without stated shardings the compiler makes the moments, which are zeros and depend on nothing, whole on every device.
+    Without stated shardings the compiler makes the moments, which are zeros and depend on nothing, whole on
+    every device.
     """
     shardings = shardings_of(state_shapes(model, optimizer, mesh))
     return jax.jit(partial(initial_state, optimizer=optimizer), out_shardings=shardings, donate_argnums=0)

@@ -29,16 +29,28 @@ SPIKE_WARMUP = 50
 
 
 def make_loss(
-    structure: nnx.GraphDef, compute: ComputeConfig, *, z_loss: float, isolate_documents: bool, division: Division = WHOLE
+    structure: nnx.GraphDef,
+    compute: ComputeConfig,
+    *,
+    z_loss: float,
+    isolate_documents: bool,
+    division: Division = WHOLE,
 ) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key, gathered_layers) -> (loss, nll_BL)`; see `cross_entropy`. The batch is traced.
+    """`loss(parameters, batch, total_weight, dropout_key, gathered_layers) -> (loss, nll_BL)`; see
+    `cross_entropy`. The batch is traced.
 
-    With a division the function runs inside `shard_map`, on one device's part of the parameters and of the batch, and its loss is that part
-    of the whole.
+    With a division the function runs inside `shard_map`, on one device's part of the parameters and of the
+    batch, and its loss is that part of the whole.
     """
     product_dtype = jnp.dtype(compute.compute_dtype)
 
-    def loss(parameters: dict, batch: Any, total_weight: jax.Array, dropout_key: jax.Array | None, gathered_layers: dict | None = None):
+    def loss(
+        parameters: dict,
+        batch: Any,
+        total_weight: jax.Array,
+        dropout_key: jax.Array | None,
+        gathered_layers: dict | None = None,
+    ):
         if division.fsdp:
             # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
             outside = {name: tree for name, tree in parameters.items() if name != "layers"}
@@ -46,7 +58,10 @@ def make_loss(
             parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
         decoder = merge(structure, parameters)
         hidden_BLD = decoder(
-            batch.tokens_BL, dropout_key=dropout_key, gathered_layers=gathered_layers, **batch.isolation(isolate_documents)
+            batch.tokens_BL,
+            dropout_key=dropout_key,
+            gathered_layers=gathered_layers,
+            **batch.isolation(isolate_documents),
         )
         return cross_entropy(
             division.enter(hidden_BLD),
@@ -74,8 +89,8 @@ def gradient_of(
 ):
     """Loss, per-token nll and gradient of a batch, computed in `micro_batches` parts.
 
-    Every part is divided by the number of valid tokens of the whole before its backward pass, so the sum of the parts is the gradient of
-    the large batch, however the padding falls.
+    Every part is divided by the number of valid tokens of the whole before its backward pass, so the sum of
+    the parts is the gradient of the large batch, however the padding falls.
 
     Args:
         total_weight: valid tokens of the whole batch, where this is a part of it.
@@ -104,17 +119,20 @@ def gradient_of(
     return value, nll.swapaxes(0, 1).reshape(batch.tokens_BL.shape), gradients
 
 
-def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None, gathered_once: str | None = None) -> Callable:
+def make_gradient(
+    loss: Callable, micro_batches: int, mesh: Mesh | None = None, gathered_once: str | None = None
+) -> Callable:
     """`gradient(parameters, batch, dropout_key)`: `gradient_of` global arrays, on a mesh in one `shard_map`.
 
-    Rows are divided over data and fsdp, places over `sequence`. Inside, each device gathers the weights that it multiplies with; gradients
-    leave as they came: reduce-scattered along fsdp, added up over the axes along which a parameter is not divided.
+    Rows are divided over data and fsdp, places over `sequence`. Inside, each device gathers the weights that
+    it multiplies with; gradients leave as they came: reduce-scattered along fsdp, added up over the axes
+    along which a parameter is not divided.
 
     Args:
         loss: from `make_loss`, with `Division.of(mesh)`.
         mesh: None, or one device, for the program as it is.
-        gathered_once: gather the layers' weights once, in this precision, and keep them for all micro-batches; without it each layer
-            gathers its own where it uses them.
+        gathered_once: gather the layers' weights once, in this precision, and keep them for all
+            micro-batches; without it each layer gathers its own where it uses them.
     """
     if mesh is None or mesh.size == 1:
         return partial(gradient_of, loss, micro_batches=micro_batches)
@@ -129,16 +147,21 @@ def make_gradient(loss: Callable, micro_batches: int, mesh: Mesh | None = None, 
         loss_here = loss
         if gathered_once is not None:
             loss_here = partial(
-                loss, gathered_layers=division.gather(parameters["layers"], dtype=jnp.dtype(gathered_once), prefix="layers.")
+                loss,
+                gathered_layers=division.gather(parameters["layers"], dtype=jnp.dtype(gathered_once), prefix="layers."),
             )
-        value, nll_BL, gradients = gradient_of(loss_here, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight)
+        value, nll_BL, gradients = gradient_of(
+            loss_here, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight
+        )
         flat = {path: jax.lax.psum(gradient, _summed_axes(path)) for path, gradient in flatten(gradients).items()}
         return jax.lax.psum(value, everywhere), nll_BL, nest(flat)
 
     def gradient(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
         parameters_spec = nest({path: TABLE[path].partition for path in flatten(parameters)})
         specs = (parameters_spec, batch_spec, PartitionSpec())
-        divided = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False)
+        divided = jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False
+        )
         return divided(parameters, batch, dropout_key)
 
     return gradient
@@ -157,11 +180,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The function to compile: `train_step(state, batch) -> (state, metrics)`.
 
-    An update is decided on before it is made: if the loss or the gradient's norm is not finite, or the norm spikes, parameters and moments
-    stay as they are, the step counts, and `metrics["accepted"]` says 0.
+    An update is decided on before it is made: if the loss or the gradient's norm is not finite, or the norm
+    spikes, parameters and moments stay as they are, the step counts, and `metrics["accepted"]` says 0.
 
-    Metrics (fp32 scalars unless noted): loss, gradient_norm, learning_rate, accepted, tokens, skipped (updates so far), task_nll and
-    task_tokens ([T]: sums over the batch).
+    Metrics (fp32 scalars unless noted): loss, gradient_norm, learning_rate, accepted, tokens, skipped
+    (updates so far), task_nll and task_tokens ([T]: sums over the batch).
     """
     transform = adamw(optimizer)
 
@@ -173,10 +196,14 @@ def make_train_step(
         if optimizer.spike_factor is not None:
             accept &= (state.accepted < SPIKE_WARMUP) | (norm <= optimizer.spike_factor * state.norm_average)
 
-        direction, moments = transform.update(clip(gradients, norm, optimizer.clip_norm), state.moments, state.parameters)
+        direction, moments = transform.update(
+            clip(gradients, norm, optimizer.clip_norm), state.moments, state.parameters
+        )
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         parameters = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.parameters, direction)
-        norm_average = jnp.where(state.accepted == 0, norm, AVERAGE_DECAY * state.norm_average + (1 - AVERAGE_DECAY) * norm)
+        norm_average = jnp.where(
+            state.accepted == 0, norm, AVERAGE_DECAY * state.norm_average + (1 - AVERAGE_DECAY) * norm
+        )
         updated = TrainState(parameters, moments, state.step, state.accepted + 1, norm_average)
         state = jax.tree.map(lambda new, old: jnp.where(accept, new, old), updated, state)
         state = state._replace(step=state.step + 1)
@@ -210,7 +237,8 @@ def train_step_on_mesh(
     seed: int = 0,
     tasks: int = 1,
 ) -> jax.stages.Wrapped:
-    """`make_train_step` of a run, to be compiled for its mesh: what `train` runs and `plan` asks the TPU compiler about.
+    """`make_train_step` of a run, to be compiled for its mesh: what `train` runs and `plan` asks the TPU
+    compiler about.
 
     The state comes out where it went in, so its memory is used again and the second step is the program of the first.
 
@@ -224,7 +252,9 @@ def train_step_on_mesh(
     """
     division = Division.of(mesh)
     structure = structure_of(model.with_dropout(dropout), compute, division)
-    loss = make_loss(structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division)
+    loss = make_loss(
+        structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division
+    )
     gradient = make_gradient(loss, optimizer.micro_batches, mesh, compute.compute_dtype if gather == "step" else None)
     return jax.jit(
         make_train_step(gradient, optimizer, schedule, dropout=dropout > 0, seed=seed, tasks=tasks),

@@ -1,4 +1,5 @@
-"""What a run's checkpoints carry beside the weights: its data's tokenizer, and the other files of the model that it starts from."""
+"""What a run's checkpoints carry beside the weights: its data's tokenizer, and the other files of the model
+that it starts from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ def files_of_run(data: DataConfig, checkpoint: Path | None, carried: Mapping[str
     if data.tokenizer is None:
         if checkpoint is None or own is None:
             raise InputError(
-                f"There is no tokenizer{f' in {checkpoint}' if checkpoint else ''}: give --data.tokenizer (a tokenizer.json, a "
+                f"There is no tokenizer{f' in {checkpoint}' if checkpoint else ''}: give --data.tokenizer (a "
+                "tokenizer.json, a "
                 "SentencePiece model, a folder, or the word bytes)."
             )
         return RunFiles(dict(carried), tokenizer_of(carried, checkpoint), checkpoint)
@@ -50,7 +52,8 @@ def files_of_run(data: DataConfig, checkpoint: Path | None, carried: Mapping[str
     if own is not None and not data.allow_other_tokenizer:
         raise InputError(
             f"{checkpoint} carries the tokenizer {own[:12]}, but that of the data, {data.tokenizer}, is "
-            f"{tokenizer.sha256[:12]}: its ids are not those that the weights have learned. Leave out --data.tokenizer to take "
+            f"{tokenizer.sha256[:12]}: its ids are not those that the weights have learned. Leave out "
+            "--data.tokenizer to take "
             "the checkpoint's; or, where an old model gets a new vocabulary, say --data.allow-other-tokenizer."
         )
     replaced = own is not None
@@ -71,8 +74,8 @@ def with_end_of(tokenizer: Tokenizer, model: ModelConfig, where: str | Path, *, 
         tokenizer: of the data.
         model: whose config names the token or tokens that end a text.
         where: the config is from, for messages.
-        new: the vocabulary is new to the weights: theirs is then the tokenizer's end of text and no other. Otherwise the config
-            stays as it came, and a difference is said.
+        new: the vocabulary is new to the weights: theirs is then the tokenizer's end of text and no other.
+            Otherwise the config stays as it came, and a difference is said.
     """
     ids, eos = model.eos_token_ids, tokenizer.eos_id
     if ids == (eos,) or (eos in ids and not new):

@@ -18,11 +18,14 @@ def import_wandb() -> ModuleType:
     try:
         return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
-        raise InputError(f"--wandb-project needs Weights & Biases: pip install wandb (and `wandb login` once). {error}.") from error
+        raise InputError(
+            f"--wandb-project needs Weights & Biases: pip install wandb (and `wandb login` once). {error}."
+        ) from error
 
 
 class WandbRun:
-    """One run at Weights & Biases for one run of ours: OUTPUT/wandb.json keeps its id, so that a resumed run goes on with its curves."""
+    """One run at Weights & Biases for one run of ours: OUTPUT/wandb.json keeps its id, so that a resumed run
+    goes on with its curves."""
 
     def __init__(self, config: TrainConfig, project: str):
         wandb = import_wandb()
@@ -30,7 +33,12 @@ class WandbRun:
         identity = json.loads(kept.read_text())["id"] if kept.is_file() else secrets.token_hex(8)
         kept.write_text(json.dumps({"project": project, "id": identity}) + "\n")
         self._run = wandb.init(
-            project=project, name=config.output.name, id=identity, resume="allow", dir=str(config.output), config=_plain(asdict(config))
+            project=project,
+            name=config.output.name,
+            id=identity,
+            resume="allow",
+            dir=str(config.output),
+            config=_plain(asdict(config)),
         )
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:

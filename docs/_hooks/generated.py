@@ -1,4 +1,5 @@
-"""What the pages say that the code knows better: each command's --help, and the planned time and cost of Aurora-M's stages.
+"""What the pages say that the code knows better: each command's --help, and the planned time and cost of
+Aurora-M's stages.
 
 A page asks for it with `<!-- help: aurora eval -->` or `<!-- stages: 2k -->`.
 """
@@ -28,9 +29,12 @@ def on_page_markdown(markdown: str, **page: object) -> str:
 
 
 def help_of(command: list[str]) -> str:
-    """What a command prints with --help; `aurora` and `python -m convert` in the process of the build, so that SeqIO and Beam load once."""
+    """What a command prints with --help; `aurora` and `python -m convert` in the process of the build, so
+    that SeqIO and Beam load once."""
     if command[0] == "launch_tpu.sh":
-        printed = subprocess.run(["bash", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(
+            ["bash", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
         return narrowed(printed.rstrip())
     sys.path.insert(0, str(ROOT))
     os.environ["COLUMNS"] = str(COLUMNS)
@@ -48,7 +52,8 @@ def help_of(command: list[str]) -> str:
 
 
 def narrowed(text: str) -> str:
-    """Help folded to what fits into a page: paragraphs anew, explanations under the column where they begin, commands not at all."""
+    """Help folded to what fits into a page: paragraphs anew, explanations under the column where they begin,
+    commands not at all."""
     lines: list[str] = []
     for line in text.splitlines():
         if lines and line[:1].strip() and lines[-1][:1].strip():
@@ -63,7 +68,9 @@ def _folded(line: str) -> str:
         return line
     column = re.match(r"\s*(?:\S+(?: \S+)*?\s{2,}(?:-> )?)?", line)
     assert column is not None  # it matches nothing, too
-    return textwrap.fill(line, COLUMNS, subsequent_indent=" " * column.end(), break_on_hyphens=False, break_long_words=False)
+    return textwrap.fill(
+        line, COLUMNS, subsequent_indent=" " * column.end(), break_on_hyphens=False, break_long_words=False
+    )
 
 
 def seconds_a_step(config: str) -> float:

@@ -1,11 +1,13 @@
-"""The loader: a batch is a pure function of (seed, stage table, step). There is no iterator state; to resume is to ask for the next step.
+"""The loader: a batch is a pure function of (seed, stage table, step). There is no iterator state; to resume
+is to ask for the next step.
 
 Shape suffixes: B sequences of the batch (or the rows of it that this host asks for), L positions of a sequence.
 
-Window i of a task covers the L + 1 tokens [i * L, (i + 1) * L] of its store: L inputs and, one further, L targets. So every token of the
-store but the first is a target once an epoch; where documents are isolated, every token but the first of each document,
-which nothing that it may see precedes. A keyed Feistel permutation orders the windows of each epoch; epochs go on
-across stages. Token values decide nothing: token 0 is real.
+Window i of a task covers the L + 1 tokens [i * L, (i + 1) * L] of its store: L inputs and, one further, L
+targets. So every token of the store but the first is a target once an epoch; where documents are isolated,
+every token but the first of each document, which nothing that it may see precedes. A keyed Feistel
+permutation orders the windows of each epoch; epochs go on across stages. Token values decide nothing: token 0
+is real.
 """
 
 from collections import deque
@@ -40,7 +42,8 @@ class Stage:
 
 
 def stage_over(stores: Container[str], name: str, rates: Sequence[tuple[str, float]], steps: int) -> Stage:
-    """A stage of those tasks that have a store, with blocks that hold its smallest rate. Raises InputError if none has."""
+    """A stage of those tasks that have a store, with blocks that hold its smallest rate. Raises InputError if
+    none has."""
     there = tuple((task, rate) for task, rate in rates if task in stores)
     if not there:
         raise InputError(f"stage {name!r}: none of its tasks has a store: {', '.join(task for task, _ in rates)}")
@@ -106,7 +109,8 @@ class Loader:
         steps: total steps of all stages; `batch` knows the steps [0, steps).
 
     Raises:
-        InputError: a stage names a task without a store, has no steps or impossible rates, or stores do not fit together or are too short.
+        InputError: a stage names a task without a store, has no steps or impossible rates, or stores do not
+            fit together or are too short.
     """
 
     def __init__(
@@ -142,8 +146,12 @@ class Loader:
         self._stages: list[_PlacedStage] = []
         first_step, consumed = 0, np.zeros(len(self.tasks), dtype=np.int64)
         for number, stage in enumerate(stages):
-            mixture = BlockMixture([rate for _, rate in stage.rates], key=derive_key(seed, "stage", number), block_size=stage.block_size)
-            placed = _PlacedStage(stage, first_step, consumed, mixture, np.array([self.tasks.index(task) for task, _ in stage.rates]))
+            mixture = BlockMixture(
+                [rate for _, rate in stage.rates], key=derive_key(seed, "stage", number), block_size=stage.block_size
+            )
+            placed = _PlacedStage(
+                stage, first_step, consumed, mixture, np.array([self.tasks.index(task) for task, _ in stage.rates])
+            )
             self._stages.append(placed)
             first_step, consumed = first_step + stage.steps, placed.consumed_after(stage.steps * batch_size)
 
@@ -169,7 +177,9 @@ class Loader:
         stage = self._stage_at(step)
         task, epoch, turn, window = (int(value[0]) for value in self._windows_of(step, slice(row, row + 1)))
         windows = int(self._windows[task])
-        return Place(stage.stage.name, step - stage.first_step, self.tasks[task], epoch, turn, windows, window * self._length)
+        return Place(
+            stage.stage.name, step - stage.first_step, self.tasks[task], epoch, turn, windows, window * self._length
+        )
 
     def _windows_of(self, step: int, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Task, epoch, turn within the epoch, and window of rows of a batch; int64 [B] each."""
@@ -178,16 +188,21 @@ class Loader:
         task_B, index_B = stage.assign((step - stage.first_step) * self._batch_size + row)
         epoch_B, turn_B = np.divmod(index_B, self._windows[task_B])
         pairs, which_B = np.unique(np.stack([task_B, epoch_B], axis=1), axis=0, return_inverse=True)
-        orders = [Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch)) for task, epoch in pairs.tolist()]
+        orders = [
+            Permutation(int(self._windows[task]), derive_key(self._seed, self.tasks[task], epoch))
+            for task, epoch in pairs.tolist()
+        ]
         window_B = permute(orders, which_B, turn_B)
         return task_B, epoch_B, turn_B, window_B
 
     def prefetched(
         self, first_step: int, last_step: int, depth: int = 2, rows: slice | np.ndarray | None = None
     ) -> Generator[tuple[int, Batch], None, None]:
-        """Yields (step, batch) for the steps [first_step, last_step), with the next `depth` batches computed in threads meanwhile.
+        """Yields (step, batch) for the steps [first_step, last_step), with the next `depth` batches computed
+        in threads meanwhile.
 
-        An exception in a thread is raised at its step. Closing the generator (or leaving its loop and dropping it) ends the threads.
+        An exception in a thread is raised at its step. Closing the generator (or leaving its loop and
+        dropping it) ends the threads.
         """
         pending: deque[tuple[int, Future[Batch]]] = deque()
         pool = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="loader")
@@ -203,14 +218,18 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where the data stands before a step, for logs: {"stage": name, "stage_step": int, "epochs": {task: epochs consumed, fractional}}.
+        """Where the data stands before a step, for logs: {"stage": name, "stage_step": int, "epochs": {task:
+        epochs consumed, fractional}}.
 
         Raises:
             IndexError: the step is outside [0, steps).
         """
         stage = self._stage_at(step)
         consumed = stage.consumed_after((step - stage.first_step) * self._batch_size)
-        epochs = {task: float(sequences / windows) for task, sequences, windows in zip(self.tasks, consumed, self._windows, strict=True)}
+        epochs = {
+            task: float(sequences / windows)
+            for task, sequences, windows in zip(self.tasks, consumed, self._windows, strict=True)
+        }
         return {"stage": stage.stage.name, "stage_step": step - stage.first_step, "epochs": epochs}
 
     def _stage_at(self, step: int) -> "_PlacedStage":
@@ -223,8 +242,8 @@ class Loader:
 class _PlacedStage:
     """A stage with its place in the run.
 
-    `before` int64 [tasks] holds the sequences of each task in earlier stages; `task_ids` int64 [tasks of the stage] their places in
-    `Loader.tasks`.
+    `before` int64 [tasks] holds the sequences of each task in earlier stages; `task_ids` int64 [tasks of the
+    stage] their places in `Loader.tasks`.
     """
 
     stage: Stage
@@ -247,7 +266,12 @@ class _PlacedStage:
 
 
 def evaluation_batches(
-    store: TokenStore, batch_size: int, sequence_length: int, *, attend_across_documents: bool = True, windows: np.ndarray | None = None
+    store: TokenStore,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    attend_across_documents: bool = True,
+    windows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Windows of a held-out store, cut and masked as `Loader` does for training; the last batch is filled up with rows
     of padding.
@@ -288,7 +312,12 @@ def _empty_batch(rows: int, length: int) -> Batch:
     positions_BL = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     tokens_BL, targets_BL, segment_ids_BL = (np.zeros((rows, length), dtype=np.int32) for _ in range(3))
     return Batch(
-        tokens_BL, targets_BL, np.zeros((rows, length), dtype=np.float32), segment_ids_BL, positions_BL, np.zeros(rows, dtype=np.int32)
+        tokens_BL,
+        targets_BL,
+        np.zeros((rows, length), dtype=np.float32),
+        segment_ids_BL,
+        positions_BL,
+        np.zeros(rows, dtype=np.int32),
     )
 
 
@@ -313,7 +342,9 @@ def _fill(batch: Batch, rows: np.ndarray, store: TokenStore, starts: np.ndarray,
     begins_BL = np.ones_like(valid_BL)
     begins_BL[:, 1:] = ends_BL[:, :-1]
     batch.segment_ids_BL[rows] = np.cumsum(begins_BL, axis=1) * valid_BL
-    batch.positions_BL[rows] = place_L[None, :] - np.maximum.accumulate(np.where(begins_BL, place_L[None, :], 0), axis=1)
+    batch.positions_BL[rows] = place_L[None, :] - np.maximum.accumulate(
+        np.where(begins_BL, place_L[None, :], 0), axis=1
+    )
 
 
 def _check(stores: Mapping[str, TokenStore], stages: Sequence[Stage], batch_size: int, sequence_length: int) -> None:
@@ -330,15 +361,18 @@ def _check(stores: Mapping[str, TokenStore], stages: Sequence[Stage], batch_size
         for task in names:
             if task not in stores:
                 raise InputError(
-                    f"stage {stage.name!r} draws on task {task!r}, which has no store; there are: {', '.join(sorted(stores)) or 'none'}"
+                    f"stage {stage.name!r} draws on task {task!r}, which has no store; there are: "
+                    f"{', '.join(sorted(stores)) or 'none'}"
                 )
             if len(stores[task]) < 2:
                 raise InputError(
-                    f"{stores[task].directory}: the store of task {task!r} holds {len(stores[task])} tokens; at least 2 make a window"
+                    f"{stores[task].directory}: the store of task {task!r} holds {len(stores[task])} tokens; "
+                    "at least 2 make a window"
                 )
     tokenizers = {stores[task].info.tokenizer_sha256: task for stage in stages for task, _ in stage.rates}
     if len(tokenizers) > 1:
         (one, task), (other, other_task), *_ = tokenizers.items()
         raise InputError(
-            f"stores made with different tokenizers: {task!r} with {one[:12]}, {other_task!r} with {other[:12]}; build them with one"
+            f"stores made with different tokenizers: {task!r} with {one[:12]}, {other_task!r} with "
+            f"{other[:12]}; build them with one"
         )

@@ -1,8 +1,8 @@
 """Block-deterministic mixtures: which task, and which of its sequences, stands at a position of the stream.
 
-The stream is cut into blocks. After b blocks every task has had its exact share of them, rounded by the largest remainder; what rounding
-kept back in one block is paid in a later one, so that realised rates never stray by a whole sequence at a block's end. Inside a block a
-keyed permutation sets the order.
+The stream is cut into blocks. After b blocks every task has had its exact share of them, rounded by the
+largest remainder; what rounding kept back in one block is paid in a later one, so that realised rates never
+stray by a whole sequence at a block's end. Inside a block a keyed permutation sets the order.
 """
 
 import math
@@ -15,13 +15,16 @@ import numpy as np
 from aurora_jax.data.batches.permutation import Permutation, derive_key
 from aurora_jax.errors import InputError
 
-DEFAULT_BLOCK_SIZE = 256  # small enough that a run of a few hundred sequences keeps its rates; a task's share may be as low as 1/256
+DEFAULT_BLOCK_SIZE = (
+    256  # small enough that a run of a few hundred sequences keeps its rates; a task's share may be as low as 1/256
+)
 
 NAMED = 8  # tasks in a message; `aurora data describe` names them all
 
 
 def block_size_for(rates: Sequence[float]) -> int:
-    """A block in which even the smallest rate is a whole sequence: the default, or the next power of two that is large enough.
+    """A block in which even the smallest rate is a whole sequence: the default, or the next power of two that
+    is large enough.
 
     Larger blocks hold the same rates; only it takes longer until they hold exactly.
     """
@@ -35,7 +38,11 @@ def left_out(name: str, rates: Sequence[tuple[str, float]], there: Container[str
     if not missing:
         return ""
     share = sum(missing.values()) / sum(rate for _, rate in rates)
-    rest = f"the rates of the others are {1 / (1 - share):.3g} times what they were" if len(missing) < len(rates) else "nothing is left"
+    rest = (
+        f"the rates of the others are {1 / (1 - share):.3g} times what they were"
+        if len(missing) < len(rates)
+        else "nothing is left"
+    )
     names = [*sorted(missing)[:NAMED], *([f"{len(missing) - NAMED} more"] if len(missing) > NAMED else [])]
     return f"left out of {name}: {len(missing)} of {len(rates)} tasks, {share:.1%} of it ({', '.join(names)}); {rest}"
 
@@ -59,14 +66,16 @@ class BlockMixture:
         # With at least one sequence in each block, the largest-remainder shares of successive blocks never step back.
         if min(self.rates) * block_size < 1:
             raise InputError(
-                f"the smallest mixture rate, {float(min(self.rates)):.3g} of the total, is under one sequence in a block of {block_size}; "
+                f"the smallest mixture rate, {float(min(self.rates)):.3g} of the total, is under one sequence "
+                f"in a block of {block_size}; "
                 f"raise block_size to at least {-(-1 // min(self.rates))} or the rate"
             )
         self._key = key
         self._layout = lru_cache(maxsize=16)(self._compute_layout)
 
     def assign(self, sequence_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The task (its place in `rates`) at each sequence index, and how many of that task came before; both int64, of its shape."""
+        """The task (its place in `rates`) at each sequence index, and how many of that task came before; both
+        int64, of its shape."""
         sequence_index = np.asarray(sequence_index, dtype=np.int64)
         block, slot = np.divmod(sequence_index, self.block_size)
         task, index = np.empty_like(block), np.empty_like(block)
@@ -83,7 +92,8 @@ class BlockMixture:
         return self._shares(block) + np.bincount(task_S[:slot], minlength=len(self.rates))
 
     def _shares(self, blocks: int) -> np.ndarray:
-        """Sequences of each task in the first `blocks` blocks, by largest remainder; they sum to blocks * block_size. int64 [tasks]."""
+        """Sequences of each task in the first `blocks` blocks, by largest remainder; they sum to blocks *
+        block_size. int64 [tasks]."""
         exact = [blocks * self.block_size * rate for rate in self.rates]
         shares = [int(share) for share in exact]
         missing = blocks * self.block_size - sum(shares)

@@ -1,7 +1,7 @@
 """Keyed permutations of range(n) that are computed, not stored: a Feistel network with cycle walking.
 
-An affine map (i * a + b mod n) would also be a bijection, but it leaves consecutive outputs correlated; a Feistel network with a good
-mixing function does not.
+An affine map (i * a + b mod n) would also be a bijection, but it leaves consecutive outputs correlated; a
+Feistel network with a good mixing function does not.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ class Permutation:
         if not 1 <= n <= 1 << 62:
             raise ValueError(f"a permutation of range({n}) is not possible: n must be between 1 and 2**62")
         self.n = n
-        bits = max(MINIMUM_BITS, (n - 1).bit_length())  # the network permutes range(2**bits), less than twice n unless n is tiny
+        bits = max(
+            MINIMUM_BITS, (n - 1).bit_length()
+        )  # the network permutes range(2**bits), less than twice n unless n is tiny
         # Halves of unequal width swap places in each round, so that an odd number of bits needs no larger domain.
         self._widths = (np.uint64(bits // 2), np.uint64(bits - bits // 2))
         digest = hashlib.blake2b(repr((key, n)).encode(), digest_size=8 * ROUNDS).digest()
@@ -55,7 +57,9 @@ class Permutation:
     def _walk(self, indices: np.ndarray, network: "Network") -> np.ndarray:
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= self.n):
-            raise IndexError(f"index {indices.min() if indices.min() < 0 else indices.max()} is outside range({self.n})")
+            raise IndexError(
+                f"index {indices.min() if indices.min() < 0 else indices.max()} is outside range({self.n})"
+            )
         values = network(indices.reshape(-1).astype(np.uint64), *self._widths, self._round_keys)
         # Cycle walking: what falls outside range(n) goes through again, until it comes home.
         outside = np.flatnonzero(values >= self.n)
@@ -66,7 +70,8 @@ class Permutation:
 
 
 def permute(permutations: Sequence[Permutation], which: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Where permutation `which[i]` sends `indices[i]`, for all i at once: a batch draws a few numbers from each of many permutations.
+    """Where permutation `which[i]` sends `indices[i]`, for all i at once: a batch draws a few numbers from
+    each of many permutations.
 
     Args:
         permutations: of any sizes.
@@ -88,7 +93,8 @@ def permute(permutations: Sequence[Permutation], which: np.ndarray, indices: np.
 
 
 Network = Callable[[np.ndarray, Any, Any, np.ndarray], np.ndarray]
-"""(values [n], widths of the left and right halves (one, or [n]), keys of the rounds (one each, or [ROUNDS, n])) -> values [n]."""
+"""(values [n], widths of the left and right halves (one, or [n]), keys of the rounds (one each, or [ROUNDS,
+n])) -> values [n]."""
 
 
 def _forward(values: np.ndarray, left_width: Any, right_width: Any, keys: np.ndarray) -> np.ndarray:
@@ -112,7 +118,8 @@ def _mask(width: Any) -> Any:
 
 
 def _mix(values: np.ndarray, key: Any) -> np.ndarray:
-    """The finaliser of SplitMix64: every input bit flips about half of the output bits. uint64 arithmetic wraps, as intended."""
+    """The finaliser of SplitMix64: every input bit flips about half of the output bits. uint64 arithmetic
+    wraps, as intended."""
     values = values + key
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -11,10 +11,11 @@ A store is a folder: a local path, or a URL of a TensorStore key-value store (`f
     report.json what the build read, kept and left out; see `build/pipeline.py`
     store.json  `StoreInfo`; written last, so that its presence means: complete
 
-The arrays are zarr3, sharded, compressed, with checksums. Every chunk is stored, those of zeros too, so that one that is not there is lost:
-opening asks for the names of all shards, and a read of what is missing or damaged is an error. (Formats before 3 left out what is all
-zeros or false; there the other arrays tell whether a shard may be missing.) Reading takes memory for what is asked and a small chunk cache,
-whatever the size of the store.
+The arrays are zarr3, sharded, compressed, with checksums. Every chunk is stored, those of zeros too, so that
+one that is not there is lost: opening asks for the names of all shards, and a read of what is missing or
+damaged is an error. (Formats before 3 left out what is all zeros or false; there the other arrays tell
+whether a shard may be missing.) Reading takes memory for what is asked and a small chunk cache, whatever the
+size of the store.
 """
 
 import itertools
@@ -91,14 +92,18 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: str | Path, *expected_fingerprints: str) -> "TokenStore":
-        """Opens the store in `directory`, whose fingerprint is to be one of those given, if any are; the first is the one of today.
+        """Opens the store in `directory`, whose fingerprint is to be one of those given, if any are; the
+        first is the one of today.
 
         Raises:
-            InputError: there is no complete store, its description is malformed, a shard is missing, or its fingerprint is another.
+            InputError: there is no complete store, its description is malformed, a shard is missing, or its
+                fingerprint is another.
         """
         info = read_info(directory)
         if info is None:
-            raise InputError(f"{directory}: no complete token store (store.json is missing); build it with `aurora data build`")
+            raise InputError(
+                f"{directory}: no complete token store (store.json is missing); build it with `aurora data build`"
+            )
         if expected_fingerprints and info.fingerprint not in expected_fingerprints:
             raise InputError(_mismatch(directory, info.fingerprint, expected_fingerprints[0]))
         kvstore = kvstore_at(directory)
@@ -113,7 +118,8 @@ class TokenStore:
         return store
 
     def _check_shards(self, kvstore: ts.KvStore) -> None:
-        """Raises InputError if the folder's list lacks a shard, naming it. Who may read but not list finds out when reading."""
+        """Raises InputError if the folder's list lacks a shard, naming it. Who may read but not list finds
+        out when reading."""
         try:
             there = set(kvstore.list().result())
         except ValueError as error:
@@ -132,12 +138,14 @@ class TokenStore:
         if missing:
             more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise InputError(
-                f"{self.directory}: a damaged token store: the file {missing[0][0]}/c/{missing[0][1]}{more} is missing; bring it back, or "
+                f"{self.directory}: a damaged token store: the file {missing[0][0]}/c/{missing[0][1]}{more} "
+                "is missing; bring it back, or "
                 "delete the folder and build it again"
             )
 
     def _may_be_zeros(self, name: str, shard: int) -> bool:
-        """Whether a shard of tokens, ends or the mask may be all zeros or false, by the documents that `offsets` say are in it."""
+        """Whether a shard of tokens, ends or the mask may be all zeros or false, by the documents that
+        `offsets` say are in it."""
         size = _shard_size(self._arrays[name])
         start, stop = shard * size, min((shard + 1) * size, len(self))
         ends = self._arrays["offsets"].read().result().astype(np.int64)[1:] - 1
@@ -155,12 +163,14 @@ class TokenStore:
         return self._read_range("tokens", start, stop).astype(np.int32)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of one document, with its EOS; int32 [tokens of the document]. Raises IndexError outside [0, documents)."""
+        """Tokens of one document, with its EOS; int32 [tokens of the document]. Raises IndexError outside [0,
+        documents)."""
         start, stop = self._read_range("offsets", index, index + 2).tolist()
         return self.read(start, stop)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens [start, start + length) for each of starts [windows]; int32 [windows, length], zeros beyond the end of the store."""
+        """Tokens [start, start + length) for each of starts [windows]; int32 [windows, length], zeros beyond
+        the end of the store."""
         return self._read_windows("tokens", starts, length).astype(np.int32)
 
     def window_ends(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -185,12 +195,17 @@ class TokenStore:
         size = array.shape[0]
         windows = np.zeros((len(starts), length), dtype=array.dtype.numpy_dtype)
         spans = [(start, min(start + length, size)) for start in np.asarray(starts).tolist()]
-        numbers = {number for start, stop in spans for number in range(start // CHUNK_ELEMENTS, -(-stop // CHUNK_ELEMENTS))}
+        numbers = {
+            number for start, stop in spans for number in range(start // CHUNK_ELEMENTS, -(-stop // CHUNK_ELEMENTS))
+        }
         cached = {number: _CHUNKS.get((self._arrays_id, name, number)) for number in numbers}
         chunks = {number: chunk for number, chunk in cached.items() if chunk is not None}
         missing = numbers - chunks.keys()
         # All of them in flight at once.
-        reads = {number: array[number * CHUNK_ELEMENTS : min((number + 1) * CHUNK_ELEMENTS, size)].read() for number in missing}
+        reads = {
+            number: array[number * CHUNK_ELEMENTS : min((number + 1) * CHUNK_ELEMENTS, size)].read()
+            for number in missing
+        }
         for number, read in reads.items():
             with _damage_named(self.directory):
                 chunks[number] = read.result()
@@ -206,7 +221,8 @@ class TokenStore:
 
 
 class _ChunkCache:
-    """The chunks read last, up to a size, by all stores of the process: a read of TensorStore's costs 50 times a look here."""
+    """The chunks read last, up to a size, by all stores of the process: a read of TensorStore's costs 50
+    times a look here."""
 
     def __init__(self, limit: int):
         self._limit, self._size, self._lock = limit, 0, threading.Lock()
@@ -247,7 +263,9 @@ def _damage_named(directory: str | Path) -> Iterator[None]:
             raise InputError(f"{directory}: this token store may not be read: {error}") from error
         if not str(error).startswith(_DAMAGE):
             raise
-        raise InputError(f"{directory}: a damaged token store: {error}; delete the folder and build it again") from error
+        raise InputError(
+            f"{directory}: a damaged token store: {error}; delete the folder and build it again"
+        ) from error
 
 
 _NO_RIGHT = ("PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -260,7 +278,9 @@ def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents
     kvstore = kvstore_at(directory)
     lengths = {"tokens": tokens, "ends": tokens, "offsets": documents + 1} | ({"learn": tokens} if masked else {})
     for name, length in lengths.items():
-        spec = _spec(kvstore, name) | {"metadata": _metadata(token_type(vocab_size) if name == "tokens" else TYPES[name], length)}
+        spec = _spec(kvstore, name) | {
+            "metadata": _metadata(token_type(vocab_size) if name == "tokens" else TYPES[name], length)
+        }
         try:
             ts.open(spec, create=True, open=True, context=_context()).result()
         except ValueError:  # left by a build of something else
@@ -268,7 +288,8 @@ def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents
 
 
 def write_range(directory: str | Path, name: str, start: int, values: np.ndarray) -> None:
-    """Writes values [n] into an array from `start`, which is a shard's beginning: shards may be written in any order, by many workers."""
+    """Writes values [n] into an array from `start`, which is a shard's beginning: shards may be written in
+    any order, by many workers."""
     spec = _spec(kvstore_at(directory), name) | {"store_data_equal_to_fill_value": True}
     array = ts.open(spec, open=True, write=True, context=_context()).result()
     array[start : start + len(values)].write(values).result()
@@ -304,14 +325,17 @@ def store_directory(root: str | Path, task: str, split: str) -> str:
 
 
 def read_info(directory: str | Path) -> StoreInfo | None:
-    """What the store in `directory` holds; None if there is no complete store. Raises InputError if its description is malformed."""
+    """What the store in `directory` holds; None if there is no complete store. Raises InputError if its
+    description is malformed."""
     content = kvstore_at(directory).read(b"store.json").result()
     if content.state == "missing":
         return None
     try:
         return StoreInfo(**json.loads(content.value))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{directory}: store.json is not a store's description: {error}; delete the folder and build it again") from error
+        raise InputError(
+            f"{directory}: store.json is not a store's description: {error}; delete the folder and build it again"
+        ) from error
 
 
 @cache

@@ -40,7 +40,11 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     try:
         if runner == "direct":
             mode = "in_memory" if workers == 1 else "multi_processing"
-            direct = (f"--direct_running_mode={mode}", f"--direct_num_workers={workers}", "--default_sdk_harness_log_level=CRITICAL")
+            direct = (
+                f"--direct_running_mode={mode}",
+                f"--direct_num_workers={workers}",
+                "--default_sdk_harness_log_level=CRITICAL",
+            )
             # Each worker's tokenizer has its share of the cores; on their own they would all take every core.
             os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
             # By its class: by the name DirectRunner it may be Prism, which fetches a program over the network.
@@ -54,7 +58,8 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     except Exception as error:  # of whatever kind the runner makes of a worker's
         if failed := WRITE_FAILED.search(str(error)):
             raise InputError(
-                f"{failed['path']}: cannot be written: {failed['why']}; what is done is kept: make room and give the same command again"
+                f"{failed['path']}: cannot be written: {failed['why']}; what is done is kept: make room and "
+                "give the same command again"
             ) from error
         if found := OF_A_WORKER.search(str(error)):
             raise InputError(found["message"]) from error

@@ -25,34 +25,40 @@ from aurora_jax.errors import InputError
 
 @dataclass(frozen=True)
 class BuildCommand:
-    """Tokenize the tasks of mixtures into token stores, OUTPUT/TASK/SPLIT. The same command again goes on where it was stopped.
+    """Tokenize the tasks of mixtures into token stores, OUTPUT/TASK/SPLIT. The same command again goes on
+    where it was stopped.
 
-    A store that is complete is checked against its sources and left alone. Records that cannot be used go to rejected.jsonl in the store's
-    folder, with the reason.
+    A store that is complete is checked against its sources and left alone. Records that cannot be used go to
+    rejected.jsonl in the store's folder, with the reason.
     """
 
     mixtures: tyro.conf.Positional[tuple[str, ...]]
-    """SeqIO mixtures or tasks: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
+    """SeqIO mixtures or tasks: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or
+    one of --modules."""
     tokenizer: Path
     """tokenizer.json, or its folder (a checkpoint of convert has one), a SentencePiece .model, or the word bytes."""
     output: str = "stores"
     """Folder of the stores: a local path, gs:// or s3://."""
     data_root: str = "corpus"
-    """Folder of the sources: a sample corpus, or Aurora-M's (`aurora data describe aurora_m_cap` lists what is expected where)."""
+    """Folder of the sources: a sample corpus, or Aurora-M's (`aurora data describe aurora_m_cap` lists what
+    is expected where)."""
     splits: tuple[str, ...] = ("train",)
     """Splits to build; tasks without such a split are passed over unless it is `train`."""
     modules: tuple[str, ...] = ()
     """Python modules that register further tasks and mixtures with SeqIO."""
     skip_missing: bool = False
-    """Leave out the tasks whose files are not there; the others' rates are then raised in proportion, here and in training."""
+    """Leave out the tasks whose files are not there; the others' rates are then raised in proportion, here
+    and in training."""
     max_bad_fraction: float = 0.001
-    """Largest share of bad records in a task (not UTF-8, not JSON, no text field, too long ...); no store is made of one with more."""
+    """Largest share of bad records in a task (not UTF-8, not JSON, no text field, too long ...); no store is
+    made of one with more."""
     runner: Runner = "direct"
     """Beam's runner; direct is this machine."""
     workers: int = os.cpu_count() or 1
     """Processes of the direct runner."""
     beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project,
+    region, temp_location)."""
 
     def run(self) -> None:
         """Raises InputError if something given is wrong, or too much of a source is bad."""
@@ -119,8 +125,8 @@ def build_stores(
         The stores by "task/split".
 
     Raises:
-        InputError: sources are missing, too much of one is bad, or a store in place does not match; the other stores are built. Or the
-            output cannot be written (a full disk).
+        InputError: sources are missing, too much of one is bad, or a store in place does not match; the other
+            stores are built. Or the output cannot be written (a full disk).
     """
     jobs, complete, missing = jobs_for(recipes, output, max_bad_fraction=max_bad_fraction, skip_missing=skip_missing)
     if console and missing:
@@ -158,7 +164,13 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
         yield
         return
     total = sum(file.size for job in jobs for file in job.files)
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     ended = threading.Event()
     interval = 5.0 if "://" in jobs[0].directory else 0.5
     with Progress(*columns, console=console) as progress:
@@ -172,7 +184,9 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
                     for key in folder.list().result():
                         if key.endswith(b"manifest.json") and (job.directory, key) not in done:
                             content = folder.read(key).result()
-                            done[job.directory, key] = json.loads(content.value)["weight"] if content.state == "value" else 0
+                            done[job.directory, key] = (
+                                json.loads(content.value)["weight"] if content.state == "value" else 0
+                            )
                 progress.update(bar, completed=min(sum(done.values()), total))
                 if sum(done.values()) >= total:
                     progress.update(bar, description="write the stores")
@@ -203,8 +217,15 @@ def summary(stores: dict[str, TokenStore]) -> Table:
             here = sum(count for reason, count in report["dropped"].items() if reason.endswith(f"\t{language}"))
             counts = (f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{here:,}", f"{bad:,}")
             table.add_row(*name.rsplit("/", 1), language, *counts)
-        totals = [a + b for a, b in zip(totals, (report["documents"], report["tokens"], report["text_bytes"], dropped, bad), strict=True)]
+        totals = [
+            a + b
+            for a, b in zip(
+                totals, (report["documents"], report["tokens"], report["text_bytes"], dropped, bad), strict=True
+            )
+        ]
     documents, tokens, text_bytes, dropped, bad = totals
     table.add_section()
-    table.add_row("all", "", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}")
+    table.add_row(
+        "all", "", "", f"{documents:,}", f"{tokens:,}", f"{text_bytes / max(1, tokens):.2f}", f"{dropped:,}", f"{bad:,}"
+    )
     return table

@@ -13,10 +13,13 @@ from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
 
 
-def open_stores(tasks: Iterable[str], split: str, root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
+def open_stores(
+    tasks: Iterable[str], split: str, root: str | Path, *, skip_missing: bool = False
+) -> dict[str, TokenStore]:
     """The stores of registered tasks, by task.
 
-    One process by itself builds those that are missing, which is quick for small corpora; the processes of a pod do not.
+    One process by itself builds those that are missing, which is quick for small corpora; the processes of a
+    pod do not.
 
     Raises:
         InputError: a store is missing, was made by another recipe, or of other records than its sources hold now.
@@ -42,7 +45,8 @@ def open_stores(tasks: Iterable[str], split: str, root: str | Path, *, skip_miss
     if missing and not skip_missing:
         if jax.process_count() > 1:
             raise InputError(
-                f"{root}: no complete token store of {', '.join(recipe.task for recipe in missing)} (split {split}); build them with "
+                f"{root}: no complete token store of {', '.join(recipe.task for recipe in missing)} (split "
+                f"{split}); build them with "
                 "`aurora data build` before the run, or leave them out with --data.skip-missing"
             )
         from aurora_jax.data.build.build_command import build_stores
@@ -57,8 +61,8 @@ def open_stores(tasks: Iterable[str], split: str, root: str | Path, *, skip_miss
 def check_sources(recipe: Recipe, directory: str, files: Sequence[File]) -> None:
     """Are the files that can be seen those that the store was made of?
 
-    Names and sizes must agree. Where the times of change do not, the records are read again (not tokenized) and their digest is compared.
-    A pod that sees no sources has nothing to check.
+    Names and sizes must agree. Where the times of change do not, the records are read again (not tokenized)
+    and their digest is compared. A pod that sees no sources has nothing to check.
 
     Raises:
         InputError: they are not.

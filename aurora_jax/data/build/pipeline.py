@@ -2,11 +2,13 @@
 
     files of all sources -> parts -> tokenize each part -> count -> write each shard of each store -> complete
 
-A part's result is a folder `parts/KEY` beside the store's arrays: chunks of tokens, then a manifest. A part whose manifest is there is not
-done again, so a build that was killed goes on where it stood. A shard of the store is written whole, by one worker, from the chunks that
-overlap it: any number of workers, and any number of interruptions, leave the same bytes.
+A part's result is a folder `parts/KEY` beside the store's arrays: chunks of tokens, then a manifest. A part
+whose manifest is there is not done again, so a build that was killed goes on where it stood. A shard of the
+store is written whole, by one worker, from the chunks that overlap it: any number of workers, and any number
+of interruptions, leave the same bytes.
 
-`report.json` of a store holds what was read, kept, dropped and bad, by language; `rejected.jsonl` the bad records with their reasons.
+`report.json` of a store holds what was read, kept, dropped and bad, by language; `rejected.jsonl` the bad
+records with their reasons.
 """
 
 import hashlib
@@ -23,7 +25,16 @@ import numpy as np
 import tensorstore as ts
 
 from aurora_jax.data.batches import store as store_format
-from aurora_jax.data.batches.store import StoreInfo, create_arrays, finish, kvstore_at, read_info, store_directory, token_type, write_range
+from aurora_jax.data.batches.store import (
+    StoreInfo,
+    create_arrays,
+    finish,
+    kvstore_at,
+    read_info,
+    store_directory,
+    token_type,
+    write_range,
+)
 from aurora_jax.data.build.opening import check_sources
 from aurora_jax.data.text.recipe import Dropped, Recipe, Tokenized
 from aurora_jax.data.text.sources import Bad, Part
@@ -153,7 +164,11 @@ def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
     if bad:
         lines = [json_lines.line_of({"where": one.where, "reason": one.reason, "begins": one.excerpt}) for one in bad]
         folder.write(b"rejected.jsonl", b"".join(lines)).result()
-    manifest.digest, manifest.dropped, manifest.bad = digest.hexdigest(), dict(sorted(dropped.items())), dict(sorted(reasons.items()))
+    manifest.digest, manifest.dropped, manifest.bad = (
+        digest.hexdigest(),
+        dict(sorted(dropped.items())),
+        dict(sorted(reasons.items())),
+    )
     manifest.kept = dict(sorted(manifest.kept.items()))
     return manifest
 
@@ -164,7 +179,9 @@ def _write_chunk(folder: ts.KvStore, manifest: Manifest, documents: Sequence[Tok
         "lengths": np.array([len(document.ids) for document in documents], dtype=np.int64),
     }
     if any(document.learn is not None for document in documents):
-        learn = [np.ones(len(document.ids), bool) if document.learn is None else document.learn for document in documents]
+        learn = [
+            np.ones(len(document.ids), bool) if document.learn is None else document.learn for document in documents
+        ]
         arrays["learn"] = np.packbits(np.concatenate(learn))
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
@@ -177,7 +194,8 @@ def _write_chunk(folder: ts.KvStore, manifest: Manifest, documents: Sequence[Tok
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard of one array, with the chunks that it overlaps: (part key, chunk number, where its tokens or documents begin)."""
+    """A shard of one array, with the chunks that it overlaps: (part key, chunk number, where its tokens or
+    documents begin)."""
 
     store: int
     array: str
@@ -200,10 +218,14 @@ class PlanStore(beam.DoFn):
         parts = {result.key: Manifest(**result.manifest) for result in sorted(results, key=lambda result: result.place)}
         report = make_report(job, list(parts.values()))
         folder = kvstore_at(job.directory)
-        rejected = [folder.read(f"parts/{key}/rejected.jsonl").result().value for key, manifest in parts.items() if manifest.bad]
+        rejected = [
+            folder.read(f"parts/{key}/rejected.jsonl").result().value for key, manifest in parts.items() if manifest.bad
+        ]
         # None deletes what an earlier try has left.
         folder.write(b"rejected.jsonl", b"".join(rejected) or None).result()
-        folder.write(b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode(errors="backslashreplace")).result()
+        folder.write(
+            b"report.json", json.dumps(report, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
+        ).result()
         if report["refused"]:
             return
         tokens, documents = report["tokens"], report["documents"]
@@ -213,7 +235,9 @@ class PlanStore(beam.DoFn):
         for key, manifest in parts.items():
             chunks += [(key, chunk) for chunk in range(len(manifest.chunks))]
             sizes += [(tokens_here, documents_here) for tokens_here, documents_here in manifest.chunks]
-        begins = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(np.array(sizes, np.int64).reshape(-1, 2), axis=0)])
+        begins = np.concatenate(
+            [np.zeros((1, 2), np.int64), np.cumsum(np.array(sizes, np.int64).reshape(-1, 2), axis=0)]
+        )
         arrays = ["tokens", "ends", "offsets", *(["learn"] if report["masked"] else [])]
         for array in arrays:
             of = 1 if array == "offsets" else 0
@@ -241,7 +265,9 @@ class WriteShard(beam.DoFn):
     def process(self, shard: ShardJob) -> Iterator[tuple[int, int]]:
         job = self.jobs[shard.store]
         folder = kvstore_at(f"{job.directory}/parts")
-        dtype = token_type(job.recipe.tokenizer.vocab_size) if shard.array == "tokens" else store_format.TYPES[shard.array]
+        dtype = (
+            token_type(job.recipe.tokenizer.vocab_size) if shard.array == "tokens" else store_format.TYPES[shard.array]
+        )
         values = np.zeros(shard.stop - shard.start, dtype)
         if shard.array == "learn":
             values[:] = True
@@ -267,11 +293,16 @@ def _values(array: str, arrays: Mapping[str, np.ndarray], first_token: int) -> n
         ends = np.zeros(stops[-1], dtype=bool)
         ends[stops - 1] = True
         return ends
-    return np.unpackbits(arrays["learn"], count=int(stops[-1])).astype(bool) if "learn" in arrays else np.ones(stops[-1], bool)
+    return (
+        np.unpackbits(arrays["learn"], count=int(stops[-1])).astype(bool)
+        if "learn" in arrays
+        else np.ones(stops[-1], bool)
+    )
 
 
 class Complete(beam.DoFn):
-    """(store number, its written shards) -> the store's directory; the store is declared complete and the parts are deleted."""
+    """(store number, its written shards) -> the store's directory; the store is declared complete and the
+    parts are deleted."""
 
     def __init__(self, jobs: Sequence[StoreJob]):
         self.jobs = jobs
@@ -306,12 +337,16 @@ def begin(directory: str) -> None:
     try:
         kvstore_at(directory).write(b"parts/begun", b"").result()
     except (ValueError, OSError) as error:
-        raise InputError(f"{directory}: cannot be written: {error}; make the bucket or folder, or choose another --output") from error
+        raise InputError(
+            f"{directory}: cannot be written: {error}; make the bucket or folder, or choose another --output"
+        ) from error
 
 
 def delete_parts(directory: str) -> None:
     """Takes away what only the build needed."""
-    kvstore_at(directory).delete_range(ts.KvStore.KeyRange("parts/", "parts0")).result()  # "0" is the character after "/"
+    kvstore_at(directory).delete_range(
+        ts.KvStore.KeyRange("parts/", "parts0")
+    ).result()  # "0" is the character after "/"
 
 
 def make_report(job: StoreJob, manifests: Sequence[Manifest]) -> dict[str, Any]:
@@ -334,7 +369,8 @@ def make_report(job: StoreJob, manifests: Sequence[Manifest]) -> dict[str, Any]:
     elif sum(bad.values()) > job.max_bad_fraction * records:
         common = ", ".join(f"{reason} ({count:,})" for reason, count in bad.most_common(3))
         refused = (
-            f"{name}: {sum(bad.values()):,} of {records:,} records are bad ({common}), over --max-bad-fraction {job.max_bad_fraction:g}; "
+            f"{name}: {sum(bad.values()):,} of {records:,} records are bad ({common}), over "
+            f"--max-bad-fraction {job.max_bad_fraction:g}; "
             f"they are in {job.directory}/rejected.jsonl"
         )
     elif not tokens:
@@ -385,8 +421,8 @@ def jobs_for(
     """The stores that are still to be built, those that are there, and those whose sources are missing (directories).
 
     Raises:
-        InputError: sources are missing and are not to be skipped (all of them are named, with the paths looked for), or a store in place
-            was made by another recipe or of other records.
+        InputError: sources are missing and are not to be skipped (all of them are named, with the paths
+            looked for), or a store in place was made by another recipe or of other records.
     """
     jobs: list[StoreJob] = []
     complete: list[str] = []
@@ -406,13 +442,14 @@ def jobs_for(
     if missing and not skip_missing:
         lines = [f"  {recipe.task}: {looked_for(recipe)}" for recipe, _ in missing]
         raise InputError(
-            f"the sources of {len(missing)} of {len(missing) + len(jobs) + len(complete)} tasks are missing; looked for\n"
-            + "\n".join(lines)
-            + "\nput them there, point --data-root elsewhere, or give --skip-missing"
+            f"the sources of {len(missing)} of {len(missing) + len(jobs) + len(complete)} tasks are missing; "
+            "looked for\n" + "\n".join(lines) + "\nput them there, point --data-root elsewhere, or give --skip-missing"
         )
     empty = [job for job in jobs if not any(file.size for file in job.files)]
     if empty:
-        raise InputError(f"{empty[0].recipe.task}: its files are empty: {', '.join(file.url for file in empty[0].files[:3])}")
+        raise InputError(
+            f"{empty[0].recipe.task}: its files are empty: {', '.join(file.url for file in empty[0].files[:3])}"
+        )
     return jobs, complete, [directory for _, directory in missing]
 
 

@@ -12,7 +12,8 @@ MIXTURES: Mapping[str, Mapping[str, float]] = {**sample_tasks.MIXTURES, **rates.
 
 
 def task_specs(root: str | Path) -> list[TaskSpec]:
-    """Our tasks, their sources looked for under `root`: the folder of a sample corpus or of Aurora-M's sources; no file is touched."""
+    """Our tasks, their sources looked for under `root`: the folder of a sample corpus or of Aurora-M's
+    sources; no file is touched."""
     folder = absolute(root)
     return [*sample_tasks.sample_tasks(folder), *aurora_m_tasks(folder)]
 

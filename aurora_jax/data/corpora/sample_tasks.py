@@ -13,8 +13,9 @@ from aurora_jax.data.text.sources import Source, TaskSpec
 
 LANGUAGES = ("en", "fi", "hi", "ja", "vi", "code")
 
-# Rates are shares of the sequences. In CAP and CAT half of what is read is English and code, replayed so that they are not forgotten while
-# the four new languages are learnt; at a sixth each, both rose by 4 % in bits per byte.
+# Rates are shares of the sequences. In CAP and CAT half of what is read is English and code, replayed so that
+# they are not forgotten while the four new languages are learnt; at a sixth each, both rose by 4 % in bits
+# per byte.
 REPLAY = {"en": 0.28, "code": 0.24, "fi": 0.12, "hi": 0.12, "ja": 0.12, "vi": 0.12}
 MIXTURES: Mapping[str, Mapping[str, float]] = {
     "nano_base": {"sample_en": 1 / 2, "sample_code": 1 / 2},

@@ -1,8 +1,9 @@
 """Which documents hold text of an evaluation set, and which item of it.
 
-An item is hit where a run of 13 of its words stands in a document (Brown et al., 2020, appendix C), or of 50 characters where no spaces
-are written. Fields shorter than that must stand there whole, and count only from 8 words or 20 characters on: shorter ones are phrases
-that anybody writes. Case, width of characters and punctuation do not count.
+An item is hit where a run of 13 of its words stands in a document (Brown et al., 2020, appendix C), or of 50
+characters where no spaces are written. Fields shorter than that must stand there whole, and count only from 8
+words or 20 characters on: shorter ones are phrases that anybody writes. Case, width of characters and
+punctuation do not count.
 
 Legend: U units of a text, G n-grams of units.
 """
@@ -38,7 +39,8 @@ CHARACTERS = Window(full=50, least=20)
 
 @dataclass(frozen=True)
 class Hit:
-    """An item of an evaluation file whose text stands in a document: `item` is its number from 0, `text` the units that were found."""
+    """An item of an evaluation file whose text stands in a document: `item` is its number from 0, `text` the
+    units that were found."""
 
     file: str
     item: int
@@ -54,7 +56,9 @@ class EvaluationIndex:
     """
 
     items: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _runs: dict[Window, dict[int, set[tuple[str, int]]]] = field(default_factory=lambda: {window: {} for window in (WORDS, CHARACTERS)})
+    _runs: dict[Window, dict[int, set[tuple[str, int]]]] = field(
+        default_factory=lambda: {window: {} for window in (WORDS, CHARACTERS)}
+    )
     # The first units of a short field -> the whole fields that begin so.
     _short: dict[Window, dict[int, set[tuple[int, int, str, int]]]] = field(
         default_factory=lambda: {window: defaultdict(set) for window in (WORDS, CHARACTERS)}
@@ -91,7 +95,8 @@ class EvaluationIndex:
         }
 
     def hits(self, units: list[str], unit_U: np.ndarray) -> list[Hit]:
-        """The items that stand in a document of these units (and their hashes), in order, each once, with the text that was found first."""
+        """The items that stand in a document of these units (and their hashes), in order, each once, with the
+        text that was found first."""
         found: dict[tuple[str, int], tuple[int, int]] = {}
         for window, (run_G, start_G) in self._sorted.items():
             for position, value in _present(hash_ngrams(unit_U, window.full), run_G):
@@ -119,7 +124,8 @@ def _joined(units: list[str]) -> str:
 
 
 def read_items(path: str, content: bytes) -> list[list[str]]:
-    """The items of an evaluation file, each the list of its texts: JSON lines, a JSON list, tab- or comma-separated, or a line each.
+    """The items of an evaluation file, each the list of its texts: JSON lines, a JSON list, tab- or
+    comma-separated, or a line each.
 
     Text is UTF-8; a byte-order mark at the beginning is no part of it, and lines end at line feeds alone.
 
@@ -148,7 +154,8 @@ def _read_lines(path: str, content: bytes) -> list[list[str]]:
 
 
 def _read_json(path: str, content: bytes) -> list[list[str]]:
-    """A list of items, or one on each line: both are found under the name .json. An object of lists gives the items of all its lists."""
+    """A list of items, or one on each line: both are found under the name .json. An object of lists gives the
+    items of all its lists."""
     try:
         value = json_lines.value_of(content)
     except json_lines.BadLine as whole:

@@ -1,4 +1,5 @@
-"""`aurora data curate OUT NAME=FILES ...`: check what was given, run the pipeline beside the destination, then rename."""
+"""`aurora data curate OUT NAME=FILES ...`: check what was given, run the pipeline beside the destination,
+then rename."""
 
 import dataclasses
 import functools
@@ -36,30 +37,37 @@ _POLL_SECONDS = 0.5
 class CurateCommand:
     """Filter, redact, deduplicate and decontaminate documents, and report what went, why, and with examples.
 
-    Documents are JSON lines with `text`, `language` and, as you like, `source`, `id` and more. A document passes, in this order: language
-    identification, heuristics (thresholds by language), your classifiers, decontamination, redaction of e-mail addresses, telephone
-    numbers, IP addresses and keys, and removal of exact and near duplicates across all inputs.
+    Documents are JSON lines with `text`, `language` and, as you like, `source`, `id` and more. A document
+    passes, in this order: language identification, heuristics (thresholds by language), your classifiers,
+    decontamination, redaction of e-mail addresses, telephone numbers, IP addresses and keys, and removal of
+    exact and near duplicates across all inputs.
 
         aurora data curate curated 'sample=corpus/train/*.jsonl' --evaluation benchmarks/*
 
-    writes curated/train/{language}.jsonl, report.md and report.json, rejected/{filter}.jsonl with samples for people to look at,
-    contamination.jsonl and quarantine/. The same input gives the same bytes, whatever the number of workers.
+    writes curated/train/{language}.jsonl, report.md and report.json, rejected/{filter}.jsonl with samples for
+    people to look at, contamination.jsonl and quarantine/. The same input gives the same bytes, whatever the
+    number of workers.
     """
 
     output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """The folder to write; must not exist. It appears complete or not at all; on an object store report.json comes last."""
+    """The folder to write; must not exist. It appears complete or not at all; on an object store report.json
+    comes last."""
     inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=FILES")]
     """A name for the report, and a path or pattern of JSON-lines files (.gz, .bz2 and .zst too)."""
     evaluation: tuple[str, ...] = ()
-    """Files of evaluation sets, or patterns of them (.jsonl, .json, .tsv, .csv, or one text a line): documents that hold their text go."""
+    """Files of evaluation sets, or patterns of them (.jsonl, .json, .tsv, .csv, or one text a line):
+    documents that hold their text go."""
     thresholds: Path | None = None
-    """A JSON file {language: {threshold: number}} that changes limits or adds languages; report.json lists all thresholds."""
+    """A JSON file {language: {threshold: number}} that changes limits or adds languages; report.json lists
+    all thresholds."""
     word_lists: Path | None = None
     """A folder with lists of flagged words or phrases, one file a language (fi.txt), one a line."""
     quality: tuple[str, ...] = ()
-    """LANGUAGE=MODEL.bin,label=LABEL,min=NUMBER: documents of the language to which the fastText model gives less than that go."""
+    """LANGUAGE=MODEL.bin,label=LABEL,min=NUMBER: documents of the language to which the fastText model gives
+    less than that go."""
     classifier: tuple[str, ...] = ()
-    """NAME=MODULE:FUNCTION,max=NUMBER (or min, or both; language=xx for one language): a function list[str] -> list[float] of yours."""
+    """NAME=MODULE:FUNCTION,max=NUMBER (or min, or both; language=xx for one language): a function list[str]
+    -> list[float] of yours."""
     similarity: float = 0.8
     """Jaccard similarity of shingles from which two documents are near duplicates."""
     samples: int = 20
@@ -71,7 +79,8 @@ class CurateCommand:
     runner: Runner = "direct"
     """Beam's runner; direct is this machine."""
     beam_options: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project, region, temp_location)."""
+    """An option of the runner, as --beam-options=--project=P; may be given many times (Dataflow: project,
+    region, temp_location)."""
 
     def run(self) -> None:
         """Curate, and print the table."""
@@ -79,7 +88,10 @@ class CurateCommand:
         console = Console()
         console.print(curated.to_table(self.output))
         for file, counts in curated.contamination.items():
-            console.print(f"{file}: {counts.found} of {counts.items - counts.too_short} items found, in {counts.documents} documents")
+            console.print(
+                f"{file}: {counts.found} of {counts.items - counts.too_short} items found, in "
+                f"{counts.documents} documents"
+            )
         bad = sum(sum(reasons.values()) for reasons in curated.quarantined.values())
         if bad:
             console.print(f"[yellow]{bad:,} lines are no documents: quarantine/ holds them with the reason[/yellow]")
@@ -95,7 +107,9 @@ def curate(command: CurateCommand) -> report.Report:
     settings = _settings(command)
     files = _files(command.inputs)
     items = pipeline.load_index(settings.evaluation).items
-    filters = report.filter_order([hook.name for hook in settings.hooks], bool(settings.evaluation), bool(settings.word_lists))
+    filters = report.filter_order(
+        [hook.name for hook in settings.hooks], bool(settings.evaluation), bool(settings.word_lists)
+    )
     taken = next((hook.name for hook in settings.hooks if filters.count(hook.name) > 1), None)
     if taken:
         raise InputError(f"{taken}: a filter of ours has this name; give the classifier another.")
@@ -122,15 +136,24 @@ def _settings(command: CurateCommand) -> pipeline.Settings:
     hooks = (*map(parse_quality, command.quality), *map(parse_classifier, command.classifier))
     thresholds = load_thresholds(command.thresholds)
     word_lists = load_word_lists(command.word_lists)
-    for what, language in (*(("word list", name) for name in word_lists), *(("filter", hook.language) for hook in hooks if hook.language)):
+    for what, language in (
+        *(("word list", name) for name in word_lists),
+        *(("filter", hook.language) for hook in hooks if hook.language),
+    ):
         if language not in thresholds:
-            raise InputError(f"there is a {what} for {language!r}, but no thresholds; there are {', '.join(thresholds)}.")
+            raise InputError(
+                f"there is a {what} for {language!r}, but no thresholds; there are {', '.join(thresholds)}."
+            )
     evaluation = sorted(file.url for files in _matches(command.evaluation) for file in files)
     names = [path.rpartition("/")[2] for path in evaluation]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise InputError(f"{twice}: two evaluation files have this name; rename one, so that the report can tell them apart.")
-    return pipeline.Settings(thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards)
+        raise InputError(
+            f"{twice}: two evaluation files have this name; rename one, so that the report can tell them apart."
+        )
+    return pipeline.Settings(
+        thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards
+    )
 
 
 def _files(inputs: tuple[str, ...]) -> list[InputPart]:
@@ -164,7 +187,8 @@ def _matches(patterns: Sequence[str]) -> list[list[File]]:
 
 @contextmanager
 def _destination(output: str) -> Iterator[str]:
-    """The folder to write into: beside a local destination, to be renamed at the end; an object store's destination itself."""
+    """The folder to write into: beside a local destination, to be renamed at the end; an object store's
+    destination itself."""
     if "://" in output:
         if kvstore_at(output).list().result():
             raise InputError(f"{output} exists already; remove it or choose another folder.")
@@ -193,7 +217,8 @@ def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.Sett
 
 @contextmanager
 def _progress(done: Path, parts: int) -> Iterator[None]:
-    """Shows how many of the parts have been read and filtered; what follows, from duplicates to writing, is short and unmeasured."""
+    """Shows how many of the parts have been read and filtered; what follows, from duplicates to writing, is
+    short and unmeasured."""
     columns = TextColumn("{task.description:30}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     finished = threading.Event()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -234,7 +259,9 @@ def _described(settings: pipeline.Settings) -> dict[str, Any]:
     """The settings as JSON, without paths of this machine."""
     return {
         "thresholds": {
-            language: {name: None if value == float("inf") else value for name, value in dataclasses.asdict(row).items()}
+            language: {
+                name: None if value == float("inf") else value for name, value in dataclasses.asdict(row).items()
+            }
             for language, row in sorted(settings.thresholds.items())
         },
         "word_lists": {language: len(words) for language, words in sorted(settings.word_lists.items())},

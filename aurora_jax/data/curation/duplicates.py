@@ -1,9 +1,10 @@
-"""Which documents say the same: exactly, by a hash of the normalized text, or nearly, by MinHash and a check of the true similarity.
+"""Which documents say the same: exactly, by a hash of the normalized text, or nearly, by MinHash and a check
+of the true similarity.
 
-MinHash (Broder, 1997) with locality-sensitive hashing finds candidates: documents that agree in all rows of a band of their signatures.
-Every candidate pair is then compared by the Jaccard similarity of its shingles, so that chance agreement removes nothing. Shingles are
-five words, or ten characters where no spaces are written; they are of one kind in all languages and sources, so copies are found across
-both.
+MinHash (Broder, 1997) with locality-sensitive hashing finds candidates: documents that agree in all rows of a
+band of their signatures. Every candidate pair is then compared by the Jaccard similarity of its shingles, so
+that chance agreement removes nothing. Shingles are five words, or ten characters where no spaces are written;
+they are of one kind in all languages and sources, so copies are found across both.
 
 Legend: U units of a text, G shingles, P permutations, B bands, R rows of a band.
 """
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 SHINGLE_WORDS = 5
 SHINGLE_CHARACTERS = 10
 PERMUTATIONS = 128
-# In a crowded bucket each document is compared with so many that follow it, not with all: copies of copies still hang together.
+# In a crowded bucket each document is compared with so many that follow it, not with all: copies of copies
+# still hang together.
 BUCKET_WINDOW = 64
 # Missing a pair costs a duplicate, a needless candidate only a comparison.
 _FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.01, 0.99
@@ -34,7 +36,8 @@ _FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.01, 0.99
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """A document in the graph of duplicates; of several the first in this order is kept: the longest, then the first by key."""
+    """A document in the graph of duplicates; of several the first in this order is kept: the longest, then
+    the first by key."""
 
     negative_length: int
     key: str
@@ -46,7 +49,8 @@ def text_hash(text: str) -> bytes:
 
 
 def shingles(text: str) -> np.ndarray:
-    """The distinct shingles of a text, sorted; uint64 [G]. A text that is shorter than a shingle is one; one without words has none."""
+    """The distinct shingles of a text, sorted; uint64 [G]. A text that is shorter than a shingle is one; one
+    without words has none."""
     units = split_units(normalize(text))
     if not units:
         return np.empty(0, dtype=np.uint64)
@@ -66,7 +70,9 @@ def bands_and_rows(similarity: float) -> tuple[int, int]:
     """How the signature is cut for a least similarity: (B, R) with B * R <= PERMUTATIONS."""
     from datasketch import MinHashLSH
 
-    index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, weights=(_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT))
+    index = MinHashLSH(
+        threshold=similarity, num_perm=PERMUTATIONS, weights=(_FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT)
+    )
     return index.b, index.r
 
 
@@ -79,7 +85,8 @@ def band_hashes(shingle_G: np.ndarray, similarity: float) -> list[bytes]:
     bands, rows = bands_and_rows(similarity)
     hash_BR = signature.hashvalues[: bands * rows].astype("<u8").reshape(bands, rows)
     return [
-        hashlib.blake2b(band_R.tobytes(), digest_size=16, salt=band.to_bytes(2, "little")).digest() for band, band_R in enumerate(hash_BR)
+        hashlib.blake2b(band_R.tobytes(), digest_size=16, salt=band.to_bytes(2, "little")).digest()
+        for band, band_R in enumerate(hash_BR)
     ]
 
 
@@ -99,7 +106,8 @@ def pairs(bucket: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def losers(edges: Sequence[tuple[Node, Node]]) -> Iterator[tuple[str, str]]:
-    """(key of a document that goes, key of the one that stays in its stead) for each component of the graph of duplicates."""
+    """(key of a document that goes, key of the one that stays in its stead) for each component of the graph
+    of duplicates."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

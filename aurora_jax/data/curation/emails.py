@@ -130,7 +130,8 @@ def _start(text: str, start: int, at: int, sign: str, language: str) -> int | No
 
 
 def _end(text: str, start: int, end: int, language: str) -> int | None:
-    """Where the domain name in [start, end) ends: behind its last label that is a public suffix. None if it has none."""
+    """Where the domain name in [start, end) ends: behind its last label that is a public suffix. None if it
+    has none."""
     dots = list(_DOTS.finditer(text, start, end))
     label_end = end
     for dot in reversed(dots):

@@ -30,8 +30,8 @@ _EXCERPT = 500
 _CODE_SHARE = 0.6
 
 _SPECIAL = regex.compile(r"[^\p{L}\p{M}\s]")
-# A line of code, by what prose does not do: ends in a semicolon or an open bracket, holds only brackets, opens with a keyword and its
-# syntax, a comment, a tag or an entry of a table, assigns, compares or calls.
+# A line of code, by what prose does not do: ends in a semicolon or an open bracket, holds only brackets,
+# opens with a keyword and its syntax, a comment, a tag or an entry of a table, assigns, compares or calls.
 _CODE_LINE = re.compile(
     r"""
       [;{}\[(]\s*$
@@ -53,7 +53,8 @@ _LETTER = regex.compile(r"\p{L}")
 
 
 def identify(text: str) -> tuple[str, float]:
-    """The language of a text and its probability: "code" with the share of lines that look like it, or that of one of 142 languages."""
+    """The language of a text and its probability: "code" with the share of lines that look like it, or that
+    of one of 142 languages."""
     share = code_share(text)
     if share >= _CODE_SHARE and _is_mostly_ascii(text):
         return CODE, share
@@ -62,7 +63,8 @@ def identify(text: str) -> tuple[str, float]:
 
 
 def _is_mostly_ascii(text: str) -> bool:
-    """Whether most letters are ASCII, as in code whatever language its comments are in; a list of formulas in Hindi is Hindi."""
+    """Whether most letters are ASCII, as in code whatever language its comments are in; a list of formulas in
+    Hindi is Hindi."""
     letters = _LETTER.findall(text)
     return sum(letter.isascii() for letter in letters) >= len(letters) / 2
 
@@ -133,7 +135,12 @@ class Metrics:
 
 
 def measure(
-    text: str, units: list[str], unit_U: np.ndarray, language: str, thresholds: Thresholds, word_list: Collection[str] = ()
+    text: str,
+    units: list[str],
+    unit_U: np.ndarray,
+    language: str,
+    thresholds: Thresholds,
+    word_list: Collection[str] = (),
 ) -> Metrics:
     """The metrics of a document.
 
@@ -159,7 +166,8 @@ def measure(
 
 
 def _frequent_share(hash_G: np.ndarray) -> float:
-    """ROOTS's repetition of characters: the share of the sqrt(n) most frequent of n n-grams, those that occur once left out."""
+    """ROOTS's repetition of characters: the share of the sqrt(n) most frequent of n n-grams, those that occur
+    once left out."""
     _, counts = np.unique(hash_G, return_counts=True)
     repeated = np.sort(counts[counts > 1])[::-1]
     return float(repeated[: math.isqrt(len(counts))].sum() / max(len(hash_G), 1))
@@ -185,7 +193,8 @@ def _flagged(units: list[str], word_list: Collection[str]) -> int:
 
 @functools.cache
 def _stop_words(language: str) -> frozenset[str]:
-    """Stop words of a language, none if the list has no such language. Of scripts without spaces those of one character count."""
+    """Stop words of a language, none if the list has no such language. Of scripts without spaces those of one
+    character count."""
     import stopwordsiso
 
     words = stopwordsiso.stopwords(language) if stopwordsiso.has_lang(language) else ()

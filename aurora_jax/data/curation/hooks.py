@@ -50,12 +50,15 @@ class Hook:
         """
         scores = [float(score) for score in self.load()(texts)]
         if len(scores) != len(texts):
-            raise InputError(f"{self.target} gave {len(scores)} scores for {len(texts)} texts; it must give one for each.")
+            raise InputError(
+                f"{self.target} gave {len(scores)} scores for {len(texts)} texts; it must give one for each."
+            )
         return scores
 
 
 def parse_classifier(specification: str) -> Hook:
-    """A hook from NAME=MODULE:FUNCTION,min=NUMBER or ...,max=NUMBER (both may stand); `language=xx` limits it to one language.
+    """A hook from NAME=MODULE:FUNCTION,min=NUMBER or ...,max=NUMBER (both may stand); `language=xx` limits it
+    to one language.
 
     Raises:
       InputError: it is not written so.
@@ -108,7 +111,9 @@ def _function(target: str) -> Scorer:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{target}: the classifier cannot be loaded ({error}); its module must be importable from here.") from None
+        raise InputError(
+            f"{target}: the classifier cannot be loaded ({error}); its module must be importable from here."
+        ) from None
 
 
 @functools.cache
@@ -122,7 +127,9 @@ def _fasttext(path: str, label: str) -> Scorer:
     except ValueError as error:
         raise InputError(f"{path}: not a fastText model ({error}).") from None
     if label not in model.get_labels():
-        raise InputError(f"{path}: the model has no label {label!r}; it has {', '.join(sorted(model.get_labels())[:10])}.")
+        raise InputError(
+            f"{path}: the model has no label {label!r}; it has {', '.join(sorted(model.get_labels())[:10])}."
+        )
 
     def score(texts: list[str]) -> list[float]:
         # The binding's own method: the wrapper around it builds arrays in a way that numpy 2 refuses.

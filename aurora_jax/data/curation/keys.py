@@ -1,4 +1,5 @@
-"""Keys: private key blocks, tokens that issuers mark, and values that are called a secret and look drawn, not written."""
+"""Keys: private key blocks, tokens that issuers mark, and values that are called a secret and look drawn, not
+written."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def _stems(text: str) -> Iterator[int]:
 
 
 def _is_drawn(value: str) -> bool:
-    """Whether a value looks drawn at random: high entropy, no placeholder, and not words and numbers set side by side."""
+    """Whether a value looks drawn at random: high entropy, no placeholder, and not words and numbers set side
+    by side."""
     if _UUID.fullmatch(value):
         return True
     entropy = -sum(count / len(value) * math.log2(count / len(value)) for count in Counter(value).values())

@@ -21,7 +21,8 @@ from aurora_jax.data.curation.keys import find_keys
 Kind = Literal["EMAIL", "PHONE", "IP_ADDRESS", "KEY"]
 KINDS: tuple[Kind, ...] = ("EMAIL", "PHONE", "IP_ADDRESS", "KEY")
 
-# What stands in the place of each kind, in the words of the language, so that a model learns to write a placeholder and no address.
+# What stands in the place of each kind, in the words of the language, so that a model learns to write a
+# placeholder and no address.
 PLACEHOLDERS: Mapping[str, Mapping[Kind, str]] = {
     "en": {"EMAIL": "<EMAIL>", "PHONE": "<PHONE_NUMBER>", "IP_ADDRESS": "<IP_ADDRESS>", "KEY": "<KEY>"},
     "fi": {"EMAIL": "<SÄHKÖPOSTI>", "PHONE": "<PUHELINNUMERO>", "IP_ADDRESS": "<IP-OSOITE>", "KEY": "<AVAIN>"},
@@ -31,8 +32,15 @@ PLACEHOLDERS: Mapping[str, Mapping[Kind, str]] = {
     "code": {"EMAIL": "<EMAIL>", "PHONE": "<PHONE_NUMBER>", "IP_ADDRESS": "<IP_ADDRESS>", "KEY": "<KEY>"},
 }
 
-# Where numbers without a country code are called from. In code only international numbers are looked for: other digits are mostly none.
-_REGIONS: Mapping[str, tuple[str, ...]] = {"en": ("US", "GB"), "fi": ("FI",), "hi": ("IN",), "ja": ("JP",), "vi": ("VN",)}
+# Where numbers without a country code are called from. In code only international numbers are looked for:
+# other digits are mostly none.
+_REGIONS: Mapping[str, tuple[str, ...]] = {
+    "en": ("US", "GB"),
+    "fi": ("FI",),
+    "hi": ("IN",),
+    "ja": ("JP",),
+    "vi": ("VN",),
+}
 
 _IPV4 = re.compile(r"(?<![\w.\-])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|[.+]\d)", re.ASCII)
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{1,4}:[0-9A-Fa-f:]{1,40}(?![\w:])", re.ASCII)
@@ -55,10 +63,12 @@ _NUMBER_BEFORE = re.compile(r"(?<![\w.\-])(-?[\d.]*\.\d+)[\s,]$")
 _NUMBER_AFTER = re.compile(r"[\s,](-?[\d.]{0,40}\.\d{1,20})(?![\w.])")
 _ADDRESS_AFTER = re.compile(r"[^\n]{0,8}\b(?:dns|host|server)|[^\n]{0,8}(?:サーバ|アドレス|DNS)", re.IGNORECASE)
 _CONTEXT = 24
-# Four small numbers are a version or the number of a section more often than an address; one address in 256 is so small by chance.
+# Four small numbers are a version or the number of a section more often than an address; one address in 256
+# is so small by chance.
 _SMALL_OCTET = 64
 
-# Seven digits or more, with what people write between them. Wider digits (Devanagari, full width) are `phonenumbers`' own work.
+# Seven digits or more, with what people write between them. Wider digits (Devanagari, full width) are
+# `phonenumbers`' own work.
 _PHONE_LIKE = re.compile(r"[+＋(（]{0,2}\d(?:[\s\-./()（）・‐-―−－]{0,3}\d){6,40}")
 # The matcher takes no number that letters touch; these do: TEL03-..., Gsm040...
 _PHONE_BEFORE = re.compile(r"(?:tel|phone|mobile?|cell|gsm|fax|puh|ph|đt|sđt|call)[.:]?$", re.IGNORECASE)
@@ -82,15 +92,18 @@ class Finding:
 
 
 def redact(text: str, language: str) -> tuple[str, Counter[Kind]]:
-    """The text with placeholders of the language for what was found, and how many of each kind. Redacting again changes nothing.
+    """The text with placeholders of the language for what was found, and how many of each kind. Redacting
+    again changes nothing.
 
     Args:
       text: a document.
-      language: a key of PLACEHOLDERS; others get English placeholders, and telephone numbers only with their country code.
+      language: a key of PLACEHOLDERS; others get English placeholders, and telephone numbers only with their
+          country code.
     """
     placeholders = PLACEHOLDERS.get(language, PLACEHOLDERS["en"])
     counts: Counter[Kind] = Counter()
-    # What goes was the context of what stays, so a second look may find more; it ends, for placeholders hold nothing that can be found.
+    # What goes was the context of what stays, so a second look may find more; it ends, for placeholders hold
+    # nothing that can be found.
     while findings := find(text, language):
         pieces, end = [], 0
         for finding in findings:
@@ -102,7 +115,8 @@ def redact(text: str, language: str) -> tuple[str, Counter[Kind]]:
 
 
 def find(text: str, language: str) -> list[Finding]:
-    """What would be redacted, in order; of findings that overlap, the longest (the digits of an address are no number)."""
+    """What would be redacted, in order; of findings that overlap, the longest (the digits of an address are
+    no number)."""
     found = [Finding(*span, "KEY") for span in find_keys(text)]
     found += [Finding(*span, "EMAIL") for span in find_addresses(text, language)]
     found += [*_ip_addresses(text), *_phone_numbers(text, language)]
@@ -146,14 +160,15 @@ def _ip_addresses(text: str) -> Iterator[Finding]:
 def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
     taken: set[tuple[int, int]] = set()
     for candidate in _PHONE_LIKE.finditer(text):
-        # The matcher is slow, so it sees only what has enough digits, with the characters before and after, which it judges by.
+        # The matcher is slow, so it sees only what has enough digits, with the characters before and after,
+        # which it judges by.
         if language == "code" and _is_operand(text, candidate.start(), candidate.end()):
             continue
         named = _PHONE_BEFORE.search(text, max(0, candidate.start() - 8), candidate.start())
         start = candidate.start() if named else max(0, candidate.start() - 2)
         window = text[start : candidate.end() + 2]
-        # With its country code a number may be grouped in any way; without, in the region's. Mobile numbers have no area
-        # code, and are grouped as one likes, with spaces.
+        # With its country code a number may be grouped in any way; without, in the region's. Mobile numbers
+        # have no area code, and are grouped as one likes, with spaces.
         readings: list[tuple[str | None, int]] = [(None, phonenumbers.Leniency.VALID)]
         for region in _REGIONS.get(language, ()):
             readings.append((region, phonenumbers.Leniency.STRICT_GROUPING))
@@ -174,7 +189,8 @@ def _phone_numbers(text: str, language: str) -> Iterator[Finding]:
 
 
 def _is_operand(text: str, start: int, end: int) -> bool:
-    """Whether digits in a program are a number to compute with: no plus before them, a space after it, an operand beside."""
+    """Whether digits in a program are a number to compute with: no plus before them, a space after it, an
+    operand beside."""
     while text[start] in "(（":
         start += 1
     if text[start] not in "+＋" or (not text[start + 1].isdecimal() and text[start + 1] not in "(（"):
@@ -188,7 +204,8 @@ def _is_operand(text: str, start: int, end: int) -> bool:
 
 
 def _is_written_as_a_number(number: str, language: str) -> bool:
-    """Whether digits are set out as a telephone number is; bare ones are rather identifiers. India writes mobiles as ten bare digits."""
+    """Whether digits are set out as a telephone number is; bare ones are rather identifiers. India writes
+    mobiles as ten bare digits."""
     if _DATE.match(number):
         return False
     if number.isdecimal() and number[0] not in "0０":

@@ -1,8 +1,10 @@
 """The pipeline, in Apache Beam: the same on one machine with several workers and on Dataflow, Flink or Spark.
 
-    ranges of files -> documents -> filters, decontamination, redaction -> exact duplicates -> near duplicates -> sorted files
+    ranges of files -> documents -> filters, decontamination, redaction -> exact duplicates -> near duplicates
+    -> sorted files
 
-Everything that is written is a row: the file it belongs to, its place in it, and its line. Rows meet in a file and are sorted, so that
+Everything that is written is a row: the file it belongs to, its place in it, and its line. Rows meet in a
+file and are sorted, so that
 the same input gives the same bytes in whatever order workers finish.
 
 Legend: U units of a text, G shingles.
@@ -86,7 +88,9 @@ class Rejection:
     why: str
 
 
-def build(pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, output: str, progress: str | None) -> None:
+def build(
+    pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, output: str, progress: str | None
+) -> None:
     """Add the whole pipeline; running it writes all files below `output`.
 
     Args:
@@ -100,7 +104,8 @@ def build(pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, o
         pipeline
         | "parts" >> beam.Create(files, reshuffle=False)
         | "spread" >> beam.Reshuffle()
-        | "read and filter" >> beam.ParDo(_Filter(settings, progress)).with_outputs("rejected", "rows", "counts", "metrics", main="kept")
+        | "read and filter"
+        >> beam.ParDo(_Filter(settings, progress)).with_outputs("rejected", "rows", "counts", "metrics", main="kept")
     )
     unique, exact = _without_exact_duplicates(filtered.kept)
     kept, near = _without_near_duplicates(unique, settings.similarity)
@@ -119,7 +124,9 @@ def build(pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, o
     samples = (
         rejected
         | "draw samples"
-        >> beam.Map(lambda rejection: ((rejection.filter, rejection.document.language), (_draw(rejection.document), rejection)))
+        >> beam.Map(
+            lambda rejection: ((rejection.filter, rejection.document.language), (_draw(rejection.document), rejection))
+        )
         | "smallest draws" >> beam.combiners.Top.SmallestPerKey(settings.samples, key=_draw_of)
         | "rows of samples" >> beam.FlatMapTuple(lambda key, drawn: [_sample_row(rejection) for _, rejection in drawn])
     )
@@ -127,7 +134,11 @@ def build(pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, o
         filtered.metrics
         | "smallest metrics" >> beam.combiners.Top.SmallestPerKey(METRICS_SAMPLE)
         | "rows of metrics"
-        >> beam.FlatMapTuple(lambda language, drawn: [(METRICS_FILE, (language, draw), f'["{language}", {line}]') for draw, line in drawn])
+        >> beam.FlatMapTuple(
+            lambda language, drawn: [
+                (METRICS_FILE, (language, draw), f'["{language}", {line}]') for draw, line in drawn
+            ]
+        )
     )
     documents = kept | "rows of documents" >> beam.Map(functools.partial(_document_row, shards=settings.shards))
     (
@@ -165,7 +176,9 @@ class _Filter(beam.DoFn):
             if isinstance(document, Bad):
                 yield beam.pvalue.TaggedOutput("counts", (("quarantined", file.input, document.reason), (1, 0)))
                 fields = {"where": document.where, "reason": document.reason, "begins": document.excerpt}
-                yield beam.pvalue.TaggedOutput("rows", (f"quarantine/{file.input}.jsonl", (document.where,), _json(fields)))
+                yield beam.pvalue.TaggedOutput(
+                    "rows", (f"quarantine/{file.input}.jsonl", (document.where,), _json(fields))
+                )
                 continue
             yield beam.pvalue.TaggedOutput("counts", _counted(document, READ))
             documents += yield from self._measure(document)
@@ -206,7 +219,9 @@ class _Filter(beam.DoFn):
         for hit in hits:
             fields = {"file": hit.file, "item": hit.item, "document": document.key, "language": document.language}
             fields |= {"source": document.record["source"], "text": hit.text}
-            yield beam.pvalue.TaggedOutput("rows", (CONTAMINATION_FILE, (hit.file, f"{hit.item:09d}", document.key), _json(fields)))
+            yield beam.pvalue.TaggedOutput(
+                "rows", (CONTAMINATION_FILE, (hit.file, f"{hit.item:09d}", document.key), _json(fields))
+            )
         if hits:
             yield _rejected(document, CONTAMINATION, "; ".join(f"{hit.file} item {hit.item}" for hit in hits[:5]))
             return
@@ -263,14 +278,18 @@ def _keep_one(_: bytes, equals: Iterable[Document]) -> Iterator[Any]:
         yield _rejected(document, EXACT_DUPLICATES, f"equal to {first.key}")
 
 
-def _without_near_duplicates(documents: beam.PCollection, similarity: float) -> tuple[beam.PCollection, beam.PCollection]:
+def _without_near_duplicates(
+    documents: beam.PCollection, similarity: float
+) -> tuple[beam.PCollection, beam.PCollection]:
     """(one document of each component of near duplicates and all others that have none; rejections)."""
     by_key = documents | "by key" >> beam.Map(lambda document: (document.key, document))
     candidates = (
         documents
         | "bands"
         >> beam.FlatMap(
-            lambda document: [(band, document.key) for band in duplicates.band_hashes(duplicates.shingles(document.text), similarity)]
+            lambda document: [
+                (band, document.key) for band in duplicates.band_hashes(duplicates.shingles(document.text), similarity)
+            ]
         )
         | "bands meet" >> beam.GroupByKey()
         | "pairs" >> beam.FlatMapTuple(lambda band, keys: duplicates.pairs(keys))
@@ -307,7 +326,9 @@ def _send_to_second(_: str, joined: Mapping[str, Iterable[Any]]) -> Iterator[tup
         yield other, (_node(document), document.text)
 
 
-def _compare(_: str, joined: Mapping[str, Iterable[Any]], similarity: float) -> Iterator[tuple[duplicates.Node, duplicates.Node]]:
+def _compare(
+    _: str, joined: Mapping[str, Iterable[Any]], similarity: float
+) -> Iterator[tuple[duplicates.Node, duplicates.Node]]:
     (document,) = joined["documents"]
     shingle_G = None
     for node, text in joined["others"]:
@@ -359,13 +380,19 @@ def _sample_row(rejection: Rejection) -> Row:
     """A rejected document for people to look at, without what must not be shown."""
     document = rejection.document
     text, _ = pii.redact(document.text[:_SAMPLE_CHARACTERS], document.language)
-    fields = {"language": document.language, "why": rejection.why, "document": document.key, "source": document.record["source"]}
+    fields = {
+        "language": document.language,
+        "why": rejection.why,
+        "document": document.key,
+        "source": document.record["source"],
+    }
     fields |= {"characters": len(document.text), "text": text}
     return f"rejected/{rejection.filter}.jsonl", (document.language, document.key), _json(fields)
 
 
 def _document_row(document: Document, shards: int) -> Row:
-    """The record with its redacted text. With several shards a document's is drawn, so that each is a fair part of the whole."""
+    """The record with its redacted text. With several shards a document's is drawn, so that each is a fair
+    part of the whole."""
     name = document.language
     if shards > 1:
         name += f"-{int(_draw(document)[:16], 16) % shards:05d}-of-{shards:05d}"

@@ -22,7 +22,8 @@ DOCUMENTS, BYTES = "documents", "bytes"
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What was looked for and found of one evaluation file: `too_short` items have no field that is long enough to tell."""
+    """What was looked for and found of one evaluation file: `too_short` items have no field that is long
+    enough to tell."""
 
     items: int
     too_short: int
@@ -62,7 +63,8 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     def rows(self) -> list[list[str]]:
-        """The table: a heading, then a row for what was read, each filter, what was kept, and each kind that was redacted."""
+        """The table: a heading, then a row for what was read, each filter, what was kept, and each kind that
+        was redacted."""
         columns = [*self.languages, "all"]
         rows = [["documents", *columns], ["read", *self._counts(self.read)]]
         rows += [[name.replace("_", " "), *self._counts(self.rejected.get(name, {}))] for name in self.filters]
@@ -72,7 +74,9 @@ class Report:
         for kind in KINDS:
             of_kind = self.redacted.get(kind, {})
             numbers = [of_kind.get(language, 0) for language in self.languages]
-            rows.append([f"redacted: {kind}", *(f"{number:,}" if number else "" for number in (*numbers, sum(numbers)))])
+            rows.append(
+                [f"redacted: {kind}", *(f"{number:,}" if number else "" for number in (*numbers, sum(numbers)))]
+            )
         return rows
 
     def to_markdown(self) -> str:
@@ -81,10 +85,19 @@ class Report:
         if self.contamination:
             found = [["evaluation set", "items", "too short to tell", "found", "documents removed"]]
             for name, counts in self.contamination.items():
-                found.append([name, *(f"{number:,}" for number in (counts.items, counts.too_short, counts.found, counts.documents))])
+                found.append(
+                    [
+                        name,
+                        *(f"{number:,}" for number in (counts.items, counts.too_short, counts.found, counts.documents)),
+                    ]
+                )
             lines += ["", *_markdown(found)]
         if self.quarantined:
-            bad = [[input, reason, f"{lines_of:,}"] for input, reasons in self.quarantined.items() for reason, lines_of in reasons.items()]
+            bad = [
+                [input, reason, f"{lines_of:,}"]
+                for input, reasons in self.quarantined.items()
+                for reason, lines_of in reasons.items()
+            ]
             lines += ["", *_markdown([["quarantined", "reason", "lines"], *bad])]
         return "\n".join(lines) + "\n"
 
@@ -128,19 +141,26 @@ def compose(
     """The report of what the pipeline counted.
 
     Args:
-      counts: [group, language or input, filter or kind or reason, documents or pieces, bytes], one for each that occurred.
+      counts: [group, language or input, filter or kind or reason, documents or pieces, bytes], one for each
+          that occurred.
       metrics: (language, metrics) of documents drawn at random.
       hits: the lines of contamination.jsonl.
       items: evaluation file -> (items, those long enough).
       filters: `filter_order` of the run.
       settings: for the record.
     """
-    documents = {(name, language): {DOCUMENTS: n, BYTES: size} for group, language, name, n, size in counts if group == "documents"}
+    documents = {
+        (name, language): {DOCUMENTS: n, BYTES: size}
+        for group, language, name, n, size in counts
+        if group == "documents"
+    }
     languages = [language for language in ("en", "fi", "hi", "ja", "vi", "code") if ("read", language) in documents]
     languages += sorted({language for name, language in documents if name == "read"} - set(languages))
     redacted = {(kind, language): n for group, language, kind, n, _ in counts if group == "redacted"}
     quarantined: dict[str, dict[str, int]] = {}
-    for input, reason, n in sorted((input, reason, n) for group, input, reason, n, _ in counts if group == "quarantined"):
+    for input, reason, n in sorted(
+        (input, reason, n) for group, input, reason, n, _ in counts if group == "quarantined"
+    ):
         quarantined.setdefault(input, {})[reason] = n
 
     def of(name: str) -> dict[str, dict[str, int]]:
@@ -157,10 +177,16 @@ def compose(
         read=of("read"),
         kept=of("kept"),
         rejected={name: of(name) for name in filters if of(name)},
-        redacted={kind: here for kind in KINDS if (here := {name: redacted[kind, name] for name in languages if (kind, name) in redacted})},
+        redacted={
+            kind: here
+            for kind in KINDS
+            if (here := {name: redacted[kind, name] for name in languages if (kind, name) in redacted})
+        },
         quarantined=quarantined,
         contamination=contamination,
-        percentiles={language: _percentiles([values for name, values in metrics if name == language]) for language in languages},
+        percentiles={
+            language: _percentiles([values for name, values in metrics if name == language]) for language in languages
+        },
         settings=settings,
     )
 
@@ -170,7 +196,8 @@ def _percentiles(metrics: Sequence[dict[str, float]]) -> dict[str, dict[str, flo
         return {}
     return {
         name: {
-            f"{percentile}%": round(float(np.percentile([values[name] for values in metrics], percentile)), 4) for percentile in PERCENTILES
+            f"{percentile}%": round(float(np.percentile([values[name] for values in metrics], percentile)), 4)
+            for percentile in PERCENTILES
         }
         for name in _HEURISTICS
     }

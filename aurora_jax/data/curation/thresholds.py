@@ -1,9 +1,11 @@
 """The limits of the document filters, one row a language, and how a user changes a row or adds one.
 
-The metrics are those of ROOTS (Laurençon et al., 2022) and CulturaX (Nguyen et al., 2023, section 2.3). ROOTS publishes its limits for en,
-hi and vi (bigscience-workshop/data-preparation, parameters_filtering.py); they were set for web pages and are quoted beside ours. Like
-CulturaX we then look at the percentiles of each metric: no limit removes more than about 1 % of a clean corpus of short documents (the
-sample corpus), because what such a corpus has is text, however terse. `report.json` of every run holds the percentiles of its own input.
+The metrics are those of ROOTS (Laurençon et al., 2022) and CulturaX (Nguyen et al., 2023, section 2.3). ROOTS
+publishes its limits for en, hi and vi (bigscience-workshop/data-preparation, parameters_filtering.py); they
+were set for web pages and are quoted beside ours. Like CulturaX we then look at the percentiles of each
+metric: no limit removes more than about 1 % of a clean corpus of short documents (the sample corpus), because
+what such a corpus has is text, however terse. `report.json` of every run holds the percentiles of its own
+input.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ CODE = "code"
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a document of one language must measure. Ratios lie between 0 and 1; words are characters where no spaces are written.
+    """What a document of one language must measure. Ratios lie between 0 and 1; words are characters where no
+    spaces are written.
 
     Attributes:
-      language_probability: least probability that the identifier gives the language (for code: least share of lines that look like code).
+      language_probability: least probability that the identifier gives the language (for code: least share of
+          lines that look like code).
       minimum_words: fewest words.
-      maximum_character_repetition: share of the most frequent 10-grams of characters (as many of them as the root of their number).
+      maximum_character_repetition: share of the most frequent 10-grams of characters (as many of them as the
+          root of their number).
       word_repetition_length: length of the n-grams of words of the next line.
       maximum_word_repetition: share of the n-grams of words that occur more than once.
       maximum_special_characters: share of characters that are neither letters, marks nor white space.
@@ -56,9 +61,11 @@ class Thresholds:
 THRESHOLDS: Mapping[str, Thresholds] = {
     # ROOTS: 20 words, word repetition 0.19, stop words 0.3 (of a list of closed classes).
     "en": Thresholds(minimum_stop_words=0.15),
-    # Inflection does the work of function words: ROOTS's Basque, alike in this, has 8 words, repetition 0.40, stop words 0.05.
+    # Inflection does the work of function words: ROOTS's Basque, alike in this, has 8 words, repetition 0.40,
+    # stop words 0.05.
     "fi": Thresholds(minimum_words=7, minimum_stop_words=0.03),
-    # ROOTS: 38 words, word repetition 0.47, stop words 0.01. Devanagari's vowel signs are characters, so lines count longer than they look.
+    # ROOTS: 38 words, word repetition 0.47, stop words 0.01. Devanagari's vowel signs are characters, so
+    # lines count longer than they look.
     "hi": Thresholds(
         language_probability=0.4,  # Marathi and Nepali share the script and most of the words of short messages
         maximum_word_repetition=0.47,
@@ -68,7 +75,8 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         short_line=10,
         maximum_short_lines=0.8,
     ),
-    # Characters, not words: about two make a word, so lengths double and lines are half as long. Stop words are particles of one character.
+    # Characters, not words: about two make a word, so lengths double and lines are half as long. Stop words
+    # are particles of one character.
     "ja": Thresholds(
         minimum_words=25,
         word_repetition_length=10,
@@ -81,7 +89,9 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         maximum_short_lines=0.85,
     ),
     # Words are syllables. ROOTS: 30 words, word repetition 0.20, stop words 0.08 with pairs of syllables.
-    "vi": Thresholds(minimum_words=15, maximum_word_repetition=0.55, minimum_stop_words=0.12, maximum_flagged_words=0.005),
+    "vi": Thresholds(
+        minimum_words=15, maximum_word_repetition=0.55, minimum_stop_words=0.12, maximum_flagged_words=0.005
+    ),
     # The Stack and StarCoder (Li et al., 2023): mean line length at most 100, which drops minified and generated files.
     CODE: Thresholds(
         language_probability=0.2,
@@ -96,7 +106,8 @@ THRESHOLDS: Mapping[str, Thresholds] = {
 
 
 def load_thresholds(path: Path | None) -> dict[str, Thresholds]:
-    """The table, changed by a JSON file {language: {field: number}}; a language that has no row starts from the defaults.
+    """The table, changed by a JSON file {language: {field: number}}; a language that has no row starts from
+    the defaults.
 
     Raises:
       InputError: the file is no such JSON, or names a field that there is not.
@@ -109,8 +120,12 @@ def load_thresholds(path: Path | None) -> dict[str, Thresholds]:
         for language, fields in changes.items():
             unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(Thresholds)})
             if unknown:
-                raise InputError(f"{path}: {language}: there is no threshold {unknown[0]!r}; there are {', '.join(_names())}.")
-            wrong = [name for name, value in fields.items() if isinstance(value, bool) or not isinstance(value, (int, float))]
+                raise InputError(
+                    f"{path}: {language}: there is no threshold {unknown[0]!r}; there are {', '.join(_names())}."
+                )
+            wrong = [
+                name for name, value in fields.items() if isinstance(value, bool) or not isinstance(value, (int, float))
+            ]
             if wrong:
                 raise InputError(f"{path}: {language}: {wrong[0]} must be a number, not {fields[wrong[0]]!r}.")
             rows[language] = dataclasses.replace(rows.get(language, Thresholds()), **fields)

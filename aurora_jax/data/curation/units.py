@@ -1,7 +1,7 @@
 """What a text is counted in: words where the script puts spaces between them, characters where it does not.
 
-Repetition, duplicates and contamination all look at runs of these units, by 64-bit hashes that are the same in every process and on every
-machine (Python's own `hash` is not).
+Repetition, duplicates and contamination all look at runs of these units, by 64-bit hashes that are the same
+in every process and on every machine (Python's own `hash` is not).
 
 Legend: U units of a text, G n-grams of units.
 """
@@ -15,7 +15,8 @@ import unicodedata
 import numpy as np
 import regex
 
-# Scripts that write no spaces between words: each character is a unit. ー (U+30FC) and 々 belong to no script of their own in Unicode.
+# Scripts that write no spaces between words: each character is a unit. ー (U+30FC) and 々 belong to no script
+# of their own in Unicode.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー々〆"
 # `regex`, not `re`: the \w of `re` breaks Devanagari words at every vowel sign.
 _UNIT = regex.compile(rf"[{_UNSPACED}]|[\w--[{_UNSPACED}]]+", regex.V1)
@@ -31,7 +32,8 @@ def normalize(text: str) -> str:
 
 
 def split_units(text: str) -> list[str]:
-    """The words of a text, and one by one the characters of scripts that put no spaces between words. Punctuation is left out."""
+    """The words of a text, and one by one the characters of scripts that put no spaces between words.
+    Punctuation is left out."""
     return _UNIT.findall(text)
 
 

@@ -1,4 +1,5 @@
-"""`aurora data describe MIXTURE`: what a mixture is made of, what of it is there, and how often a planned run would read it.
+"""`aurora data describe MIXTURE`: what a mixture is made of, what of it is there, and how often a planned run
+would read it.
 
 Needs neither files nor stores nor a tokenizer, and TensorFlow only for mixtures that are not ours.
 """
@@ -57,7 +58,8 @@ class DescribeCommand:
     """Show what a mixture is made of: tasks, rates, licences, files, stores, and epochs over a planned run."""
 
     mixture: tyro.conf.Positional[str]
-    """A mixture or task: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of --modules."""
+    """A mixture or task: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or one of
+    --modules."""
     data_root: str = "corpus"
     """Folder of the sources, as for `aurora data build`."""
     stores: str = "stores"
@@ -103,7 +105,8 @@ class DescribeCommand:
 def rates_of(mixture: str, data_root: str, modules: Sequence[str]) -> tuple[tuple[str, float], ...]:
     """(task, rate) of a mixture as the training loop has them, by name.
 
-    Ours come from the catalogue; others, and everything where modules are given, from SeqIO's registry, for which any tokenizer does.
+    Ours come from the catalogue; others, and everything where modules are given, from SeqIO's registry, for
+    which any tokenizer does.
 
     Raises:
         InputError: no mixture or task has that name, or a module cannot be imported.
@@ -113,7 +116,10 @@ def rates_of(mixture: str, data_root: str, modules: Sequence[str]) -> tuple[tupl
             return tuple(sorted(MIXTURES[mixture].items()))
         if mixture in {spec.name for spec in task_specs(data_root)}:
             return ((mixture, 1.0),)
-        raise InputError(f"no mixture or task of ours is named {mixture!r}; mixtures are {', '.join(MIXTURES)}; others need --modules")
+        raise InputError(
+            f"no mixture or task of ours is named {mixture!r}; mixtures are {', '.join(MIXTURES)}; others "
+            "need --modules"
+        )
     from aurora_jax.data.registry import tasks
     from aurora_jax.data.registry.vocabulary import vocabulary_from
 
@@ -124,7 +130,11 @@ def rates_of(mixture: str, data_root: str, modules: Sequence[str]) -> tuple[tupl
 
 
 def task_rows(
-    rates: Sequence[tuple[str, float]], data_root: str, stores: str, sequences: int | None = None, sequence_length: int = 2048
+    rates: Sequence[tuple[str, float]],
+    data_root: str,
+    stores: str,
+    sequences: int | None = None,
+    sequence_length: int = 2048,
 ) -> list[TaskRow]:
     """What is known of each task, the largest rate first.
 
@@ -165,7 +175,8 @@ def _known(spec: TaskSpec) -> dict:
 
 
 def _foreign(name: str) -> dict:
-    """A task of somebody else's module: its source may be ours, or SeqIO's own, which only says how many shards it has, if that."""
+    """A task of somebody else's module: its source may be ours, or SeqIO's own, which only says how many
+    shards it has, if that."""
     import seqio
 
     from aurora_jax.data.registry.tasks import FileSource
@@ -206,7 +217,8 @@ def tasks_table(rows: Sequence[TaskRow]) -> Table:
 
 
 def sources_text(rows: Sequence[TaskRow], data_root: str) -> Text:
-    """Where the files of each task are expected, and under which licence; paths are whole, so that they can be copied."""
+    """Where the files of each task are expected, and under which licence; paths are whole, so that they can
+    be copied."""
     folder = absolute(data_root)
     text = Text(f"expected under {folder}\n", style="italic")
     for row in rows:
@@ -246,7 +258,8 @@ def summary(mixture: str, rows: Sequence[TaskRow], sequences: int | None, sequen
     built = sum(row.rate for row in rows if row.store)
     tokens = sum(row.store.tokens for row in rows if row.store)
     text = (
-        f"{mixture}: {len(rows)} tasks; files of {sum(bool(row.found) for row in rows)} are there ({there:.1%} of the mixture), "
+        f"{mixture}: {len(rows)} tasks; files of {sum(bool(row.found) for row in rows)} are there "
+        f"({there:.1%} of the mixture), "
         f"stores of {sum(row.store is not None for row in rows)} ({built:.1%}; {tokens:,} tokens)."
     )
     if sequences is not None:
@@ -263,11 +276,22 @@ def rate_text(rate: float) -> str:
 
 def markdown(rows: Sequence[TaskRow]) -> str:
     """The table of tasks for a document: folders are shown below the data root."""
-    lines = ["| task | language | kind | rate | licence | under the data root | note |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | language | kind | rate | licence | under the data root | note |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         folder = f"{row.origin}/"
         files = [pattern[pattern.index(folder) :] if folder in pattern else pattern for pattern in row.expected]
-        cells = (row.name, row.language, row.kind, rate_text(row.rate), row.license, f"`{patterns_text(files)}`", row.note)
+        cells = (
+            row.name,
+            row.language,
+            row.kind,
+            rate_text(row.rate),
+            row.license,
+            f"`{patterns_text(files)}`",
+            row.note,
+        )
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,14 @@ from aurora_jax.data.look.describe import TaskRow, rate_text, shares
 from aurora_jax.errors import InputError
 
 # Okabe and Ito's palette, as in the charts of a report: a language has the same colour everywhere.
-LANGUAGE_COLOURS = {"en": "#0072B2", "code": "#555555", "fi": "#56B4E9", "hi": "#E69F00", "ja": "#CC79A7", "vi": "#009E73"}
+LANGUAGE_COLOURS = {
+    "en": "#0072B2",
+    "code": "#555555",
+    "fi": "#56B4E9",
+    "hi": "#E69F00",
+    "ja": "#CC79A7",
+    "vi": "#009E73",
+}
 OTHER = "#D55E00"
 KIND_COLOURS = {
     "web": "#4C72B0",
@@ -67,7 +74,14 @@ def _tasks(axes: Axes, rows: Sequence[TaskRow]) -> None:
     for number, row in enumerate(rows):
         there = bool(row.found) or row.store is not None
         colour = LANGUAGE_COLOURS.get(row.language, OTHER)
-        axes.barh([number], [row.rate], color=colour if there else "white", edgecolor=colour, height=0.7, hatch=None if there else "////")
+        axes.barh(
+            [number],
+            [row.rate],
+            color=colour if there else "white",
+            edgecolor=colour,
+            height=0.7,
+            hatch=None if there else "////",
+        )
         said = rate_text(row.rate) + ("" if row.epochs is None else f", {row.epochs:.3g} epochs")
         axes.text(row.rate * 1.08, number, said, va="center", fontsize=7)
     axes.set_xscale("log")

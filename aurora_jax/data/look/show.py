@@ -2,7 +2,8 @@
 
 Shape suffix: L positions of a sequence.
 
-A row of L inputs and L targets is L + 1 tokens in a line. The first one is only read; each of the others is a target, with loss or without.
+A row of L inputs and L targets is L + 1 tokens in a line. The first one is only read; each of the others is a
+target, with loss or without.
 """
 
 import codecs
@@ -38,7 +39,8 @@ class Run(NamedTuple):
         ids: their ids.
         position: of the first, in the row's line of L + 1 tokens.
         document: which document of the row they belong to, from 0.
-        loss: whether they are to be predicted, or some of them: the row's first token is not, though a character may begin with it.
+        loss: whether they are to be predicted, or some of them: the row's first token is not, though a
+            character may begin with it.
         special: whether it is a special token.
     """
 
@@ -85,17 +87,27 @@ class Row:
             ("row", f"{self.number:,}"),
             ("task", f"{place.task} ({self.language})"),
             ("epoch", f"{epoch:.4f} (sequence {place.turn:,} of {place.windows:,} in epoch {place.epoch:,})"),
-            ("tokens", f"[{place.start:,}, {place.start + self.targets + 1:,}) of the store; {documents:,} document{'s'[: documents - 1]}"),
-            ("loss", f"{self.learnt:,} of {self.targets:,} targets" + (f"; {self.padding:,} places of padding" if self.padding else "")),
+            (
+                "tokens",
+                f"[{place.start:,}, {place.start + self.targets + 1:,}) of the store; {documents:,} "
+                f"document{'s'[: documents - 1]}",
+            ),
+            (
+                "loss",
+                f"{self.learnt:,} of {self.targets:,} targets"
+                + (f"; {self.padding:,} places of padding" if self.padding else ""),
+            ),
         )
 
 
 @dataclass(frozen=True)
 class ShowCommand:
-    """Show one row of the batch of a step as the model reads it: documents in colours, what has no loss dim and underlined."""
+    """Show one row of the batch of a step as the model reads it: documents in colours, what has no loss dim
+    and underlined."""
 
     what: tyro.conf.Positional[str]
-    """A mixture or task; or a config file, whose stages, stores, seed, batch size and so on are then the defaults of the flags below."""
+    """A mixture or task; or a config file, whose stages, stores, seed, batch size and so on are then the
+    defaults of the flags below."""
     step: int = 0
     """Step of the run, from 0; for a mixture, of a run that reads nothing else."""
     row: int = 0
@@ -124,13 +136,16 @@ class ShowCommand:
     """(name, mixture, steps) of a config's stages."""
 
     def run(self) -> None:
-        """Raises InputError: no such mixture, step or row, missing stores, or another tokenizer than that of the stores."""
+        """Raises InputError: no such mixture, step or row, missing stores, or another tokenizer than that of
+        the stores."""
         if self.tokenizer is None:
             raise InputError("give --tokenizer: the tokenizer.json that the stores were made with, or its folder")
         tokenizer = tokenizer_from(self.tokenizer)
         stages = self.stages or ((self.what, self.what, self.step + 1),)
         rates = {mixture: rates_of(mixture, self.data_root, self.modules) for _, mixture, _ in stages}
-        stores = _open(self.stores, {task for its_rates in rates.values() for task, _ in its_rates}, tokenizer, self.skip_missing)
+        stores = _open(
+            self.stores, {task for its_rates in rates.values() for task, _ in its_rates}, tokenizer, self.skip_missing
+        )
         console = Console()
         for mixture, its_rates in rates.items():
             if absent := left_out(mixture, its_rates, stores):
@@ -157,14 +172,16 @@ def _open(root: str, tasks: set[str], tokenizer: Tokenizer, skip_missing: bool) 
     there = {task: directory for task, directory in directories.items() if read_info(directory) is not None}
     if len(there) < len(tasks) and not skip_missing:
         raise InputError(
-            f"{root}: no complete token store of {', '.join(task for task in directories if task not in there)}; build them with "
+            f"{root}: no complete token store of "
+            f"{', '.join(task for task in directories if task not in there)}; build them with "
             "`aurora data build`, or leave them out with --skip-missing"
         )
     stores = {task: TokenStore.open(directory) for task, directory in there.items()}
     for store in stores.values():
         if store.info.tokenizer_sha256 != tokenizer.sha256:
             raise InputError(
-                f"{store.directory}: made with the tokenizer {store.info.tokenizer_sha256[:12]}, but {tokenizer.path} is "
+                f"{store.directory}: made with the tokenizer {store.info.tokenizer_sha256[:12]}, but "
+                f"{tokenizer.path} is "
                 f"{tokenizer.sha256[:12]}; give --tokenizer the one that the stores were made with"
             )
     return stores
@@ -228,6 +245,10 @@ def print_row(row: Row, console: Console) -> None:
     console.print(legend)
     text = Text()
     for run in row.runs:
-        style = STYLES[run.document % len(STYLES)] + ("" if run.loss else " dim underline") + (" reverse" if run.special else "")
+        style = (
+            STYLES[run.document % len(STYLES)]
+            + ("" if run.loss else " dim underline")
+            + (" reverse" if run.special else "")
+        )
         text.append(harmless(run.text), style=style)
     console.print(text, soft_wrap=True)

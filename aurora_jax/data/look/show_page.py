@@ -41,11 +41,13 @@ class Shown(Protocol):
 def page(title: str, facts: Sequence[tuple[str, str]], runs: Sequence[Shown]) -> str:
     """The whole page: facts, a legend, and the tokens, each with its position and ids where the pointer rests on it."""
     rules = "".join(
-        f".d{number} {{ color: {colour}; }} .special.d{number} {{ background: {colour}; }}\n" for number, colour in enumerate(COLOURS)
+        f".d{number} {{ color: {colour}; }} .special.d{number} {{ background: {colour}; }}\n"
+        for number, colour in enumerate(COLOURS)
     )
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     legend = "".join(
-        f'<span class="d{number}">document {number}</span>' for number in range(min(len(COLOURS), 1 + max(run.document for run in runs)))
+        f'<span class="d{number}">document {number}</span>'
+        for number in range(min(len(COLOURS), 1 + max(run.document for run in runs)))
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -62,15 +64,23 @@ def page(title: str, facts: Sequence[tuple[str, str]], runs: Sequence[Shown]) ->
 
 
 def _span(run: Shown) -> str:
-    classes = [f"d{run.document % len(COLOURS)}", *([] if run.loss else ["silent"]), *(["special"] if run.special else [])]
+    classes = [
+        f"d{run.document % len(COLOURS)}",
+        *([] if run.loss else ["silent"]),
+        *(["special"] if run.special else []),
+    ]
     ids = " ".join(map(str, run.ids))
     tip = f"position {run.position}, document {run.document}, id {ids}" + ("" if run.loss else ", no loss")
     return f'<span class="{" ".join(classes)}" title="{tip}">{escape(harmless(run.text))}</span>'
 
 
 def harmless(text: str) -> str:
-    """Control characters as pictures of themselves, so that no text steers a terminal or is lost in a page; line ends and tabs stay."""
-    return "".join(_picture(character) if category(character) == "Cc" and character not in "\n\t" else character for character in text)
+    """Control characters as pictures of themselves, so that no text steers a terminal or is lost in a page;
+    line ends and tabs stay."""
+    return "".join(
+        _picture(character) if category(character) == "Cc" and character not in "\n\t" else character
+        for character in text
+    )
 
 
 def _picture(control: str) -> str:

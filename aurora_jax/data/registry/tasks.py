@@ -4,8 +4,8 @@ A task is registered in SeqIO's own way, with `FileSource` and `Prepare` or with
 
     seqio.TaskRegistry.add(
         "my_code",
-        source=FileSource(Source({"train": ("gs://bucket/code/*.jsonl.zst",)}, "jsonl", fields={"path": "file"}, language="code")),
-        preprocessors=[Prepare(CodeFormat(), FillInTheMiddle())],
+        source=FileSource(Source({"train": ("gs://bucket/code/*.jsonl.zst",)}, "jsonl", fields={"path":
+        "file"}, language="code")), preprocessors=[Prepare(CodeFormat(), FillInTheMiddle())],
         output_features={"targets": seqio.Feature(vocabulary_from("tokenizer.json"), add_eos=True)},
     )
 
@@ -78,7 +78,8 @@ class FileSource(seqio.DataSource):
 
 
 class Prepare:
-    """The last preprocessor of a task: document steps, the tokenizer, and EOS if the feature `targets` has `add_eos`."""
+    """The last preprocessor of a task: document steps, the tokenizer, and EOS if the feature `targets` has
+    `add_eos`."""
 
     def __init__(self, *steps: DocumentStep):
         self.steps = steps
@@ -100,7 +101,8 @@ class Prepare:
 
 
 class DatasetReader:
-    """Reads what needs TensorFlow: any other data source of SeqIO, or a `Source` followed by preprocessors on tf.data datasets."""
+    """Reads what needs TensorFlow: any other data source of SeqIO, or a `Source` followed by preprocessors on
+    tf.data datasets."""
 
     def __init__(self, source: seqio.DataSource, split: str, steps: Sequence[Callable[..., Any]]):
         self.source, self.split, self.steps = source, split, tuple(steps)
@@ -113,7 +115,11 @@ class DatasetReader:
         return found if len(found) == len(shards) else [File(shard, 1, 0) for shard in shards]
 
     def parts(self, file: File) -> list[Part]:
-        return self.source.source.parts(file) if isinstance(self.source, FileSource) else [Part(file.url, 0, -1, file.size)]
+        return (
+            self.source.source.parts(file)
+            if isinstance(self.source, FileSource)
+            else [Part(file.url, 0, -1, file.size)]
+        )
 
     def read(self, part: Part) -> Iterator[Document | Bad]:
         bad: list[Bad] = []
@@ -147,7 +153,9 @@ class DatasetReader:
         """What the fingerprint holds of it."""
         source = self.source
         what = (type(source).__module__, type(source).__qualname__)
-        own: Any = source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
+        own: Any = (
+            source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
+        )
         return (*what, own, *map(describe, self.steps))
 
 
@@ -166,7 +174,11 @@ def _document(example: dict[str, Any], where: str = "") -> Document | Bad:
     """A document out of an example of SeqIO's pipeline."""
     if "targets" not in example:
         return Bad(where, "no feature 'targets'", repr(sorted(example))[:EXCERPT])
-    fields = {name: value.decode() if isinstance(value, bytes) else value for name, value in example.items() if name not in EXAMPLE}
+    fields = {
+        name: value.decode() if isinstance(value, bytes) else value
+        for name, value in example.items()
+        if name not in EXAMPLE
+    }
     fields |= json.loads(example.get("fields", b"{}"))
     if "language" in example:
         fields["language"] = example["language"].decode()
@@ -180,25 +192,31 @@ def _document(example: dict[str, Any], where: str = "") -> Document | Bad:
 def recipe_of(task_name: str, split: str) -> Recipe:
     """The recipe of a registered task.
 
-    Its preprocessors must be steps on datasets (with no argument but the dataset), then `Prepare`, or SeqIO's `tokenize` and, if wanted,
-    `append_eos`.
+    Its preprocessors must be steps on datasets (with no argument but the dataset), then `Prepare`, or SeqIO's
+    `tokenize` and, if wanted, `append_eos`.
 
     Raises:
         InputError: no such task or split, other preprocessors, or a vocabulary that has no digest.
     """
     if task_name not in seqio.TaskRegistry.names():
-        raise InputError(f"no SeqIO task is named {task_name!r}; registered are: {', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}")
+        raise InputError(
+            f"no SeqIO task is named {task_name!r}; registered are: "
+            f"{', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}"
+        )
     task = seqio.TaskRegistry.get(task_name)
     if split not in task.splits:
         raise InputError(f"task {task_name} has no split {split!r}; it has: {', '.join(task.splits)}")
     feature = task.output_features["targets"]
     if not isinstance(feature.vocabulary, Vocabulary):
         raise InputError(
-            f"task {task_name}: its vocabulary, a {type(feature.vocabulary).__name__}, has no digest; make it with vocabulary_from(path)"
+            f"task {task_name}: its vocabulary, a {type(feature.vocabulary).__name__}, has no digest; make it "
+            "with vocabulary_from(path)"
         )
     # The marker of SeqIO's own cache, which the store replaces, does nothing.
     steps = [step for step in task.preprocessors if not isinstance(step, seqio.CacheDatasetPlaceholder)]
-    last = next((place for place, step in enumerate(steps) if isinstance(step, Prepare) or step is TOKENIZE), len(steps))
+    last = next(
+        (place for place, step in enumerate(steps) if isinstance(step, Prepare) or step is TOKENIZE), len(steps)
+    )
     before, after = steps[:last], steps[last:]
     if len(after) == 1 and isinstance(after[0], Prepare):
         document_steps, append_eos = after[0].steps, feature.add_eos
@@ -206,22 +224,28 @@ def recipe_of(task_name: str, split: str) -> Recipe:
         document_steps, append_eos = (), feature.add_eos and len(after) == 2
     else:
         raise InputError(
-            f"task {task_name}: a token store needs preprocessors that end with Prepare(...), or with seqio.preprocessors.tokenize and, if "
+            f"task {task_name}: a token store needs preprocessors that end with Prepare(...), or with "
+            "seqio.preprocessors.tokenize and, if "
             f"wanted, append_eos; these are {[getattr(step, '__name__', repr(step)) for step in steps]}"
         )
     for step in before:
         needed = [
-            p.name for p in list(inspect.signature(step).parameters.values())[1:] if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+            p.name
+            for p in list(inspect.signature(step).parameters.values())[1:]
+            if p.default is p.empty and p.kind < p.VAR_POSITIONAL
         ]
         if needed:
-            raise InputError(f"task {task_name}: preprocessor {step} needs {', '.join(needed)}; bind them with functools.partial")
+            raise InputError(
+                f"task {task_name}: preprocessor {step} needs {', '.join(needed)}; bind them with functools.partial"
+            )
     plain = isinstance(task.source, FileSource) and not before
     reader = task.source.source if plain else DatasetReader(task.source, split, before)
     return Recipe(task_name, split, reader, document_steps, feature.vocabulary.tokenizer, append_eos)
 
 
 def mixture_rates(mixture_name: str) -> tuple[tuple[str, float], ...]:
-    """(task name, rate) of every task of a registered mixture, sub-mixtures resolved, by name. For a task: its own name at rate 1.
+    """(task name, rate) of every task of a registered mixture, sub-mixtures resolved, by name. For a task:
+    its own name at rate 1.
 
     Raises:
         InputError: no mixture or task has that name.
@@ -239,7 +263,8 @@ _registered: tuple[str, str] | None = None  # root and tokenizer digest of our t
 
 
 def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = ()) -> None:
-    """Puts our tasks and mixtures into SeqIO's registry, their sources looked for under `root`, and imports modules that add more.
+    """Puts our tasks and mixtures into SeqIO's registry, their sources looked for under `root`, and imports
+    modules that add more.
 
     No file is touched: what is missing is said when a store is built. The same root and tokenizer again: nothing to do.
 
@@ -255,7 +280,8 @@ def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = 
     wanted = (absolute(root), vocabulary.sha256)
     if _registered not in (None, wanted):
         raise InputError(
-            f"the tasks are already registered for {_registered[0]} with tokenizer {_registered[1][:12]}, not for {wanted[0]} with "
+            f"the tasks are already registered for {_registered[0]} with tokenizer {_registered[1][:12]}, not "
+            f"for {wanted[0]} with "
             f"tokenizer {wanted[1][:12]}; a process works with one of them: unregister() first"
         )
     if _registered is None:

@@ -1,7 +1,8 @@
 """Our tokenizers as SeqIO vocabularies that keep token 0.
 
-StarCoder's `<|endoftext|>` is id 0, which SeqIO takes for padding. Text never becomes a special token here (see `tokenizer.py`), and
-`decode` keeps SeqIO's contract (up to and including the first EOS, so at most that one id 0); `decode_all` decodes every id.
+StarCoder's `<|endoftext|>` is id 0, which SeqIO takes for padding. Text never becomes a special token here
+(see `tokenizer.py`), and `decode` keeps SeqIO's contract (up to and including the first EOS, so at most that
+one id 0); `decode_all` decodes every id.
 """
 
 from collections.abc import Iterable, Sequence

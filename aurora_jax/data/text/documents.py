@@ -1,7 +1,9 @@
 """Documents, and the steps that prepare them for the tokenizer.
 
-A document is a list of pieces: text, and special tokens between them. A step takes a document and gives one back, or raises `Rejected`.
-`Prepare` (in `prepare.py`) makes SeqIO's preprocessor of a list of steps; `aurora data build` runs them without TensorFlow.
+A document is a list of pieces: text, and special tokens between them. A step takes a document and gives one
+back, or raises `Rejected`.
+`Prepare` (in `prepare.py`) makes SeqIO's preprocessor of a list of steps; `aurora data build` runs them
+without TensorFlow.
 """
 
 import hashlib
@@ -17,8 +19,10 @@ from aurora_jax.errors import InputError
 class Piece(NamedTuple):
     """A stretch of a document: text, or the name of one special token; `learn` says whether it is to be predicted.
 
-    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece alone. `order`
-    says where a piece belongs in that text, if pieces stand in another order; those of equal `order` belong as they stand.
+    Pieces of text are parts of one: tokenizers that put a space before a text put it before the first piece
+    alone. `order`
+    says where a piece belongs in that text, if pieces stand in another order; those of equal `order` belong
+    as they stand.
     """
 
     text: str
@@ -48,7 +52,8 @@ class Document:
 
 
 class Rejected(Exception):
-    """A step does not want this document; the message, a few words without the document's own, is the reason that is counted."""
+    """A step does not want this document; the message, a few words without the document's own, is the reason
+    that is counted."""
 
 
 class DocumentStep(ABC):
@@ -67,10 +72,11 @@ class DocumentStep(ABC):
 
 @dataclass(frozen=True)
 class CodeFormat(DocumentStep):
-    """StarCoder's code format: `<reponame>R<filename>F<gh_stars>S\\n` before the code (Li et al. 2023, arXiv 2305.06161, section 5.1).
+    """StarCoder's code format: `<reponame>R<filename>F<gh_stars>S\\n` before the code (Li et al. 2023, arXiv
+    2305.06161, section 5.1).
 
-    Each of the three is there with its own probability, so that the model reads bare code too; what a record lacks or leaves empty is left
-    out. Deterministic per document.
+    Each of the three is there with its own probability, so that the model reads bare code too; what a record
+    lacks or leaves empty is left out. Deterministic per document.
     """
 
     repository: str = "repository"
@@ -91,7 +97,10 @@ class CodeFormat(DocumentStep):
         for token, name in (("<reponame>", self.repository), ("<filename>", self.path), ("<gh_stars>", self.stars)):
             value = document.fields.get(name)
             if chance.random() < self.rate and value not in (None, ""):
-                pieces += [Piece(token, special=True), Piece(_star_range(value) if token == "<gh_stars>" else str(value))]
+                pieces += [
+                    Piece(token, special=True),
+                    Piece(_star_range(value) if token == "<gh_stars>" else str(value)),
+                ]
         if not pieces:
             return document
         # One string up to the next special token, as StarCoder's tokenizer saw it.
@@ -108,20 +117,23 @@ def _star_range(stars: Any) -> str:
 
 @dataclass(frozen=True)
 class FillInTheMiddle(DocumentStep):
-    """The fill-in-the-middle transform of StarCoder's training (bigcode-project/Megatron-LM, gpt_dataset.py; Bavarian et al. 2022).
+    """The fill-in-the-middle transform of StarCoder's training (bigcode-project/Megatron-LM, gpt_dataset.py;
+    Bavarian et al. 2022).
 
-    A document is transformed with probability `rate`: two cut points, uniform over its characters, make prefix, middle and suffix.
+    A document is transformed with probability `rate`: two cut points, uniform over its characters, make
+    prefix, middle and suffix.
 
         PSM  <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
         SPM  <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle      with probability `spm_rate`
 
-    The reference cuts the text after detokenizing it, special tokens included by their names. Here a cut inside such a name moves to its
-    beginning, so that special tokens stay whole. Its random numbers follow the place in the stream; ours follow the document's content
-    (`seed`), so that neither order nor number of workers matters.
+    The reference cuts the text after detokenizing it, special tokens included by their names. Here a cut
+    inside such a name moves to its beginning, so that special tokens stay whole. Its random numbers follow
+    the place in the stream; ours follow the document's content (`seed`), so that neither order nor number of
+    workers matters.
 
-    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a space at each
-    cut, they are encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order, they decode to what the
-    document decodes to.
+    The reference encodes the three apart. So do byte-level tokenizers here; with others, which would put a
+    space at each cut, they are encoded as pieces of one text (`Tokenizer.encode_pieces`): put back in order,
+    they decode to what the document decodes to.
     """
 
     rate: float = 0.5
@@ -175,8 +187,9 @@ INSTRUCTION, RESPONSE = "### Instruction:\n", "\n### Response:\n"
 class Instruction(DocumentStep):
     """Aurora-M's template, `### Instruction:\\n{x}\\n### Response:\\n{y}`, out of two fields or out of a conversation.
 
-    A conversation is a list of {"role", "content"} objects, or of strings that take turns; every pair of turns is one instruction and its
-    response, in order; what a system message says goes before the first instruction.
+    A conversation is a list of {"role", "content"} objects, or of strings that take turns; every pair of
+    turns is one instruction and its response, in order; what a system message says goes before the first
+    instruction.
     """
 
     instruction: str = "instruction"
@@ -209,7 +222,8 @@ class Instruction(DocumentStep):
 
 
 def _said(value: Any) -> str:
-    """A field's text; null says nothing. Raises Rejected for lists and objects (images, calls of tools), which are no text."""
+    """A field's text; null says nothing. Raises Rejected for lists and objects (images, calls of tools),
+    which are no text."""
     if isinstance(value, list | tuple | Mapping):
         raise Rejected("an instruction or response that is no text")
     return "" if value is None else str(value).strip()
@@ -247,9 +261,11 @@ def _turns(conversation: Sequence[Any]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class MostSymbols(DocumentStep):
-    """Rejects text in which digits and symbols outweigh letters, as Aurora-M's second stage did ("many numbers/symbols removed").
+    """Rejects text in which digits and symbols outweigh letters, as Aurora-M's second stage did ("many
+    numbers/symbols removed").
 
-    Letters are what Unicode calls so, with combining marks (Devanagari's vowel signs); white space counts on neither side.
+    Letters are what Unicode calls so, with combining marks (Devanagari's vowel signs); white space counts on
+    neither side.
     """
 
     cuts = False

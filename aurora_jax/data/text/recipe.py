@@ -1,4 +1,5 @@
-"""Recipes: all that makes the tokens of a task's split, in a form that workers get and fingerprints are made of; no TensorFlow."""
+"""Recipes: all that makes the tokens of a task's split, in a form that workers get and fingerprints are made
+of; no TensorFlow."""
 
 import hashlib
 import inspect
@@ -16,8 +17,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
 
 FORMAT = 3
-"""Part of every fingerprint: raised when tokens or arrays change meaning. 3: texts without anything but white space are dropped, and files
-lose a byte-order mark."""
+"""Part of every fingerprint: raised when tokens or arrays change meaning. 3: texts without anything but white
+space are dropped, and files lose a byte-order mark."""
 READABLE_FORMATS = (3, 2)
 """Stores of these are opened."""
 PIECES = "pieces 2"
@@ -87,7 +88,11 @@ class Preparation:
             except KeyError as error:
                 return Bad(document.where, f"{type(step).__name__}: no field {error}", document.text[:EXCERPT])
             except Exception as error:  # one record must not end a build of a terabyte
-                return Bad(document.where, f"{type(step).__name__}: {type(error).__name__}: {error}"[:EXCERPT], document.text[:EXCERPT])
+                return Bad(
+                    document.where,
+                    f"{type(step).__name__}: {type(error).__name__}: {error}"[:EXCERPT],
+                    document.text[:EXCERPT],
+                )
         if not prepared.text.strip():
             return Dropped(EMPTY, document.fields.get("language", "und"))
         return prepared
@@ -101,7 +106,11 @@ class Preparation:
                 for one in batch:
                     yield from self._tokenized([one])
                 return
-            yield Bad(documents[0].where, f"the tokenizer failed: {type(error).__name__}: {error}"[:EXCERPT], documents[0].text[:EXCERPT])
+            yield Bad(
+                documents[0].where,
+                f"the tokenizer failed: {type(error).__name__}: {error}"[:EXCERPT],
+                documents[0].text[:EXCERPT],
+            )
             return
         for document in batch:
             yield self._joined(document, encoded) if isinstance(document, Document) else document
@@ -160,9 +169,11 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of steps, tokenizer, reading and format: what a run must agree on with the stores that it reads.
+        """Hexadecimal digest of steps, tokenizer, reading and format: what a run must agree on with the
+        stores that it reads.
 
-        The place of the files does not count, so that a corpus may move; their contents are digested by the build (`StoreInfo.sources`).
+        The place of the files does not count, so that a corpus may move; their contents are digested by the
+        build (`StoreInfo.sources`).
 
         Raises:
             InputError: the source text of a preprocessor cannot be read.
@@ -193,7 +204,9 @@ def _digested(documents: Iterable[Document | Bad], digest: "hashlib._Hash") -> I
         yield document
 
 
-def _batches(documents: Iterable[Document | Bad | Dropped], batch_bytes: int) -> Iterator[list[Document | Bad | Dropped]]:
+def _batches(
+    documents: Iterable[Document | Bad | Dropped], batch_bytes: int
+) -> Iterator[list[Document | Bad | Dropped]]:
     batch: list[Document | Bad | Dropped] = []
     size = 0
     for document in documents:
@@ -217,5 +230,6 @@ def describe(step: Callable[..., Any]) -> tuple[Any, ...]:
         return (function.__module__, function.__qualname__, inspect.getsource(function))
     except (OSError, TypeError, AttributeError) as error:
         raise InputError(
-            f"preprocessor {step!r}: its source text cannot be read, so changes would pass unnoticed; make it a function in a file"
+            f"preprocessor {step!r}: its source text cannot be read, so changes would pass unnoticed; make it "
+            "a function in a file"
         ) from error

@@ -21,7 +21,9 @@ class Compose(DocumentStep):
 
     def __call__(self, document: Document) -> Document:
         values = {"text": document.text, **document.fields}
-        result = self.template.format_map({name: "" if value is None else value for name, value in values.items()}).strip()
+        result = self.template.format_map(
+            {name: "" if value is None else value for name, value in values.items()}
+        ).strip()
         if self.into is not None:
             return replace(document, fields={**document.fields, self.into: result})
         return replace(document, pieces=(Piece(result),))
@@ -31,7 +33,8 @@ class Compose(DocumentStep):
 class Transcript(DocumentStep):
     """Reads a dialogue that is written as one text, with a marker before each turn, into the field `conversation`.
 
-    What stands before the first marker becomes a system message; turns of one speaker that follow each other become one.
+    What stands before the first marker becomes a system message; turns of one speaker that follow each other
+    become one.
     """
 
     cuts = False
@@ -57,7 +60,8 @@ class Transcript(DocumentStep):
 
 @dataclass(frozen=True)
 class BestReplies(DocumentStep):
-    """Follows a tree of messages (OpenAssistant's: `text`, `role`, `replies`, `rank`) along its best replies, into `conversation`."""
+    """Follows a tree of messages (OpenAssistant's: `text`, `role`, `replies`, `rank`) along its best replies,
+    into `conversation`."""
 
     cuts = False
 

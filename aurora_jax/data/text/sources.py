@@ -1,7 +1,7 @@
 """Sources: files of documents, read in parts by many workers, without TensorFlow.
 
-A source finds its files, divides them into parts (a stretch of bytes, rows or records), and reads a part as documents. What cannot be read
-comes out as `Bad`, with the reason, and stops nothing.
+A source finds its files, divides them into parts (a stretch of bytes, rows or records), and reads a part as
+documents. What cannot be read comes out as `Bad`, with the reason, and stops nothing.
 """
 
 import io
@@ -33,7 +33,8 @@ COMPRESSION: Mapping[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2":
 
 
 class Part(NamedTuple):
-    """A stretch [start, stop) of a file: bytes of JSON lines and lines, row groups of Parquet, records of ArrayRecord; else the whole file.
+    """A stretch [start, stop) of a file: bytes of JSON lines and lines, row groups of Parquet, records of
+    ArrayRecord; else the whole file.
 
     `stop` is -1 for the end. `weight` is its share of the file in bytes, for progress.
     """
@@ -60,7 +61,8 @@ class Bad(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A record as its format holds it: its place in the file (a byte, a line, a row), that place in words, and what is there."""
+    """A record as its format holds it: its place in the file (a byte, a line, a row), that place in words,
+    and what is there."""
 
     place: int
     where: str
@@ -78,9 +80,11 @@ class Source:
     splits: Mapping[str, tuple[str, ...]]
     """Glob patterns of each split; local, gs:// or s3://."""
     format: Format
-    """jsonl: an object a line, plain, .gz or .zst. json: one array of objects. parquet. arrow: a Hugging Face dataset saved on disk (its
-    data-*.arrow files). array_record, tfrecord: records that are tf.train.Examples (as TFDS writes them) or JSON objects. lines: a document
-    a line. text: a document a file; its field `path` is the file's address."""
+    """jsonl: an object a line, plain, .gz or .zst. json: one array of objects. parquet. arrow: a Hugging Face
+    dataset saved on disk (its data-*.arrow files). array_record, tfrecord: records that are tf.train.Examples
+    (as TFDS writes them) or JSON objects. lines: a document a line. text: a document a file; its field `path`
+    is the file's
+    address."""
     text: str | None = "text"
     """Field that holds the text; None where a step makes the text of other fields."""
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +105,8 @@ class Source:
         """The files of a split that are there, in the order of their patterns.
 
         Raises:
-            InputError: a file system cannot be reached, or two patterns, or two names, lead to one file, which would be read twice.
+            InputError: a file system cannot be reached, or two patterns, or two names, lead to one file,
+                which would be read twice.
         """
         return find_all(self.splits[split])
 
@@ -110,7 +115,8 @@ class Source:
         return READERS[self.format].parts(file)
 
     def records(self, part: Part) -> Iterator[Record]:
-        """The records of a part, in order; of tables only the columns that are asked for. Raises InputError if the file cannot be read."""
+        """The records of a part, in order; of tables only the columns that are asked for. Raises InputError
+        if the file cannot be read."""
         reader = READERS[self.format]
         unit = reader.unit(part.url)
         for place, content in reader.records(part, self._wanted):
@@ -191,7 +197,8 @@ Records = Iterator[tuple[int, Mapping[str, Any] | Unreadable]]
 
 
 class _Reader(ABC):
-    """A format: how a file is divided, and the (place, content) of a part's records. A file is one part unless a format says more."""
+    """A format: how a file is divided, and the (place, content) of a part's records. A file is one part
+    unless a format says more."""
 
     @classmethod
     def unit(cls, url: str) -> str:
@@ -211,7 +218,10 @@ class _Reader(ABC):
 def _divided(file: File, count: int) -> list[Part]:
     """Parts of about PART_BYTES, of a file that holds `count` things of like size."""
     at_once = max(1, count * PART_BYTES // file.size)
-    return [Part(file.url, start, min(start + at_once, count), file.size * at_once // count) for start in range(0, count, at_once)]
+    return [
+        Part(file.url, start, min(start + at_once, count), file.size * at_once // count)
+        for start in range(0, count, at_once)
+    ]
 
 
 class _Lines(_Reader):
@@ -282,7 +292,10 @@ class _Json(_Reader):
             if not isinstance(records, list):
                 raise ValueError("not an array of objects")
         for number, record in enumerate(records):
-            yield number, record if isinstance(record, dict) else Unreadable(json_lines.NOT_AN_OBJECT, repr(record)[:EXCERPT])
+            yield (
+                number,
+                record if isinstance(record, dict) else Unreadable(json_lines.NOT_AN_OBJECT, repr(record)[:EXCERPT]),
+            )
 
 
 class _Text(_Reader):
@@ -341,7 +354,9 @@ class _Arrow(_Reader):
 
 def _only(batch: pyarrow.RecordBatch, wanted: Collection[str]) -> pyarrow.RecordBatch:
     """The columns of a batch that are asked for, and of nested ones the fields that are."""
-    kept = {field.name: only for field in batch.schema if (only := _wanted_type(field.name, field.type, wanted)) is not None}
+    kept = {
+        field.name: only for field in batch.schema if (only := _wanted_type(field.name, field.type, wanted)) is not None
+    }
     if not kept:  # its rows, without columns
         return pyarrow.RecordBatch.from_struct_array(pyarrow.array([{}] * len(batch), pyarrow.struct([])))
     return batch.select(list(kept)).cast(pyarrow.schema(list(kept.items())))
@@ -403,7 +418,8 @@ class _TFRecord(_Reader):
     def records(cls, part: Part, wanted: Collection[str]) -> Records:
         import tensorflow as tf
 
-        # TensorFlow takes a file that is cut short in a record's head, and most that gzip cut short, for one that ends there.
+        # TensorFlow takes a file that is cut short in a record's head, and most that gzip cut short, for one
+        # that ends there.
         with _whole(part.url), _local(part.url, _compression(part.url)) as path:
             read = 0
             try:

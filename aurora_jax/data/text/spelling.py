@@ -1,8 +1,8 @@
 """How a `tokenizer.json` spells text: the bytes of each token, and the tokenizer for what goes on behind other text.
 
-The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are taken for bytes
-(`hyvää`), every space of the first token is dropped, whole characters are lost beside a byte that is none. Here tokens are
-spelled one by one.
+The `tokenizers` library decodes whole sequences only, and some of them wrongly: letters of added tokens are
+taken for bytes (`hyvää`), every space of the first token is dropped, whole characters are lost beside a byte
+that is none. Here tokens are spelled one by one.
 """
 
 import json
@@ -21,7 +21,8 @@ _EDGES = ("Prepend", "Strip")
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The characters by which byte-level vocabularies name bytes (GPT-2's table): printable ones of Latin-1 themselves, others from 256."""
+    """The characters by which byte-level vocabularies name bytes (GPT-2's table): printable ones of Latin-1
+    themselves, others from 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
@@ -34,7 +35,8 @@ class Spelling:
     """The bytes of a tokenizer's tokens.
 
     Args:
-        byte_fallback: whether the model spells unknown characters in tokens of a byte ("<0xE2>"): not every decoder says so.
+        byte_fallback: whether the model spells unknown characters in tokens of a byte ("<0xE2>"): not every
+            decoder says so.
 
     Attributes:
         known: whether tokens can be spelled one by one; without it only the library can decode.

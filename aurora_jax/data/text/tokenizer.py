@@ -1,7 +1,10 @@
-"""Tokenizers without TensorFlow: what the workers of `aurora data build` run. `vocabulary.py` hands the same ones to SeqIO.
+"""Tokenizers without TensorFlow: what the workers of `aurora data build` run. `vocabulary.py` hands the same
+ones to SeqIO.
 
-Text is only text: a literal "<|endoftext|>" in a document is spelled out in ordinary tokens and never becomes the special token. Special
-tokens are put in by their ids (`special_id`), or parsed by `encode_with_special_tokens` out of prompts that we wrote ourselves.
+Text is only text: a literal "<|endoftext|>" in a document is spelled out in ordinary tokens and never becomes
+the special token. Special
+tokens are put in by their ids (`special_id`), or parsed by `encode_with_special_tokens` out of prompts that
+we wrote ourselves.
 """
 
 import hashlib
@@ -31,7 +34,8 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Two tokenizers are equal when their files have the same bytes; instances can be pickled and shared by threads.
+    """Text to ids and back. Two tokenizers are equal when their files have the same bytes; instances can be
+    pickled and shared by threads.
 
     Attributes:
         path: the file it was read from, for messages.
@@ -49,7 +53,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts, without EOS; special tokens in them are plain text. Returns one int32 array [tokens] a text."""
+        """Encodes texts, without EOS; special tokens in them are plain text. Returns one int32 array [tokens]
+        a text."""
 
     @property
     @abstractmethod
@@ -86,7 +91,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, i: int) -> bytes:
-        """The bytes that a token stands for behind others, which need not be whole characters. Raises InputError as `decode` does."""
+        """The bytes that a token stands for behind others, which need not be whole characters. Raises
+        InputError as `decode` does."""
 
     def encode(self, text: str) -> list[int]:
         """Encodes one text, without EOS."""
@@ -95,10 +101,11 @@ class Tokenizer(ABC):
     def encode_pieces(self, pieces: Sequence[str], begins: bool = True) -> list[np.ndarray]:
         """Encodes a text that was cut into pieces, without EOS; special tokens in them are plain text.
 
-        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself, or what tokenizers
-        that normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text before them is normalised to; one
-        inside of a token that cannot be spelled in two (an unknown one) moves to its beginning. Tokenizers that put a space
-        before a text ("▁The") put it before the first piece alone.
+        The pieces' ids, in this order, decode to what the ids of the whole text decode to: the text itself,
+        or what tokenizers that normalise (NFKC, runs of spaces) make of it. Cuts are counted in what the text
+        before them is normalised to; one inside of a token that cannot be spelled in two (an unknown one)
+        moves to its beginning. Tokenizers that put a space before a text ("▁The") put it before the first
+        piece alone.
 
         Args:
             pieces: the text, in its order; pieces may be empty.
@@ -131,11 +138,14 @@ class Tokenizer(ABC):
         ends = np.cumsum([0, *map(len, spelled)])
         whole = [number for number, end in enumerate(ends) if _is_whole(raw.encode(), end)]
         offsets = [len(raw[:place].encode()) for place in places[1:]]
-        return np.split(np.asarray(ids, np.int32), [max(number for number in whole if ends[number] <= offset) for offset in offsets])
+        return np.split(
+            np.asarray(ids, np.int32), [max(number for number in whole if ends[number] <= offset) for offset in offsets]
+        )
 
     @abstractmethod
     def _encode_behind(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes texts as what goes on behind other text: nothing is put before them, nothing at their ends dropped."""
+        """Encodes texts as what goes on behind other text: nothing is put before them, nothing at their ends
+        dropped."""
 
     @abstractmethod
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
@@ -150,7 +160,10 @@ class Tokenizer(ABC):
         own = [int(i) for i in ids]
         lacking = next((i for i in own if not self.has(i)), None)
         if lacking is not None:
-            raise InputError(f"{self.path}: the tokenizer has no token {lacking}, only {self.vocab_size}; is it another model's tokenizer?")
+            raise InputError(
+                f"{self.path}: the tokenizer has no token {lacking}, only {self.vocab_size}; is it another "
+                "model's tokenizer?"
+            )
         return own
 
     def __eq__(self, other: object) -> bool:
@@ -164,13 +177,16 @@ class Tokenizer(ABC):
 
     def _no_special_token(self, name: str) -> InputError:
         return InputError(
-            f"{self.path}: the tokenizer has no special token {name!r}; use StarCoder's tokenizer, or leave out what needs it"
+            f"{self.path}: the tokenizer has no special token {name!r}; use StarCoder's tokenizer, or leave "
+            "out what needs it"
         )
 
 
 def _common(a: str, b: str) -> int:
     """Characters at the beginning in which two texts agree."""
-    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+    return next(
+        (place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b))
+    )
 
 
 def _is_whole(text: bytes, end: int) -> bool:
@@ -211,7 +227,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._plain.encode_special_tokens = True  # the library's name for: special tokens in a text are encoded as text
         ids = [i for i in map(self._plain.token_to_id, END_OF_TEXT_NAMES) if i is not None]
         if not ids:
-            raise InputError(f"{self.path}: no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} must be in the vocabulary")
+            raise InputError(
+                f"{self.path}: no end-of-text token; one of {', '.join(END_OF_TEXT_NAMES)} must be in the vocabulary"
+            )
         self.eos_id = ids[0]
         definition = json.loads(content)
         self._spelling = Spelling(self._plain, byte_fallback=definition["model"].get("byte_fallback", False))
@@ -219,7 +237,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.unk_id = self._plain.token_to_id(unknown) if isinstance(unknown, str) else None
         self._ids = frozenset(self._plain.get_vocab(with_added_tokens=True).values())
         self.vocab_size = max(self._ids) + 1
-        self._special_ids = {token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = {
+            token.content: i for i, token in self._plain.get_added_tokens_decoder().items() if token.special
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer._unpickled, (self.path, self.sha256, self._special.to_str())
@@ -276,7 +296,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
         if not self._spelling.known:
-            raise InputError(f"{self.path}: its decoder does not spell tokens one by one, so that no text can be cut into pieces")
+            raise InputError(
+                f"{self.path}: its decoder does not spell tokens one by one, so that no text can be cut into pieces"
+            )
         encoding = self._plain.encode(text, add_special_tokens=False)
         spelled = [
             text[start:end].encode() if i == self.unk_id else self._spelling.token_bytes(i)
@@ -299,7 +321,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`. Most normalise text (NFKC, runs of spaces): decoding gives the normalised text back, not the original.
+    """A SentencePiece `.model`. Most normalise text (NFKC, runs of spaces): decoding gives the normalised
+    text back, not the original.
 
     Raises:
         InputError: the file is missing, is not a model, or has no `</s>`.
@@ -342,7 +365,8 @@ class SentencePieceTokenizer(Tokenizer):
         return 0 <= i < self.vocab_size
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decodes every id, also those after an EOS; control symbols decode to nothing. Raises InputError for others."""
+        """Decodes every id, also those after an EOS; control symbols decode to nothing. Raises InputError for
+        others."""
         return self._processor.decode(self._own(ids))
 
     def decode_behind(self, context: Sequence[int], ids: Iterable[int]) -> str:
@@ -361,7 +385,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _normalised(self, text: str) -> tuple[Sequence[int], str, int, list[bytes]]:
         ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
         spelled = [
-            piece.replace("\u2581", " ").encode() if i == self.unk_id else self.token_bytes(i) for i, piece in zip(ids, pieces, strict=True)
+            piece.replace("\u2581", " ").encode() if i == self.unk_id else self.token_bytes(i)
+            for i, piece in zip(ids, pieces, strict=True)
         ]
         raw = b"".join(spelled).decode(errors="replace")
         return ids, raw, len(self._behind.decode(ids)) - len(self._processor.decode(ids)), spelled
@@ -382,7 +407,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes, as ByT5 numbers them (Xue et al. 2022, arXiv 2105.13626): 0 padding, 1 `</s>`, 2 unknown, then the 256 bytes."""
+    """UTF-8 bytes, as ByT5 numbers them (Xue et al. 2022, arXiv 2105.13626): 0 padding, 1 `</s>`, 2 unknown,
+    then the 256 bytes."""
 
     FIRST = 3
     path = Path("bytes")
@@ -428,8 +454,8 @@ class ByteTokenizer(Tokenizer):
 
 
 def tokenizer_from(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a `tokenizer.json`, a SentencePiece `.model`, a folder or checkpoint (see `tokenizer_files.py`),
-    or the word "bytes".
+    """The tokenizer at `path`: a `tokenizer.json`, a SentencePiece `.model`, a folder or checkpoint (see
+    `tokenizer_files.py`), or the word "bytes".
 
     Raises:
         InputError: the file is missing, malformed, or has no end-of-text token.
@@ -460,5 +486,7 @@ def tokenizer_of(files: Mapping[str, bytes], where: str | Path) -> Tokenizer:
         sentencepiece_tokenizer = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
         sentencepiece_tokenizer.__setstate__({"path": path, "sha256": sha256, "content": files[kind]})
         return sentencepiece_tokenizer
-    content = gpt2_tokenizer_json(files, where) if kind == "vocab.json" else files[kind].decode("utf-8", errors="replace")
+    content = (
+        gpt2_tokenizer_json(files, where) if kind == "vocab.json" else files[kind].decode("utf-8", errors="replace")
+    )
     return HuggingFaceTokenizer._unpickled(path, sha256, content)

@@ -66,9 +66,9 @@ def read_tokenizer_files(path: str | Path) -> Files:
     """The files of the tokenizer that a user names, as a checkpoint carries them.
 
     Args:
-        path: a folder or one of our checkpoints, of which the tokenizer's files are taken; a file, which becomes tokenizer.json
-            or tokenizer.model whatever its name, and brings the rest of its folder only where it has that name already; or the
-            word "bytes".
+        path: a folder or one of our checkpoints, of which the tokenizer's files are taken; a file, which
+            becomes tokenizer.json or tokenizer.model whatever its name, and brings the rest of its folder
+            only where it has that name already; or the word "bytes".
 
     Raises:
         InputError: there is no tokenizer at `path`, or it cannot be read.
@@ -86,7 +86,9 @@ def read_tokenizer_files(path: str | Path) -> Files:
             return {**beside, **named}
         files = _files_in(path)
     except OSError as error:
-        raise InputError(f"{path}: the tokenizer cannot be read ({error.strerror}); give a tokenizer.json or its folder") from error
+        raise InputError(
+            f"{path}: the tokenizer cannot be read ({error.strerror}); give a tokenizer.json or its folder"
+        ) from error
     if kind_of(files, path) is None:
         raise no_tokenizer(path)
     return files
@@ -104,7 +106,9 @@ def _files_in(folder: Path) -> Files:
 
 def no_tokenizer(where: str | Path) -> InputError:
     """The error of a folder or checkpoint in which there is none."""
-    return InputError(f"{where}: no tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt is expected")
+    return InputError(
+        f"{where}: no tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt is expected"
+    )
 
 
 def kind_of(files: Mapping[str, bytes], where: str | Path) -> Kind | None:
@@ -115,13 +119,17 @@ def kind_of(files: Mapping[str, bytes], where: str | Path) -> Kind | None:
         return "tokenizer.model"
     if "vocab.json" in files and "merges.txt" in files:
         return "vocab.json"
-    if "tokenizer_config.json" in files and _json_of(files, "tokenizer_config.json", where).get("tokenizer_class") == "ByT5Tokenizer":
+    if (
+        "tokenizer_config.json" in files
+        and _json_of(files, "tokenizer_config.json", where).get("tokenizer_class") == "ByT5Tokenizer"
+    ):
         return "bytes"
     return None
 
 
 def tokenizer_sha256(files: Mapping[str, bytes], where: str | Path) -> str | None:
-    """The digest that tells tokenizers apart, in hexadecimal: `Tokenizer.sha256` of the same files. None without a tokenizer.
+    """The digest that tells tokenizers apart, in hexadecimal: `Tokenizer.sha256` of the same files. None
+    without a tokenizer.
 
     Raises:
         InputError: vocab.json, merges.txt or tokenizer_config.json is malformed, where these count.
@@ -145,7 +153,8 @@ def gpt2_tokenizer_json(files: Mapping[str, bytes], where: str | Path) -> str:
     definition = _gpt2_definition(files, where)
     if definition["class"] != "GPT2Tokenizer":
         raise InputError(
-            f"{where}: vocab.json and merges.txt of the class {definition['class']} cannot be read, only GPT-2's: load the folder "
+            f"{where}: vocab.json and merges.txt of the class {definition['class']} cannot be read, only "
+            "GPT-2's: load the folder "
             "with transformers and save_pretrained() it, which writes a tokenizer.json"
         )
     try:
@@ -160,7 +169,10 @@ def gpt2_tokenizer_json(files: Mapping[str, bytes], where: str | Path) -> str:
         tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
         found = tokenizer.token_to_id(token["content"])
         if token["id"] not in (None, found):
-            raise InputError(f"{where}: the added token {token['content']!r} is said to be {token['id']}, but is {found} in vocab.json")
+            raise InputError(
+                f"{where}: the added token {token['content']!r} is said to be {token['id']}, but is {found} "
+                "in vocab.json"
+            )
     return tokenizer.to_str()
 
 
@@ -192,11 +204,18 @@ def _gpt2_definition(files: Mapping[str, bytes], where: str | Path) -> dict[str,
 
 
 def _added_tokens(config: dict[str, Any], names: dict[str, Any], ids: dict[str, Any]) -> list[dict[str, Any]]:
-    """The tokens beside the vocabulary, those with ids first; `transformers` looks into older files where the config has none."""
+    """The tokens beside the vocabulary, those with ids first; `transformers` looks into older files where the
+    config has none."""
 
     def token(content: str | dict[str, Any], special: bool, i: int | None = None) -> dict[str, Any]:
         given = content if isinstance(content, dict) else {"content": content}
-        defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+        defaults = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": not special,
+            "special": special,
+        }
         return {**defaults, **{key: given[key] for key in (*defaults, "content") if key in given}, "id": i}
 
     decoder = config.get("added_tokens_decoder")
@@ -241,6 +260,7 @@ def require_tokenizer_of_stores(sha256: str, where: str | Path, directories: Map
         info = read_info(directory)
         if info is not None and info.tokenizer_sha256 != sha256:
             raise InputError(
-                f"{directory}: the store of {task} was made with the tokenizer {info.tokenizer_sha256[:12]}, but {where} is "
+                f"{directory}: the store of {task} was made with the tokenizer {info.tokenizer_sha256[:12]}, "
+                f"but {where} is "
                 f"{sha256[:12]}: name the tokenizer that the stores were made with, or choose another folder of stores"
             )

@@ -1,10 +1,10 @@
 """The backward kernel: gradients of queries, keys and values in one pass over the same tiles as the forward kernel.
 
-Scores are computed transposed, keys in sublanes and rows of queries in lanes: each row's logsumexp is then one number a lane, and the
-weights feed the sums over rows without a transposition.
+Scores are computed transposed, keys in sublanes and rows of queries in lanes: each row's logsumexp is then
+one number a lane, and the weights feed the sums over rows without a transposition.
 
-B batch, K key/value heads, G query heads that share one, L queries, M keys, C head dim, R rows of a tile, W keys of a product, P parts.
-Flash attention 2, algorithm 2: Dao 2023, arXiv 2307.08691.
+B batch, K key/value heads, G query heads that share one, L queries, M keys, C head dim, R rows of a tile, W
+keys of a product, P parts. Flash attention 2, algorithm 2: Dao 2023, arXiv 2307.08691.
 """
 
 from functools import partial, reduce
@@ -51,7 +51,8 @@ def backward(
     The M keys are all in VMEM at once with the sums of their gradients: `ops.py` cuts longer ones.
 
     Args:
-        parts: P, into how many the query heads are divided for cores that run at the same time; their key gradients are to be added.
+        parts: P, into how many the query heads are divided for cores that run at the same time; their key
+            gradients are to be added.
         logsumexp_BKG1L: base-2, from `forward`.
         delta_BKG1L: sum over C of d_context * context, less the gradient of the logsumexp.
     """
@@ -62,7 +63,9 @@ def backward(
     grid = (B, K, parts, groups, L // blocks.queries)
     rows = pl.BlockSpec((1, 1, blocks.heads, blocks.queries, C), lambda b, k, p, g, i, *_: (b, k, p * groups + g, i, 0))
     keys = pl.BlockSpec((1, 1, M, C), lambda b, k, p, g, i, *_: (b, k, 0, 0))
-    statistics = pl.BlockSpec((1, 1, blocks.heads, 1, blocks.queries), lambda b, k, p, g, i, *_: (b, k, p * groups + g, 0, i))
+    statistics = pl.BlockSpec(
+        (1, 1, blocks.heads, 1, blocks.queries), lambda b, k, p, g, i, *_: (b, k, p * groups + g, 0, i)
+    )
     scalars = [offset_1]
     in_specs = [rows, keys, keys, rows, statistics, statistics]
     arguments = [q_BKGLC, k_BKMC, v_BKMC, d_context_BKGLC, logsumexp_BKG1L, delta_BKG1L]
@@ -146,7 +149,9 @@ def _kernel(call: Call, batches: int, *refs):
         if not call.alibi:
             return logsumexp_1R
         heads = pl.ds(row // blocks.queries, rows_at_once // places)
-        correction_HQ = alibi_of_places(slopes_ref[0, heads], blocks.queries)[:, :, row % blocks.queries : row % blocks.queries + places]
+        correction_HQ = alibi_of_places(slopes_ref[0, heads], blocks.queries)[
+            :, :, row % blocks.queries : row % blocks.queries + places
+        ]
         return logsumexp_1R + jnp.concatenate([correction_HQ[head] for head in range(rows_at_once // places)], axis=1)
 
     def chunk(start, width, masked, by_segment, is_first):
@@ -165,10 +170,14 @@ def _kernel(call: Call, batches: int, *refs):
             if unmasked < count:
                 shape = (count - unmasked, places)
                 if width - masked < key + count and call.causal:
-                    ahead_WQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+                    ahead_WQ = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - jax.lax.broadcasted_iota(
+                        jnp.int32, shape, 1
+                    )
                     conditions.append(ahead_WQ <= first_place - distance - unmasked)
                 if width - masked < key + count and call.length % blocks.queries:
-                    conditions.append(jax.lax.broadcasted_iota(jnp.int32, shape, 0) < call.length - start - key - unmasked)
+                    conditions.append(
+                        jax.lax.broadcasted_iota(jnp.int32, shape, 0) < call.length - start - key - unmasked
+                    )
                 if by_segment:
                     k_segments_WQ = jnp.tile(k_segments_ref[0, pl.ds(start + key, count)], (1, places // LANES))
                     conditions.append(k_segments_WQ == q_segments_ref[0, :, pl.ds(first_place, places)])

@@ -1,8 +1,8 @@
 """Sizes of the kernels' tiles, by TPU generation, direction, dtype, head dimension and length.
 
-The table was chosen by `benchmarks/flash_attention_blocks.py`, which compiles candidates and counts the cycles of a causal layer in the
-compiler's own schedule; other dtypes, head dimensions, groups and lengths follow from it by the rules of `blocks_for`, within the VMEM of a
-core. Nothing is read from the environment.
+The table was chosen by `benchmarks/flash_attention_blocks.py`, which compiles candidates and counts the
+cycles of a causal layer in the compiler's own schedule; other dtypes, head dimensions, groups and lengths
+follow from it by the rules of `blocks_for`, within the VMEM of a core. Nothing is read from the environment.
 """
 
 from dataclasses import dataclass, replace
@@ -38,9 +38,10 @@ class Sizes:
     keys_at_once: int
 
 
-# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take half the rows
-# and keys. A chunk costs some 300 cycles beside its products, until the matrix units are full and while they run dry: v6e,
-# whose products are fast, takes many rows at a time, though that compiles longer.
+# By direction and columns of the matrix unit, for bf16 and a head dimension of 128. Wider heads and fp32 take
+# half the rows and keys. A chunk costs some 300 cycles beside its products, until the matrix units are full
+# and while they run dry: v6e, whose products are fast, takes many rows at a time, though that compiles
+# longer.
 SIZES: dict[tuple[Direction, int], Sizes] = {
     ("forward", 128): Sizes(rows=2048, keys=512, rows_at_once=512, keys_at_once=512),
     ("forward", 256): Sizes(rows=6144, keys=512, rows_at_once=512, keys_at_once=512),
@@ -50,7 +51,14 @@ SIZES: dict[tuple[Direction, int], Sizes] = {
 
 
 def blocks_for(
-    direction: Direction, generation: str, dtype: Any, head_dim: int, group: int, queries: int, keys: int, sizes: Sizes | None = None
+    direction: Direction,
+    generation: str,
+    dtype: Any,
+    head_dim: int,
+    group: int,
+    queries: int,
+    keys: int,
+    sizes: Sizes | None = None,
 ) -> Blocks:
     """Tile sizes for a call.
 
@@ -70,7 +78,9 @@ def blocks_for(
     sizes = sizes or SIZES[direction, facts.matrix_columns]
     bytes_each = jnp.dtype(dtype).itemsize
     if bytes_each * head_dim > 2 * LANES:
-        sizes = replace(sizes, rows=sizes.rows // 2, keys=max(sizes.keys // 2, 256), keys_at_once=min(sizes.keys_at_once, 256))
+        sizes = replace(
+            sizes, rows=sizes.rows // 2, keys=max(sizes.keys // 2, 256), keys_at_once=min(sizes.keys_at_once, 256)
+        )
     if generation == "v4":
         sizes = replace(sizes, rows=min(sizes.rows, 1024), keys=min(sizes.keys, 512))
     length = -(-queries // LANES) * LANES
@@ -78,12 +88,15 @@ def blocks_for(
     step = max(
         places
         for places in (LANES, 2 * LANES)
-        if places == LANES or (length % places == 0 and heads * places <= min(sizes.rows, 2048) and places <= sizes.keys // 2)
+        if places == LANES
+        or (length % places == 0 and heads * places <= min(sizes.rows, 2048) and places <= sizes.keys // 2)
     )
     chunk = min(sizes.keys, -(-keys // step) * step)
     chunk -= chunk % step
     rows = heads * step
-    divisor = max((count for count in range(1, heads + 1) if heads % count == 0 and count * step <= sizes.rows_at_once), default=0)
+    divisor = max(
+        (count for count in range(1, heads + 1) if heads % count == 0 and count * step <= sizes.rows_at_once), default=0
+    )
     at_once = divisor * step or sizes.rows_at_once
     fixed, per_key = _vmem(direction, rows, head_dim, bytes_each, facts.cores)
     room = facts.vmem * 7 // 8 - fixed
@@ -102,7 +115,8 @@ def blocks_for(
 
 
 def _vmem(direction: Direction, rows: int, head_dim: int, bytes_each: int, cores: int) -> tuple[int, int]:
-    """Bytes of VMEM for a tile's rows, spilled scores included, and for each resident key; what is copied is there twice."""
+    """Bytes of VMEM for a tile's rows, spilled scores included, and for each resident key; what is copied is
+    there twice."""
     if direction == "forward":
         per_row = head_dim * (2 * bytes_each + 2 * bytes_each + bytes_each + 4) + 2 * 4 * LANES
         return rows * per_row + 4 * MIB, 2 * 2 * head_dim * bytes_each + 8
@@ -129,6 +143,7 @@ def current_generation(*, interpreted: bool) -> str:
     if interpreted:
         return "v5e"
     raise ValueError(
-        f"Flash attention has tiles for TPU {', '.join(CHIPS)}, and the device is {kind!r}. Elsewhere choose the attention "
+        f"Flash attention has tiles for TPU {', '.join(CHIPS)}, and the device is {kind!r}. Elsewhere choose "
+        "the attention "
         "implementation 'xla' (or 'flash_interpreted', which is slow and meant for tests)."
     )

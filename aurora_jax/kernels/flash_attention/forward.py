@@ -1,7 +1,8 @@
 """The forward kernel: one pass of online softmax over tiles of folded query heads.
 
-B batch, K key/value heads, G query heads that share one, L queries, M keys, C head dim, R rows of a tile, Q places of a tile, W keys of a
-product. Flash attention: Dao et al. 2022, arXiv 2205.14135; multi-query attention: Shazeer 2019, arXiv 1911.02150.
+B batch, K key/value heads, G query heads that share one, L queries, M keys, C head dim, R rows of a tile, Q
+places of a tile, W keys of a product. Flash attention: Dao et al. 2022, arXiv 2205.14135; multi-query
+attention: Shazeer 2019, arXiv 1911.02150.
 """
 
 from functools import partial, reduce
@@ -28,7 +29,8 @@ from aurora_jax.kernels.flash_attention.tiles import (
     visit_chunks,
 )
 
-# Running maxima start here: below any score, and finite, so that a row that has seen nothing but masked keys (-inf) gives exp2(-inf) = 0.
+# Running maxima start here: below any score, and finite, so that a row that has seen nothing but masked keys
+# (-inf) gives exp2(-inf) = 0.
 LOWEST = -1e38
 
 
@@ -41,7 +43,8 @@ def forward(
     segments: Segments | None,
     slopes_KG: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Context [B, K, G, L, C] in the queries' dtype and base-2 logsumexp [B, K, G, 1, L] in fp32 (+inf for rows that see nothing).
+    """Context [B, K, G, L, C] in the queries' dtype and base-2 logsumexp [B, K, G, 1, L] in fp32 (+inf for
+    rows that see nothing).
 
     Lengths are whole blocks, C is a multiple of 128; `ops.py` pads.
     """
@@ -53,19 +56,25 @@ def forward(
     def resident(b, k, g, i, s, offset, *_):
         if call.causal and grid[-1] > 1:
             # Resident keys above the diagonal are never visited: asking again for the last useful ones spares the copy.
-            last = jax.lax.div(jnp.maximum(offset[0] + (i + 1) * blocks.queries - 1, 0), jnp.int32(blocks.resident_keys))
+            last = jax.lax.div(
+                jnp.maximum(offset[0] + (i + 1) * blocks.queries - 1, 0), jnp.int32(blocks.resident_keys)
+            )
             s = jnp.minimum(s, last)
         return s
 
     rows = pl.BlockSpec((1, 1, blocks.heads, blocks.queries, C), lambda b, k, g, i, s, *_: (b, k, g, i, 0))
-    keys = pl.BlockSpec((1, 1, blocks.resident_keys, C), lambda b, k, g, i, s, *refs: (b, k, resident(b, k, g, i, s, *refs), 0))
+    keys = pl.BlockSpec(
+        (1, 1, blocks.resident_keys, C), lambda b, k, g, i, s, *refs: (b, k, resident(b, k, g, i, s, *refs), 0)
+    )
     statistics = pl.BlockSpec((1, 1, blocks.heads, 1, blocks.queries), lambda b, k, g, i, s, *_: (b, k, g, 0, i))
     scalars, in_specs, arguments = [offset_1], [rows, keys, keys], [q_BKGLC, k_BKMC, v_BKMC]
     if segments is not None:
         scalars += segments.spans(blocks)
         in_specs += [
             pl.BlockSpec((1, blocks.queries, LANES), lambda b, k, g, i, s, *_: (b, i, 0)),
-            pl.BlockSpec((1, 1, blocks.resident_keys), lambda b, k, g, i, s, *refs: (b, 0, resident(b, k, g, i, s, *refs))),
+            pl.BlockSpec(
+                (1, 1, blocks.resident_keys), lambda b, k, g, i, s, *refs: (b, 0, resident(b, k, g, i, s, *refs))
+            ),
         ]
         arguments += [in_sublanes(segments.queries_BL), in_lanes(segments.keys_BM)]
     if slopes_KG is not None:
@@ -85,8 +94,13 @@ def forward(
                 pltpu.VMEM((blocks.rows, C), jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BKGLC.shape, q_BKGLC.dtype), jax.ShapeDtypeStruct((B, K, G, 1, L), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",), vmem_limit_bytes=blocks.vmem_limit),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BKGLC.shape, q_BKGLC.dtype),
+            jax.ShapeDtypeStruct((B, K, G, 1, L), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 4 + ("arbitrary",), vmem_limit_bytes=blocks.vmem_limit
+        ),
         cost_estimate=pl.CostEstimate(
             flops=int(4 * B * K * G * pairs * C),
             transcendentals=int(B * K * G * pairs),
@@ -140,18 +154,25 @@ def _kernel(call: Call, batches: int, parts: int, *refs):
             if unmasked < count:
                 shape, conditions = (places, count - unmasked), []
                 if width - masked < key + count and call.causal:
-                    ahead_QW = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+                    ahead_QW = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(
+                        jnp.int32, shape, 0
+                    )
                     conditions.append(ahead_QW <= first_place - distance - unmasked)
                 if width - masked < key + count and call.length % blocks.queries:
-                    conditions.append(jax.lax.broadcasted_iota(jnp.int32, shape, 1) < call.length - first_key - start - key - unmasked)
+                    conditions.append(
+                        jax.lax.broadcasted_iota(jnp.int32, shape, 1) < call.length - first_key - start - key - unmasked
+                    )
                 if by_segment:
                     q_segments_QW = jnp.tile(q_segments_ref[0, pl.ds(first_place, places)], (1, count // LANES))
                     conditions.append(q_segments_QW == k_segments_ref[0, :, pl.ds(start + key, count)])
                 hidden_HQW = jnp.where(reduce(jnp.logical_and, conditions)[None], scores_HQW[:, :, unmasked:], -jnp.inf)
-                scores_HQW = jnp.concatenate([scores_HQW[:, :, :unmasked], hidden_HQW], axis=2) if unmasked else hidden_HQW
+                scores_HQW = (
+                    jnp.concatenate([scores_HQW[:, :, :unmasked], hidden_HQW], axis=2) if unmasked else hidden_HQW
+                )
             return scores_HQW.reshape(rows_at_once, count)
 
-        # The scores of the next product are asked for before those of this one are used, which keeps the matrix unit busy during softmax.
+        # The scores of the next product are asked for before those of this one are used, which keeps the
+        # matrix unit busy during softmax.
         plan = products(blocks, width)
         ahead = scores(*plan[0])
         for place, (row, key, count) in enumerate(plan):
@@ -162,14 +183,17 @@ def _kernel(call: Call, batches: int, parts: int, *refs):
             rows = pl.ds(row, rows_at_once)
             starts_sums = is_first and key == 0
             before_R = LOWEST if starts_sums else largest_ref[rows]
-            largest_R = jnp.broadcast_to(jnp.maximum(before_R, scores_RW.max(axis=1, keepdims=True)), (rows_at_once, LANES))
+            largest_R = jnp.broadcast_to(
+                jnp.maximum(before_R, scores_RW.max(axis=1, keepdims=True)), (rows_at_once, LANES)
+            )
             largest_ref[rows] = largest_R
             weights_RW = jnp.exp2(scores_RW - jnp.tile(largest_R, (1, count // LANES)))
             value_WC = v_ref[0, 0, pl.ds(start + key, count)]
             if blocks.wide_matrix_unit:
                 value_WC = jnp.concatenate([value_WC, jnp.ones((count, LANES), value_WC.dtype)], axis=1)
             sum_RC = dot(weights_RW.astype(value_WC.dtype), value_WC, (((1,), (0,)), ((), ())))
-            # By the idle half of the matrix unit, or lane by lane: the 128 partial sums of a row are then added up once, at the end.
+            # By the idle half of the matrix unit, or lane by lane: the 128 partial sums of a row are then
+            # added up once, at the end.
             by_lane = (weights_RW[:, lane : lane + LANES] for lane in range(0, count, LANES))
             total_R = sum_RC[:, C:] if blocks.wide_matrix_unit else sum(by_lane)
             if starts_sums:
@@ -194,7 +218,8 @@ def _kernel(call: Call, batches: int, parts: int, *refs):
             # A row that sees nothing has sums of 0; its context becomes 0 too. All other totals are about 1 or more.
             divisor_R = jnp.maximum(total_R, 1e-30)
             inverse_R = pl.reciprocal(divisor_R, approx=True)
-            # Newton's steps: cheaper than a division; from 8 bits on, one gives twice as many as bf16 has, two are exact to fp32.
+            # Newton's steps: cheaper than a division; from 8 bits on, one gives twice as many as bf16 has,
+            # two are exact to fp32.
             for _ in range(1 if context_ref.dtype == jnp.bfloat16 else 2):
                 inverse_R *= 2 - divisor_R * inverse_R
             context_RC = sum_ref[rows] * jnp.tile(inverse_R, (1, C // LANES))
@@ -208,10 +233,13 @@ def _kernel(call: Call, batches: int, parts: int, *refs):
 
 
 def rows_to_lanes(one_R: jax.Array, other_R: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Two columns [128, 128] that are repeated over the lanes, as [1, 128] each: what is faster differs with the generation."""
+    """Two columns [128, 128] that are repeated over the lanes, as [1, 128] each: what is faster differs with
+    the generation."""
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     if blocks.wide_matrix_unit:
         both = jnp.where(lane == 0, one_R, other_R).T
         return both[:1], both[1:2]
-    one_1R, other_1R = (jnp.where(row == lane, column_R, 0.0).sum(axis=0, keepdims=True) for column_R in (one_R, other_R))
+    one_1R, other_1R = (
+        jnp.where(row == lane, column_R, 0.0).sum(axis=0, keepdims=True) for column_R in (one_R, other_R)
+    )
     return one_1R, other_1R

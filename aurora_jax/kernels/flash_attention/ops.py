@@ -39,20 +39,24 @@ def flash_attention(
 ) -> Any:
     """softmax(scale q k^T + ALiBi) v by Pallas TPU kernels, differentiable in q, k and v; fp32 softmax and sums.
 
-    Multi-head, grouped-query and multi-query attention: query heads h G .. h G + G - 1 use key/value head h, which is never repeated in
-    memory. Any L and M; C up to 256. Query l is at place q_offset + l, key m at place m. See `reference.py` for what is computed.
+    Multi-head, grouped-query and multi-query attention: query heads h G .. h G + G - 1 use key/value head h,
+    which is never repeated in memory. Any L and M; C up to 256. Query l is at place q_offset + l, key m at
+    place m. See `reference.py` for what is computed.
 
     Args:
         q_BHLC: queries, bf16 or fp32; k and v are of the same dtype.
         causal: a query sees keys at its own place and before.
-        segment_ids: [B, L] for queries and keys alike, or a pair ([B, L], [B, M]): a query sees keys of its own segment. Ids below zero are
-            padding, which sees nothing and is not seen: its context is zero, and so are its gradients.
-        alibi_slopes: [H] fp32; slope x (key place - query place) is added to the scores (Press et al. 2022, arXiv 2108.12409). Constants:
-            they get no gradient.
+        segment_ids: [B, L] for queries and keys alike, or a pair ([B, L], [B, M]): a query sees keys of its
+            own segment. Ids below zero are padding, which sees nothing and is not seen: its context is zero,
+            and so are its gradients.
+        alibi_slopes: [H] fp32; slope x (key place - query place) is added to the scores (Press et al. 2022,
+            arXiv 2108.12409). Constants: they get no gradient.
         scale: of the scores, 1 / sqrt(C) without it.
         q_offset: place of the first query; may be traced.
-        q_offset_multiple: a traced `q_offset` is known to be a multiple of this; one of 128 or more spares masking work.
-        return_lse: also return the natural logarithm of the softmax's sum [B, H, L], differentiable; -inf for rows that see nothing.
+        q_offset_multiple: a traced `q_offset` is known to be a multiple of this; one of 128 or more spares
+            masking work.
+        return_lse: also return the natural logarithm of the softmax's sum [B, H, L], differentiable; -inf for
+            rows that see nothing.
         generation: TPU generation ('v5e' ...) for the sizes of tiles; that of the current device without it.
         blocks: sizes of tiles of the forward and the backward kernel, instead of those of `blocks.py`.
         interpret: True or `pltpu.InterpretParams` to run on a CPU, slowly.
@@ -105,8 +109,9 @@ def sharded_flash_attention(
 ) -> jax.Array:
     """`flash_attention` of global arrays on a mesh: the compiler cannot divide a kernel, so `shard_map` does.
 
-    The batch is divided over `batch_axes`, heads over `head_axis`, places over `sequence_axis`. The key/value head of multi-query attention
-    is replicated over `head_axis` (its gradient is summed there); along `sequence_axis` keys and values are gathered.
+    The batch is divided over `batch_axes`, heads over `head_axis`, places over `sequence_axis`. The key/value
+    head of multi-query attention is replicated over `head_axis` (its gradient is summed there); along
+    `sequence_axis` keys and values are gathered.
 
     Args:
         mesh: has all the named axes.
@@ -128,9 +133,13 @@ def sharded_flash_attention(
         ("sequence length", L, sequence_axis, sequence_size),
     ):
         if number % size:
-            raise ValueError(f"flash attention: {what} {number} cannot be divided over mesh axis {axes} of size {size}.")
+            raise ValueError(
+                f"flash attention: {what} {number} cannot be divided over mesh axis {axes} of size {size}."
+            )
     if K > 1 and K % head_size:
-        raise ValueError(f"flash attention: {K} key/value heads cannot be divided over mesh axis {head_axis} of size {head_size}.")
+        raise ValueError(
+            f"flash attention: {K} key/value heads cannot be divided over mesh axis {head_axis} of size {head_size}."
+        )
     queries = PartitionSpec(batch_axes, head_axis, sequence_axis)
     keys = PartitionSpec(batch_axes, head_axis if K > 1 else None, sequence_axis)
 
@@ -252,10 +261,13 @@ def _checked(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes) -> tuple[int, in
     if H % K:
         raise ValueError(f"flash attention: {H} query heads cannot share {K} key/value heads: not divisible.")
     if C > 256:
-        raise ValueError(f"flash attention: head dimension {C} is above 256, the largest that the kernels' tiles are made for.")
+        raise ValueError(
+            f"flash attention: head dimension {C} is above 256, the largest that the kernels' tiles are made for."
+        )
     if q_BHLC.dtype not in DTYPES or {k_BKMC.dtype, v_BKMC.dtype} != {q_BHLC.dtype}:
         raise ValueError(
-            f"flash attention: q, k and v are all bfloat16 or all float32, not {q_BHLC.dtype}, {k_BKMC.dtype}, {v_BKMC.dtype}."
+            f"flash attention: q, k and v are all bfloat16 or all float32, not {q_BHLC.dtype}, "
+            f"{k_BKMC.dtype}, {v_BKMC.dtype}."
         )
     if 0 in (*q_BHLC.shape, *k_BKMC.shape):
         raise ValueError(f"flash attention: an empty array, q {q_BHLC.shape} or k {k_BKMC.shape}.")

@@ -1,9 +1,11 @@
-"""What the forward and the backward kernel share: the static facts of a call, which keys a tile of queries visits, and which it masks.
+"""What the forward and the backward kernel share: the static facts of a call, which keys a tile of queries
+visits, and which it masks.
 
-A tile has R = heads x queries rows: `heads` query heads that share a key/value head, at `queries` consecutive places; row h queries + l is
-head h at place l. Its keys are chunks of `keys`, which are whole and wholly visible, and behind them one tail of 1 to a few blocks of
-`queries` keys, whose last blocks alone the diagonal (or the end of the keys) crosses: masking work is done there and nowhere else. The tail
-is visited first: nearly every tile has one, and what it finds need not be added to sums that were set to zero before.
+A tile has R = heads x queries rows: `heads` query heads that share a key/value head, at `queries` consecutive
+places; row h queries + l is head h at place l. Its keys are chunks of `keys`, which are whole and wholly
+visible, and behind them one tail of 1 to a few blocks of `queries` keys, whose last blocks alone the diagonal
+(or the end of the keys) crosses: masking work is done there and nowhere else. The tail is visited first:
+nearly every tile has one, and what it finds need not be added to sums that were set to zero before.
 """
 
 from collections.abc import Callable
@@ -34,12 +36,14 @@ class Blocks:
     keys_at_once: int
     """Keys of one matrix product, at most `keys`."""
     resident_keys: int
-    """Keys and values that are in VMEM at a time, a multiple of `keys`; they are copied once for all the tiles of a key/value head."""
+    """Keys and values that are in VMEM at a time, a multiple of `keys`; they are copied once for all the
+    tiles of a key/value head."""
     vmem_limit: int
     """Bytes of VMEM that the compiler may use."""
     wide_matrix_unit: bool
-    """The matrix unit has 256 columns (v6e). Products with only 128 columns then leave half of it idle: the forward kernel lets that half
-    sum the rows, the backward kernel transposes the key and value gradients so that it is not idle."""
+    """The matrix unit has 256 columns (v6e). Products with only 128 columns then leave half of it idle: the
+    forward kernel lets that half sum the rows, the backward kernel transposes the key and value gradients so
+    that it is not idle."""
 
     @property
     def rows(self) -> int:
@@ -55,7 +59,8 @@ class Call:
     length: int
     """True number of keys, before padding to whole blocks."""
     aligned: bool
-    """The queries' offset is known to be a multiple of `Blocks.queries`: the diagonal crosses one block of keys, otherwise two."""
+    """The queries' offset is known to be a multiple of `Blocks.queries`: the diagonal crosses one block of
+    keys, otherwise two."""
     precision: jax.lax.Precision
     segments: bool
     alibi: bool
@@ -86,10 +91,12 @@ def visit_chunks(
         first_query: place of the tile's first query.
         first_key: place of the first resident key.
         start_sums: what a tile starts with, for one that has no tail.
-        chunk: chunk(start, width, masked, by_segment, is_first): `width` keys from the resident key `start`, the last `masked`
-            of which need a mask; by_segment says whether segments must be compared, is_first that it is the tile's first.
+        chunk: chunk(start, width, masked, by_segment, is_first): `width` keys from the resident key `start`,
+            the last `masked` of which need a mask; by_segment says whether segments must be compared,
+            is_first that it is the tile's first.
         parts: of which the resident keys are one; of several, each adds to the sums of those before.
-        segment_relation: segment_relation(j) -> (some pair of chunk j is of one segment, all pairs are); None without segments.
+        segment_relation: segment_relation(j) -> (some pair of chunk j is of one segment, all pairs are); None
+            without segments.
     """
     blocks = call.blocks
     step, per_chunk, resident = blocks.queries, blocks.keys // blocks.queries, blocks.resident_keys // blocks.queries
@@ -106,7 +113,9 @@ def visit_chunks(
     for count in range(1, per_chunk + call.diagonal):
         if count > resident:
             break
-        pl.when(tail == count)(partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments, parts == 1))
+        pl.when(tail == count)(
+            partial(chunk, tail_start, count * step, min(count, call.diagonal) * step, call.segments, parts == 1)
+        )
 
     if parts == 1:
         pl.when(tail == 0)(start_sums)
@@ -123,17 +132,22 @@ def visit_chunks(
 
 
 def products(blocks: Blocks, width: int) -> list[tuple[int, int, int]]:
-    """(first row, first key, keys) of the products of a chunk, ordered so that neighbours share no rows where there are several."""
+    """(first row, first key, keys) of the products of a chunk, ordered so that neighbours share no rows where
+    there are several."""
     starts = range(0, width, blocks.keys_at_once)
-    return [(row, key, min(blocks.keys_at_once, width - key)) for key in starts for row in range(0, blocks.rows, blocks.rows_at_once)]
+    return [
+        (row, key, min(blocks.keys_at_once, width - key))
+        for key in starts
+        for row in range(0, blocks.rows, blocks.rows_at_once)
+    ]
 
 
 @dataclass(frozen=True)
 class Segments:
     """Segment ids [B, L] and [B, M] with the span of ids of each tile of queries and each chunk of keys.
 
-    Spans that do not meet have no pair of equal ids, and their chunk is not visited; two spans of one and the same id need no mask.
-    Ids below zero are padding: they meet nothing, themselves included.
+    Spans that do not meet have no pair of equal ids, and their chunk is not visited; two spans of one and the
+    same id need no mask. Ids below zero are padding: they meet nothing, themselves included.
     """
 
     queries_BL: jax.Array
@@ -141,7 +155,10 @@ class Segments:
 
     @classmethod
     def of(cls, queries_BL: jax.Array, keys_BM: jax.Array) -> "Segments":
-        return cls(jnp.where(queries_BL < 0, -1, queries_BL).astype(jnp.int32), jnp.where(keys_BM < 0, -2, keys_BM).astype(jnp.int32))
+        return cls(
+            jnp.where(queries_BL < 0, -1, queries_BL).astype(jnp.int32),
+            jnp.where(keys_BM < 0, -2, keys_BM).astype(jnp.int32),
+        )
 
     def spans(self, blocks: Blocks) -> list[jax.Array]:
         """Lowest and highest id of each tile of queries, then of each chunk of keys, each [B times tiles or chunks]."""
@@ -162,7 +179,9 @@ def in_sublanes(ids_BX: jax.Array) -> jax.Array:
     return jnp.broadcast_to(ids_BX[:, :, None], (*ids_BX.shape, LANES))
 
 
-def segment_relation(span_refs: list, batch: jax.Array, batches: int, tile: jax.Array, first_chunk: jax.Array | int) -> Callable:
+def segment_relation(
+    span_refs: list, batch: jax.Array, batches: int, tile: jax.Array, first_chunk: jax.Array | int
+) -> Callable:
     """The `segment_relation` that `visit_chunks` asks for, read from the spans in scalar memory."""
     q_low_ref, q_high_ref, k_low_ref, k_high_ref = span_refs
     q_place = batch * (q_low_ref.shape[0] // batches) + tile
@@ -185,8 +204,8 @@ def slopes_by_lane(slopes_KG: jax.Array) -> jax.Array:
 def alibi_of_places(slopes_H1L: jax.Array, queries: int) -> jax.Array:
     """[heads, 1, queries]: the base-2 ALiBi of a tile's places with respect to its first.
 
-    The kernels measure distances from the tile's first query, which is the same for a whole product; softmax does not notice, the logsumexp
-    does, by this much.
+    The kernels measure distances from the tile's first query, which is the same for a whole product; softmax
+    does not notice, the logsumexp does, by this much.
     """
     places = jax.lax.broadcasted_iota(jnp.int32, (slopes_H1L.shape[0], 1, queries), 2).astype(jnp.float32)
     return jnp.tile(slopes_H1L, (1, 1, queries // LANES)) * places

@@ -26,7 +26,8 @@ def _xp3(language: str, folder: str, billions: float) -> Entry:
 
 
 INSTRUCTIONS: tuple[Entry, ...] = (
-    # ---------------------------------------------------------------- Instructions of the first stage: generic, of lower quality
+    # ---------------------------------------------------------------- Instructions of the first stage:
+    # generic, of lower quality
     Entry(
         "oig",
         "laion/OIG",
@@ -67,7 +68,8 @@ INSTRUCTIONS: tuple[Entry, ...] = (
         text=None,
         fields={"instruction": "instruction", "context": "input", "response": "output"},
         steps=(Instruction(context="context"),),
-        note="a GitHub repository; fields (memory): write its prompts as JSON lines of instruction (the pseudo-code), input, output",
+        note="a GitHub repository; fields (memory): write its prompts as JSON lines of instruction (the "
+        "pseudo-code), input, output",
     ),
     Entry(
         "apibench",

@@ -1,13 +1,15 @@
 """The mixtures `aurora_m_cap` and `aurora_m_cat`: rates for the tasks of `tasks.py`.
 
-What is known of Aurora-M: CAP read all five languages and code with generic instructions; CAT oversampled Wikipedia and Python, added
-markdown, subsampled English, dropped text with many numbers and symbols, and read better instructions, some of those of CAP again, and the
-train split of the red-team data. English, code and Wikipedia were replayed in both. CAP lasted 90,000 steps and CAT 14,000, of 2,048
-sequences of 2,048 tokens. Percentages were published in a figure that we could not read.
+What is known of Aurora-M: CAP read all five languages and code with generic instructions; CAT oversampled
+Wikipedia and Python, added markdown, subsampled English, dropped text with many numbers and symbols, and read
+better instructions, some of those of CAP again, and the train split of the red-team data. English, code and
+Wikipedia were replayed in both. CAP lasted 90,000 steps and CAT 14,000, of 2,048 sequences of 2,048 tokens.
+Percentages were published in a figure that we could not read.
 
-So every number in `SHARES` is ours, chosen to follow those rules; so are the sizes in `ENTRIES` and `MOST_EPOCHS`. Within a group the
-sources share in proportion to the square root of their size, so that small ones are read more often than large ones, but none more than
-`MOST_EPOCHS` times: what that takes from a small source goes to the others of its group.
+So every number in `SHARES` is ours, chosen to follow those rules; so are the sizes in `ENTRIES` and
+`MOST_EPOCHS`. Within a group the sources share in proportion to the square root of their size, so that small
+ones are read more often than large ones, but none more than `MOST_EPOCHS` times: what that takes from a small
+source goes to the others of its group.
 
 Rates of a few in a million come out for the smallest sources. The training loop makes its blocks large enough for them
 (`mixture.block_size_for`): 2^18 sequences here, 128 steps of Aurora-M's batch, after which the rates hold exactly.
@@ -42,7 +44,8 @@ SHARES: Mapping[str, Mapping[str, float]] = {
 
 
 def shares_of_group(sizes: Mapping[str, float], tokens: float) -> dict[str, float]:
-    """How sources of some sizes (in tokens) share a group's tokens: by the square root of size, none more than `MOST_EPOCHS` times.
+    """How sources of some sizes (in tokens) share a group's tokens: by the square root of size, none more
+    than `MOST_EPOCHS` times.
 
     Where all of them together are too small for that, each is read equally often.
     """
@@ -63,7 +66,11 @@ def shares_of_group(sizes: Mapping[str, float], tokens: float) -> dict[str, floa
 def _rates(stage: str) -> dict[str, float]:
     rates: dict[str, float] = {}
     for group, by_stage in SHARES.items():
-        sizes = {entry.task(stage): entry.billions * 1e9 for entry in ENTRIES if entry.group == group and stage in entry.stages}
+        sizes = {
+            entry.task(stage): entry.billions * 1e9
+            for entry in ENTRIES
+            if entry.group == group and stage in entry.stages
+        }
         if sizes:
             shares = shares_of_group(sizes, by_stage[stage] * TOKENS[stage])
             rates |= {task: by_stage[stage] * share for task, share in shares.items()}

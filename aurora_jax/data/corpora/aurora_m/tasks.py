@@ -1,13 +1,13 @@
 """Aurora-M's sources as tasks: what they are, where their files are expected, and how records become documents.
 
-The names are those of the model card, the authors' blog and the paper's abstract. A source of the Hugging Face hub is expected as the hub
-lays it out, under its own name:
+The names are those of the model card, the authors' blog and the paper's abstract. A source of the Hugging
+Face hub is expected as the hub lays it out, under its own name:
 
     huggingface-cli download --repo-type dataset nvidia/HelpSteer --local-dir DATA_ROOT/nvidia/HelpSteer
 
-Layouts and fields are as published; "(memory)" in a note marks those that were written down from memory, and are to be checked against
-the files. Rates are in `rates.py`. In the second stage, raw text goes through a step more (`MostSymbols`), so it has a task of
-its own there, whose name ends in `_cat`.
+Layouts and fields are as published; "(memory)" in a note marks those that were written down from memory, and
+are to be checked against the files. Rates are in `rates.py`. In the second stage, raw text goes through a
+step more (`MostSymbols`), so it has a task of its own there, whose name ends in `_cat`.
 """
 
 from aurora_jax.data.corpora.aurora_m.entry import Entry
@@ -20,7 +20,8 @@ ENTRIES: tuple[Entry, ...] = (*TEXTS, *INSTRUCTIONS)
 
 
 def aurora_m_tasks(root: str) -> list[TaskSpec]:
-    """The tasks over the sources in the folder `root`: one for each source and, where the stages prepare it differently, stage."""
+    """The tasks over the sources in the folder `root`: one for each source and, where the stages prepare it
+    differently, stage."""
     specs = {}
     for entry in ENTRIES:
         for stage in entry.stages:
@@ -30,7 +31,11 @@ def aurora_m_tasks(root: str) -> list[TaskSpec]:
             specs[name] = TaskSpec(
                 name,
                 Source(
-                    {split: tuple(f"{root}/{entry.origin}/{file}" for file in files) for split, files in splits.items() if files},
+                    {
+                        split: tuple(f"{root}/{entry.origin}/{file}" for file in files)
+                        for split, files in splits.items()
+                        if files
+                    },
                     entry.format,
                     text=entry.text,
                     fields=entry.fields,

@@ -4,7 +4,8 @@ from aurora_jax.data.corpora.aurora_m.entry import BOTH, CAP, Entry
 from aurora_jax.data.text.documents import CodeFormat, FillInTheMiddle, Instruction
 from aurora_jax.data.text.reshaping import Compose
 
-# Aurora-M's own use of fill-in-the-middle is not known; StarCoder's is the default (memory), and it needs StarCoder's special tokens.
+# Aurora-M's own use of fill-in-the-middle is not known; StarCoder's is the default (memory), and it needs
+# StarCoder's special tokens.
 CODE = (CodeFormat(), FillInTheMiddle())
 STACK_FIELDS = {"repository": "max_stars_repo_name", "path": "max_stars_repo_path", "stars": "max_stars_count"}
 STACK_LICENSE = "permissive, file by file (field max_stars_repo_licenses); the Stack's terms of use"
@@ -115,7 +116,12 @@ TEXTS: tuple[Entry, ...] = (
     _redpajama("common_crawl", "common_crawl/*/*.jsonl.zst", 880),
     _redpajama("c4", "c4/c4-train.*.jsonl", 175),
     _redpajama("arxiv", "arxiv/*.jsonl", 28),
-    _redpajama("stackexchange", "stackexchange/*.jsonl", 20, "; its books, GitHub and Wikipedia are withdrawn or covered by other entries"),
+    _redpajama(
+        "stackexchange",
+        "stackexchange/*.jsonl",
+        20,
+        "; its books, GitHub and Wikipedia are withdrawn or covered by other entries",
+    ),
     Entry(
         "pile",
         "monology/pile-uncopyrighted",
@@ -155,7 +161,12 @@ TEXTS: tuple[Entry, ...] = (
     # ---------------------------------------------------------------- Code
     _stack("stack_python", ["python"], 18),
     _stack("stack_markdown", ["markdown"], 20),
-    _stack("stack_other", CODE_FOLDERS.split(), 190, "StarCoder's languages but those two (memory); Aurora-M's list is not known"),
+    _stack(
+        "stack_other",
+        CODE_FOLDERS.split(),
+        190,
+        "StarCoder's languages but those two (memory); Aurora-M's list is not known",
+    ),
     # ---------------------------------------------------------------- Domains
     Entry(
         "smiles",
@@ -183,7 +194,8 @@ TEXTS: tuple[Entry, ...] = (
         text="music",
         fields={"title": "title", "artist": "artist", "genre": "genre", "description": "description"},
         steps=(Compose("{title} ({artist}; {genre})\n{description}\n\n{text}"),),
-        note="ABC notation; nothing but symbols, so for the first stage only; how text and music are put together is ours",
+        note="ABC notation; nothing but symbols, so for the first stage only; how text and music are put "
+        "together is ours",
     ),
     Entry(
         "scidcc",
@@ -210,7 +222,8 @@ TEXTS: tuple[Entry, ...] = (
         BOTH,
         "not stated (memory)",
         0.05,
-        note="dictionary of English, Vietnamese and Chinese; gated; the hub's Parquet conversion (refs/convert/parquet); field (memory)",
+        note="dictionary of English, Vietnamese and Chinese; gated; the hub's Parquet conversion "
+        "(refs/convert/parquet); field (memory)",
     ),
     _domain("finance", "reports of companies, for instance", 1),
     _domain("legal_contracts", "the contracts of pile-of-law, for instance", 5),
