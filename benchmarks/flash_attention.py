@@ -36,8 +36,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(ROOT))
 
-from aurora_jax.plan.schedule import BasicBlock
 from aurora_jax.plan.attention_cycles import causal_cycles, tile_cycles
+from aurora_jax.plan.schedule import BasicBlock
 
 SPLASH_TILES = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024), (2048, 1024, 512), (1024, 2048, 512))
 TOKAMAX_TILES = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512))
