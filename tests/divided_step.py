@@ -11,10 +11,11 @@ from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import BLOOM, ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.division import WHOLE, Division
+from aurora_jax.model.likelihood import BatchNll, Likelihood, make_loss
 from aurora_jax.model.mesh import make_mesh, place
 from aurora_jax.model.sharding import MESH_AXES, flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
-from aurora_jax.train.step import make_gradient, make_loss
+from aurora_jax.train.step import make_gradient
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 V, L, B, MICRO_BATCHES = 64, 64, 16, 2
@@ -54,6 +55,21 @@ def gradient(model: ModelConfig, attention: str, isolate: bool, mesh: jax.shardi
     return float(value), np.asarray(nll_BL), {path: np.asarray(array) for path, array in flatten(gradients).items()}
 
 
+def likelihood(model: ModelConfig, attention: str, isolate: bool, mesh: jax.sharding.Mesh) -> BatchNll:
+    """Of the same parameters and batch as `gradient`."""
+    compute = ComputeConfig("float32", "float32", attention=attention)  # type: ignore[arg-type]
+    parameters = jax.tree.map(lambda array: np.asarray(3 * array + 0.01), initial_parameters(model, 0))
+    parameters = jax.device_put(parameters, parameter_shardings(model, mesh))
+    return Likelihood(model, compute, mesh, isolate)(parameters, place(mesh, make_batch(model.vocabulary_size)))
+
+
+def compare_likelihood(expected_nll_BL: np.ndarray, weights_BL: np.ndarray, found: BatchNll, label: str) -> None:
+    np.testing.assert_allclose(found.token_nll_BL, expected_nll_BL, rtol=1e-4, atol=1e-5, err_msg=label)
+    np.testing.assert_allclose(float(found.nll), (expected_nll_BL * weights_BL).sum(), rtol=1e-5, err_msg=label)
+    assert float(found.weight) == weights_BL.sum(), label
+    print(f"{label} likelihood: equal", flush=True)
+
+
 def compare(expected, found, label: str) -> None:
     assert abs(found[0] / expected[0] - 1) < 1e-5, (label, found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5, err_msg=label)
@@ -78,6 +94,8 @@ def main(attention: str, which: str) -> None:
                 sizes = dict(zip(MESH_AXES, shape, strict=True))
                 mesh, label = make_mesh(MeshConfig(**sizes)), f"{name} {attention} {isolate} {sizes}"
                 compare(expected, gradient(model, attention, isolate, mesh), label)
+                weights_BL = make_batch(model.vocabulary_size).loss_weights_BL
+                compare_likelihood(expected[1], weights_BL, likelihood(model, attention, isolate, mesh), label)
                 if name == "multi-query" and shape[1] > 1:
                     compare(
                         expected, gradient(model, attention, isolate, mesh, gather="step"), f"{label} gathered once"

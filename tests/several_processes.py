@@ -17,10 +17,11 @@ from jax.experimental import multihost_utils  # noqa: E402
 from aurora_jax.model.config import ComputeConfig  # noqa: E402
 from aurora_jax.model.decoder import initial_parameters, structure_of  # noqa: E402
 from aurora_jax.model.division import Division  # noqa: E402
+from aurora_jax.model.likelihood import make_loss  # noqa: E402
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process  # noqa: E402
 from aurora_jax.model.sharding import flatten, parameter_shardings  # noqa: E402
 from aurora_jax.train.config import MeshConfig  # noqa: E402
-from aurora_jax.train.step import make_gradient, make_loss  # noqa: E402
+from aurora_jax.train.step import make_gradient  # noqa: E402
 
 model = MODELS["multi-query"]
 assert jax.device_count() == 8

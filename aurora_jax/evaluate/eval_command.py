@@ -12,11 +12,12 @@ from rich.table import Table
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
-from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.evaluate.evaluations import described
 from aurora_jax.model.config import ComputeConfig
-from aurora_jax.model.decoder import structure_of
+from aurora_jax.model.likelihood import Likelihood
+from aurora_jax.model.mesh import MeshConfig, make_mesh
+from aurora_jax.model.sharding import parameter_shardings
 
 LONGEST = 2_048
 """Tokens of a window for a checkpoint that no run has written, if its model has learnt as many positions."""
@@ -45,6 +46,8 @@ class EvalCommand:
     """Tokens a window, in place of the run's."""
     attend_across_documents: bool | None = None
     """Whether documents of a window see each other, in place of what the run does."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """All devices, along fsdp unless told otherwise."""
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig("float32", "float32", unroll_layers=True))
     json: Path | None = None
     """Write the scores and how they were measured there too."""
@@ -59,10 +62,8 @@ class EvalCommand:
         across = self.attend_across_documents
         if across is None:
             across = run.get("attend_across_documents", True)
-        if not 0 < length <= model.longest_sequence:
-            raise InputError(
-                f"windows of {length} tokens: the model reads 1 to {model.longest_sequence}; give --sequence-length."
-            )
+        likelihood = Likelihood(model, self.compute, make_mesh(self.mesh), isolate_documents=not across)
+        likelihood.check(**{"--batch-size": self.batch_size, "--sequence-length": length})
 
         # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
         from aurora_jax.data.batches.store import store_directory
@@ -75,16 +76,9 @@ class EvalCommand:
         directories = {task: store_directory(self.stores, task, "validation") for task in self.tasks}
         require_tokenizer_of_stores(tokenizer.sha256, self.checkpoint, directories)
         stores = open_stores(self.tasks, "validation", self.stores)
-        evaluator = Evaluator(
-            structure_of(model, self.compute),
-            self.compute,
-            stores,
-            tokenizer,
-            batch_size=self.batch_size,
-            sequence_length=length,
-            attend_across_documents=across,
-        )
-        scores = evaluator(checkpoint.restore_parameters(self.checkpoint, dtype=jnp.float32))
+        evaluator = Evaluator(likelihood, stores, tokenizer, batch_size=self.batch_size, sequence_length=length)
+        shardings = parameter_shardings(model, likelihood.mesh)
+        scores = evaluator(checkpoint.restore_parameters(self.checkpoint, dtype=jnp.float32, shardings=shardings))
 
         row = {
             "checkpoint": str(checkpoint.resolve(self.checkpoint)),

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aurora_jax.model.config import ModelConfig
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import PADDING_HINT, ModelConfig
 
 FSDP_AXES = ("fsdp", "fsdp_inner")
 BATCH_AXES = ("data", *FSDP_AXES)
@@ -75,6 +76,10 @@ def rows_of(config: ModelConfig) -> dict[str, ParameterRow]:
     }
 
 
+SIZES = {"D": "width", "H": "heads", "F": "mlp_width", "V": "vocabulary_size"}
+"""Names in `ModelConfig` of the letters that a mesh divides."""
+
+
 def dimensions(config: ModelConfig) -> dict[str, int]:
     """Size of each letter of the table for one model."""
     return {
@@ -100,6 +105,26 @@ def parameter_shapes(config: ModelConfig, dtype: jnp.dtype | str = jnp.float32) 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     """Where each parameter lies on a mesh, by the table; nested like the parameters."""
     return nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(config).items()})
+
+
+def require_divisible(config: ModelConfig, mesh: Mesh) -> None:
+    """Can every parameter be divided over a mesh as the table says?
+
+    Raises:
+        InputError: naming the first size that cannot.
+    """
+    sizes = dimensions(config)
+    for row in rows_of(config).values():
+        for letter, entry in zip(row.letters, row.partition, strict=True):
+            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if sizes[letter] % parts:
+                several = " x ".join(axis for axis in axes if mesh.shape[axis] > 1)
+                hint = f" {PADDING_HINT}" if letter == "V" else ""
+                raise InputError(
+                    f"The model's {SIZES[letter]} {sizes[letter]} cannot be divided over mesh axis {several} of size "
+                    f"{parts}.{hint}"
+                )
 
 
 def parameter_count(config: ModelConfig) -> int:

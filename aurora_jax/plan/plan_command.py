@@ -1,7 +1,7 @@
 """`aurora plan`: does a config fit a TPU topology, how fast can it go, what does it cost."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -67,7 +67,7 @@ def list_topologies(console: Console) -> None:
 
 def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     """Plans and prints. Raises InputError if the config cannot be planned, or does not fit."""
-    from aurora_jax.plan.estimate import DoesNotFit, make_plan, smallest_change
+    from aurora_jax.plan.estimate import DoesNotFit, make_plan, plan_evaluation, smallest_change
 
     model = model_of(config, options.model)
     if options.search:
@@ -92,6 +92,8 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
                 else ""
             )
             raise InputError(f"{options.topology}: {error}{hint}") from None
+        if config.evaluation.tasks:
+            plan = replace(plan, evaluation=plan_evaluation(config, model, options.topology, options.slices))
     chip = CHIPS[options.topology.partition(":")[0]]
     price = chip.price if options.price is None else options.price
 
@@ -120,6 +122,12 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
         f"{options.tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours"
     )
     table.add_row(f"  at ${price:.2f} a chip-hour", f"${hours * plan.chips * price:,.0f}")
+    if (evaluation := plan.evaluation) is not None:
+        table.add_section()
+        table.add_row("evaluation, a batch", f"{evaluation.tokens:,} tokens in {evaluation.seconds:.2f} s")
+        table.add_row("  its products alone, at the peak", f"{evaluation.least_seconds:.2f} s")
+        table.add_row("  GB sent by a chip", f"{evaluation.gigabytes:.1f}")
+        table.add_row("  HBM a chip, with the state beside it", f"{evaluation.memory_peak / GIB:.1f} GiB")
     console.print(table)
 
     collectives = Table(
