@@ -167,9 +167,6 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "160")
     import seqio
 
-    from aurora_jax.data.registry.tasks import unregister
-
-    unregister()
     try:
         arguments = [
             "data",
@@ -195,7 +192,6 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
         seqio.MixtureRegistry.remove("theirs")
         for task in ("theirs_files", "theirs_function"):
             seqio.TaskRegistry.remove(task)
-        unregister()
 
 
 # ---------------------------------------------------------------- show

@@ -71,10 +71,11 @@ class EvalCommand:
         from aurora_jax.data.registry.vocabulary import Vocabulary
 
         tokenizer = tokenizer_of(checkpoint.read_files(self.checkpoint), self.checkpoint)
-        register(self.corpus, Vocabulary(tokenizer), self.modules)
+        registry = register(self.corpus, Vocabulary(tokenizer), self.modules)
         directories = {task: store_directory(self.stores, task, "validation") for task in self.tasks}
         require_tokenizer_of_stores(tokenizer.sha256, self.checkpoint, directories)
-        stores = open_stores(self.tasks, "validation", self.stores)
+        recipes = [registry.recipe(task, "validation") for task in dict.fromkeys(self.tasks)]
+        stores = open_stores(recipes, self.stores)
         evaluator = Evaluator(
             structure_of(model, self.compute),
             self.compute,
