@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -44,8 +45,12 @@ def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bo
                 f"{missing[0].split}); build them with `aurora data build` before the run, or leave them out with "
                 "--data.skip-missing"
             )
-        from aurora_jax.data.build.build_command import build_stores
-
+        # Beam warns through the root logger of cloud libraries that are not installed.
+        logging.disable(logging.WARNING)
+        try:
+            from aurora_jax.data.build.build_command import build_stores
+        finally:
+            logging.disable(logging.NOTSET)
         built = build_stores(missing, root, console=Console())
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
     if missing and not stores:
