@@ -51,7 +51,7 @@ def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bo
             from aurora_jax.data.build.build_command import build_stores
         finally:
             logging.disable(logging.NOTSET)
-        built = build_stores(missing, root, console=Console())
+        built = build_stores(missing, root, console=Console(stderr=True))
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
     if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")
