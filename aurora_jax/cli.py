@@ -1,6 +1,5 @@
 """The command line: `aurora` or `python -m aurora_jax`."""
 
-import glob
 import importlib
 import importlib.util
 import logging
@@ -13,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from aurora_jax import environment
 from aurora_jax.errors import InputError
 
 HELP = """usage: aurora COMMAND ...
@@ -195,18 +195,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
-"""Device files of TPUs (two kinds of driver), and of GPUs of NVIDIA (WSL too) and AMD."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for input that the user can mend)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # TensorFlow (SeqIO's) and absl log start-up notes that mean nothing here.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
-        # Where libtpu is installed to plan with, JAX would look for a TPU, and complain.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    environment.prepare()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0

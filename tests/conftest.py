@@ -3,8 +3,6 @@ its tokenizer."""
 
 import json
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,14 +27,6 @@ SENTENCES = {
     "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền.",
     "code": "def clamp(value, low, high):\n    return max(low, min(value, high))\n",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_registered_tasks() -> Iterator[None]:
-    """SeqIO's registry is the process's: each file of tests begins with no tasks of ours in it."""
-    yield
-    if "aurora_jax.data.registry.tasks" in sys.modules:
-        sys.modules["aurora_jax.data.registry.tasks"].unregister()
 
 
 @pytest.fixture(scope="session")

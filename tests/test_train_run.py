@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.data.batches.store import TokenStore
-from aurora_jax.data.registry.tasks import mixture_rates, unregister
+from aurora_jax.data.registry.tasks import mixture_rates
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.eval_command import EvalCommand
 from aurora_jax.evaluate.metrics_file import read_metrics
@@ -48,7 +48,7 @@ STAGES = (
 def base(mini_corpus, mini_tokenizer, tmp_path_factory):
     """A config for 12 steps in two stages; the token stores are shared by all runs of this file."""
     folder = tmp_path_factory.mktemp("runs")
-    yield TrainConfig(
+    return TrainConfig(
         output=folder / "undisturbed",
         stages=STAGES,
         model=MODEL,
@@ -64,7 +64,6 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         checkpoint=CheckpointConfig(every=4),
         log_format="lines",
     )
-    unregister()
 
 
 @pytest.fixture(scope="module")

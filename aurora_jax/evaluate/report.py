@@ -198,10 +198,7 @@ def write_report(
             f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little."
         )
     changes = before_after(rows)
-    boundaries = {
-        stage: max(row["step"] for row in steps if row["stage"] == stage) + 1
-        for stage in dict.fromkeys(r["stage"] for r in steps)
-    }
+    boundaries = stage_ends(steps)
     name = run_directory.resolve().name
     parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
     charts: dict[str, Figure] = {}
@@ -219,7 +216,7 @@ def write_report(
         parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
     missing = not_compared(rows)
     parts += [f'<p class="bad">{html.escape(sentence)}</p>' for sentence in missing]
-    for number, (measured, curves) in enumerate(_evaluation_curves(rows).items(), start=1):
+    for number, (measured, curves) in enumerate(evaluation_curves(rows).items(), start=1):
         name_of_chart = "bits_per_byte" if number == 1 else f"bits_per_byte_{number}"
         charts[name_of_chart] = bits_per_byte_curves(curves, boundaries)
         parts += ["<h2>While it learnt</h2>"] if number == 1 else []
@@ -227,7 +224,7 @@ def write_report(
             f'<p class="faint">{html.escape(measured)}</p>',
             _image(charts[name_of_chart], f"Bits per byte over steps: {measured}"),
         ]
-    charts["loss"] = loss_curves(_loss_curves(steps), boundaries)
+    charts["loss"] = loss_curves(training_loss_curves(steps), boundaries)
     charts["learning_rate"] = learning_rate_curve(
         [row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries
     )
@@ -329,7 +326,7 @@ def _sample(language: str, prompt: str, before: str, after: str) -> str:
     return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
 
 
-def _evaluation_curves(rows: Sequence[Mapping]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+def evaluation_curves(rows: Sequence[Mapping]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
     """How it was measured -> language -> steps and values: of quick evaluations only, if there are some, which read
     less text than complete ones. What was measured otherwise is on another chart."""
     evaluations = [row for row in rows if "evaluation" in row]
@@ -343,7 +340,14 @@ def _evaluation_curves(rows: Sequence[Mapping]) -> dict[str, dict[str, tuple[lis
     return charts
 
 
-def _loss_curves(steps: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
+def stage_ends(steps: Sequence[Mapping]) -> dict[str, int]:
+    """Stage -> the step after its last one, of the rows of training steps."""
+    stages = dict.fromkeys(row["stage"] for row in steps)
+    return {stage: max(row["step"] for row in steps if row["stage"] == stage) + 1 for stage in stages}
+
+
+def training_loss_curves(steps: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
+    """Language -> steps and training loss, of the rows of training steps."""
     curves: dict[str, tuple[list[float], list[float]]] = {language: ([], []) for language in NAMES}
     for row in steps:
         for task, loss in row["task_loss"].items():

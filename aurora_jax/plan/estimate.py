@@ -4,6 +4,8 @@ An estimate, and called one: it leaves out stalls on memory that the compiler do
 the network and the input.
 """
 
+import html
+import io
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
@@ -138,6 +143,17 @@ class Plan:
     def tokens_per_second_per_chip(self) -> float:
         return self.tokens / self.step_seconds / self.chips
 
+    def __str__(self) -> str:
+        """As `aurora plan` prints it."""
+        console = Console(file=io.StringIO(), width=100)
+        for part in described(self):
+            console.print(part)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def as_dict(self) -> dict:
         """All fields and what follows from them, for JSON."""
         return {
@@ -145,6 +161,64 @@ class Plan:
             "step_seconds": self.step_seconds,
             "tokens_per_second_per_chip": self.tokens_per_second_per_chip,
         }
+
+
+def described(plan: Plan, tokens: float = 435e9, price: float | None = None) -> list[RenderableType]:
+    """A plan for people: tables and sentences, from top to bottom.
+
+    Args:
+        tokens: of the run, for its time and cost.
+        price: US dollars a chip-hour; the chip's on-demand list price without it.
+    """
+    chip = CHIPS[plan.topology.partition(":")[0]]
+    price = chip.price if price is None else price
+    table = Table(title=f"{plan.slices} x {plan.topology}, {plan.chips} chips, mesh {plan.mesh}", show_header=False)
+    table.add_row("parameters", f"{plan.parameters:,}")
+    table.add_row("tokens a step", f"{plan.tokens:,}")
+    table.add_section()
+    free = 1 - plan.memory_peak / plan.memory_capacity
+    table.add_row(
+        "HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)"
+    )
+    for name, size in plan.memory_parts.items():
+        table.add_row(f"  {name}", f"{size / GIB:.2f} GiB")
+    table.add_section()
+    table.add_row("time a step, estimated", f"{plan.step_seconds:.2f} s")
+    table.add_row("  compute", f"{plan.compute_seconds:.2f} s ({plan.cycles / 1e9:.2f}e9 cycles)")
+    table.add_row("  attention kernels", f"{plan.kernel_seconds:.2f} s")
+    table.add_row("  collectives that nothing hides", f"{plan.exposed_seconds:.2f} s")
+    table.add_row("tokens/s a chip, at most", f"{plan.tokens_per_second_per_chip:,.0f}")
+    table.add_row("MFU, at most", f"{plan.mfu:.1%}")
+    table.add_section()
+    hours = tokens / plan.tokens * plan.step_seconds / 3600
+    table.add_row(f"{tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours")
+    table.add_row(f"  at ${price:.2f} a chip-hour", f"${hours * plan.chips * price:,.0f}")
+    if (evaluation := plan.evaluation) is not None:
+        table.add_section()
+        table.add_row("evaluation, a batch", f"{evaluation.tokens:,} tokens in {evaluation.seconds:.2f} s")
+        table.add_row("  its products alone, at the peak", f"{evaluation.least_seconds:.2f} s")
+        table.add_row("  GB sent by a chip", f"{evaluation.gigabytes:.1f}")
+        table.add_row("  HBM a chip, with the state beside it", f"{evaluation.memory_peak / GIB:.1f} GiB")
+    collectives = Table(
+        "collective", "mesh axis", "a step", "GB sent", "seconds", "exposed", title="collectives of a chip"
+    )
+    for row in plan.collectives:
+        collectives.add_row(
+            row.kind,
+            row.axis,
+            f"{row.count:,}",
+            f"{row.gigabytes:.2f}",
+            f"{row.seconds:.3f}",
+            f"{row.exposed_seconds:.3f}",
+        )
+    verdict = "Fits." if free >= 0.1 else "Fits, but tightly: less than 10 % of the memory is free."
+    basis = (
+        f"Compiled in {plan.compile_seconds:.0f} s by the TPU compiler. Times are its estimates: stalls on "
+        "memory, contention in the "
+        "network and the input are left out. MFU: (6 N + 6 layers H C L) FLOPs a token, attention's triangle "
+        "counted once, over the peak."
+    )
+    return [table, collectives, Text(verdict, style="bold"), basis]
 
 
 def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> Plan:

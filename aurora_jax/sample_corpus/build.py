@@ -8,13 +8,16 @@ import json
 import multiprocessing
 import os
 import struct
+import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from rich.progress import Progress
@@ -120,8 +123,9 @@ def build(
     sources = [source for source in collection.train if source.package in by_name]
     task = progress.add_task("reading", total=sum(by_name[source.package].size for source in sources))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        aligned = pool.submit(read_aligned, by_name[collection.aligned.package].path, collection.aligned)
-        readings = [pool.submit(read_documents, by_name[source.package].path, source) for source in sources]
+        with _no_main_module():  # processes are started as tasks come
+            aligned = pool.submit(read_aligned, by_name[collection.aligned.package].path, collection.aligned)
+            readings = [pool.submit(read_documents, by_name[source.package].path, source) for source in sources]
         documents = []
         for source, reading in zip(sources, readings, strict=True):
             documents.append(_outcome(reading, by_name[source.package]))
@@ -174,6 +178,18 @@ def build(
             )
     versions = {package.name: package.version for package in packages} | projects
     return _write(directory, registry, splits, versions)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Processes that are spawned in the block do not run the caller's script again, which they need nothing of: it may
+    be three lines that begin with this corpus."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _outcome(reading: Future[T], package: Package) -> T:

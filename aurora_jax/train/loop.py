@@ -235,14 +235,16 @@ def _open_data(
     from aurora_jax.data.registry.tasks import mixture_rates, register
     from aurora_jax.data.registry.vocabulary import Vocabulary
 
-    register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
+    registry = register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
     for split, its_tasks in (("train", tasks), ("validation", config.evaluation.tasks)):
         directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)
-    stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
-    held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
+    recipes = [registry.recipe(task, "train") for task in tasks]
+    stores = open_stores(recipes, config.data.stores, skip_missing=config.data.skip_missing)
+    recipes = [registry.recipe(task, "validation") for task in dict.fromkeys(config.evaluation.tasks)]
+    held_out = open_stores(recipes, config.data.stores)
     for store in (*stores.values(), *held_out.values()):  # those that were built just now
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, {store.info.task: store.directory})
     for mixture, its_rates in rates.items():

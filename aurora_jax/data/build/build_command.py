@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class BuildCommand:
 
     mixtures: tyro.conf.Positional[tuple[str, ...]]
     """SeqIO mixtures or tasks: nano_base, nano_cap, nano_cat (sample corpus), aurora_m_cap, aurora_m_cat, or
-    one of --modules."""
+    one of --modules; or tasks with their rates, sample_fi=0.5,sample_en=0.5."""
     tokenizer: Path
     """tokenizer.json, or its folder (a checkpoint of convert has one), a SentencePiece .model, or the word bytes."""
     output: str = "stores"
@@ -62,15 +62,20 @@ class BuildCommand:
 
     def run(self) -> None:
         """Raises InputError if something given is wrong, or too much of a source is bad."""
-        from aurora_jax.data.registry.tasks import mixture_rates, recipe_of, register
+        from aurora_jax.data.registry.tasks import mixture_rates, register
         from aurora_jax.data.registry.vocabulary import vocabulary_from
 
-        register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
+        registry = register(self.data_root, vocabulary_from(self.tokenizer), self.modules)
         if not self.mixtures:
             raise InputError("aurora data build: name at least one mixture or task, such as nano_cap")
         rates = {mixture: mixture_rates(mixture) for mixture in self.mixtures}
         tasks = dict.fromkeys(task for pairs in rates.values() for task, _ in pairs)
-        recipes = list(_recipes(tasks, self.splits, recipe_of))
+        recipes = [
+            registry.recipe(task, split)
+            for task in tasks
+            for split in self.splits
+            if split == "train" or split in registry.splits(task)
+        ]
         console = Console(width=None if sys.stdout.isatty() else 130)
         stores = build_stores(
             recipes,
@@ -89,15 +94,6 @@ class BuildCommand:
                 console.print(absent, style="yellow", highlight=False, markup=False)
 
 
-def _recipes(tasks: Iterable[str], splits: Sequence[str], recipe_of: Callable[[str, str], Recipe]) -> Iterator[Recipe]:
-    import seqio
-
-    for task in tasks:
-        for split in splits:
-            if split == "train" or split in seqio.TaskRegistry.get(task).splits:
-                yield recipe_of(task, split)
-
-
 def build_stores(
     recipes: Sequence[Recipe],
     output: str | Path,
@@ -112,7 +108,7 @@ def build_stores(
     """Builds the stores that are not there yet and opens all of them.
 
     Args:
-        recipes: what to build; see `tasks.recipe_of`.
+        recipes: what to build; see `tasks.Registry.recipe`.
         output: folder of the stores.
         max_bad_fraction: largest share of bad records of a task.
         skip_missing: leave out tasks whose files are not there.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,10 +14,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
 
 
-def open_stores(
-    tasks: Iterable[str], split: str, root: str | Path, *, skip_missing: bool = False
-) -> dict[str, TokenStore]:
-    """The stores of registered tasks, by task.
+def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
+    """The stores of tasks, by task.
 
     One process by itself builds those that are missing, which is quick for small corpora; the processes of a
     pod do not.
@@ -26,19 +25,16 @@ def open_stores(
     """
     import jax
 
-    from aurora_jax.data.registry.tasks import recipe_of
-
     stores: dict[str, TokenStore] = {}
     missing = []
-    for task in dict.fromkeys(tasks):
-        recipe = recipe_of(task, split)
-        directory = store_directory(root, task, split)
+    for recipe in recipes:
+        directory = store_directory(root, recipe.task, recipe.split)
         if read_info(directory) is None:
             missing.append(recipe)
             continue
-        stores[task] = TokenStore.open(directory, *recipe.fingerprints)
+        stores[recipe.task] = TokenStore.open(directory, *recipe.fingerprints)
         try:
-            files = recipe.reader.files(split)
+            files = recipe.reader.files(recipe.split)
         except InputError:  # a pod needs no right to read the sources
             files = []
         check_sources(recipe, directory, files)
@@ -46,12 +42,16 @@ def open_stores(
         if jax.process_count() > 1:
             raise InputError(
                 f"{root}: no complete token store of {', '.join(recipe.task for recipe in missing)} (split "
-                f"{split}); build them with "
-                "`aurora data build` before the run, or leave them out with --data.skip-missing"
+                f"{missing[0].split}); build them with `aurora data build` before the run, or leave them out with "
+                "--data.skip-missing"
             )
-        from aurora_jax.data.build.build_command import build_stores
-
-        built = build_stores(missing, root, console=Console())
+        # Beam warns through the root logger of cloud libraries that are not installed.
+        logging.disable(logging.WARNING)
+        try:
+            from aurora_jax.data.build.build_command import build_stores
+        finally:
+            logging.disable(logging.NOTSET)
+        built = build_stores(missing, root, console=Console(stderr=True))
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
     if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aurora_jax.data.batches.store import StoreInfo, read_info
-from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, task_specs
+from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, stated_rates, task_spec
 from aurora_jax.data.text.sources import TaskSpec
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File, find_all, patterns_text
@@ -111,10 +111,12 @@ def rates_of(mixture: str, data_root: str, modules: Sequence[str]) -> tuple[tupl
     Raises:
         InputError: no mixture or task has that name, or a module cannot be imported.
     """
+    if (stated := stated_rates(mixture)) is not None:
+        return stated
     if not modules:
         if mixture in MIXTURES:
             return tuple(sorted(MIXTURES[mixture].items()))
-        if mixture in {spec.name for spec in task_specs(data_root)}:
+        if task_spec(data_root, mixture) is not None:
             return ((mixture, 1.0),)
         raise InputError(
             f"no mixture or task of ours is named {mixture!r}; mixtures are {', '.join(MIXTURES)}; others "
@@ -123,9 +125,7 @@ def rates_of(mixture: str, data_root: str, modules: Sequence[str]) -> tuple[tupl
     from aurora_jax.data.registry import tasks
     from aurora_jax.data.registry.vocabulary import vocabulary_from
 
-    if not tasks.is_registered():
-        tasks.register(data_root, vocabulary_from("bytes"))
-    tasks.import_modules(modules)
+    tasks.register(data_root, vocabulary_from("bytes"), modules)
     return tasks.mixture_rates(mixture)
 
 
@@ -148,7 +148,6 @@ def task_rows(
     Raises:
         InputError: a file system cannot be reached, or a store's description is malformed.
     """
-    specs = {spec.name: spec for spec in task_specs(data_root)}
     total = sum(rate for _, rate in rates)
     rows = []
     for name, rate in sorted(rates, key=lambda pair: (-pair[1], pair[0])):
@@ -156,7 +155,8 @@ def task_rows(
         epochs = None
         if store is not None and sequences is not None:
             epochs = sequences * rate / total / max(1, -(-(store.tokens - 1) // sequence_length))
-        row = _known(specs[name]) if name in specs else _foreign(name)
+        spec = task_spec(data_root, name)
+        row = _known(spec) if spec is not None else _foreign(name)
         rows.append(TaskRow(name=name, rate=rate / total, store=store, epochs=epochs, **row))
     return rows
 
