@@ -59,7 +59,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def build_ours(folder: str, tokenizer: str, work: str) -> float:
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -179,7 +179,7 @@ def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
 def open_loader(corpus: str, tokenizer: str, work: str):
     """The sample corpus's stores (built once) in equal shares."""
     from aurora_jax.data.batches.loader import Loader, Stage
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from

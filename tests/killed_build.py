@@ -10,7 +10,7 @@ from typing import Any
 from aurora_jax.data.batches import store
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.build import pipeline as build
-from aurora_jax.data.build.build_command import build_stores
+from aurora_jax.data.build.stores import build_stores
 from aurora_jax.data.text import sources
 from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
 from aurora_jax.data.text.recipe import Recipe

@@ -513,7 +513,7 @@ def test_nothing_is_read_too_often_and_groups_keep_their_shares():
 def test_seqios_registry_has_the_mixtures(tmp_path):
     import seqio
 
-    from aurora_jax.data.look.describe import rates_of
+    from aurora_jax.data.look.inventory import rates_of
     from aurora_jax.data.registry.tasks import mixture_rates, recipe_of, register
     from aurora_jax.data.registry.vocabulary import vocabulary_from
 

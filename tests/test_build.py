@@ -26,8 +26,9 @@ from aurora_jax.cli import main
 from aurora_jax.data.batches import store
 from aurora_jax.data.batches.store import TokenStore, read_info
 from aurora_jax.data.build import pipeline as build
-from aurora_jax.data.build.build_command import build_stores, summary
+from aurora_jax.data.build.build_command import summary
 from aurora_jax.data.build.pipeline import jobs_for, pipeline
+from aurora_jax.data.build.stores import build_stores
 from aurora_jax.data.text import sources
 from aurora_jax.data.text.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Piece, Rejected
 from aurora_jax.data.text.recipe import Dropped, Preparation, Recipe

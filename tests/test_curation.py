@@ -30,7 +30,7 @@ from aurora_jax.data.curation.filters import identify, language_rejection, measu
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import THRESHOLDS, load_thresholds
 from aurora_jax.data.curation.units import hash_ngrams, hash_units, normalize, split_units
-from aurora_jax.data.text import sources
+from aurora_jax.data.text import readers
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import find
 
@@ -563,7 +563,7 @@ def test_wherever_a_file_is_cut_each_line_is_read_once(tmp_path, monkeypatch, si
         for length in (1, 40, 2, 3, 90, 11, 5)
     ]
     path.write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(sources, "PART_BYTES", size)
+    monkeypatch.setattr(readers, "PART_BYTES", size)
     (file,) = find(str(path))
     read = [
         document for part in JSON_LINES.parts(file) for document in read_part(InputPart("in", "a.jsonl", part), {"fi"})
@@ -821,7 +821,7 @@ def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
         return sorted(line for path in (tmp_path / name / "train").iterdir() for line in path.read_bytes().splitlines())
 
     whole = outcome("whole", 1)
-    monkeypatch.setattr(sources, "PART_BYTES", 997)
+    monkeypatch.setattr(readers, "PART_BYTES", 997)
     assert outcome("cut", 3) == whole
     assert any(path.name.endswith("-of-00003.jsonl") for path in (tmp_path / "cut" / "train").iterdir())
 

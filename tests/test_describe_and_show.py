@@ -20,7 +20,8 @@ from aurora_jax.data.batches.loader import Loader, Stage, stage_over
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES
 from aurora_jax.data.corpora.catalogue import MIXTURES
-from aurora_jax.data.look.describe import markdown, rates_of, shares, task_rows
+from aurora_jax.data.look.describe import markdown
+from aurora_jax.data.look.inventory import rates_of, shares, task_rows
 from aurora_jax.data.look.show import PARTIAL, print_row, read_row, spans_of
 from aurora_jax.data.look.show_page import harmless
 from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer

@@ -35,9 +35,10 @@ from aurora_jax.data.batches.store import (
     token_type,
     write_range,
 )
-from aurora_jax.data.build.opening import check_sources
+from aurora_jax.data.build.checks import check_sources
+from aurora_jax.data.text.readers import Part
 from aurora_jax.data.text.recipe import Dropped, Recipe, Tokenized
-from aurora_jax.data.text.sources import Bad, Part
+from aurora_jax.data.text.sources import Bad
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.files import File, patterns_text

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part, Source
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.sources import Bad, Source
 
 JSON_LINES = Source({}, "jsonl")
 

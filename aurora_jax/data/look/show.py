@@ -21,7 +21,7 @@ from rich.text import Text
 from aurora_jax.data.batches.loader import Loader, Place, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore
-from aurora_jax.data.look.describe import rates_of
+from aurora_jax.data.look.inventory import rates_of
 from aurora_jax.data.look.show_page import harmless, page
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 from aurora_jax.errors import InputError

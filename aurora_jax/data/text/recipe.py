@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from aurora_jax.data.text.documents import Document, DocumentStep, Piece, Rejected
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.sources import Bad
 from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
