@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import jax
 
 from aurora_jax.checkpoints import format as checkpoint_format
-from aurora_jax.checkpoints.carried_files import write_files
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_of
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.held_out import LONGEST, evaluate_checkpoint
@@ -51,6 +50,7 @@ from aurora_jax.generate.text import TextGenerator, TextSettings
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.sharding import parameter_count
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.carried_files import write_files
 from aurora_jax.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
 
@@ -100,10 +100,9 @@ def sample_corpus(
         >>> sorted(file.name for file in (corpus / "train").iterdir())
         ['code.jsonl', 'en.jsonl', 'fi.jsonl', 'hi.jsonl', 'ja.jsonl', 'vi.jsonl']
     """
-    from aurora_jax.sample_corpus.sample_command import build_sample_corpus
+    from aurora_jax.sample_corpus import make
 
-    build_sample_corpus(directory, sources=sources, cache=None if cache is None else Path(cache), force=force)
-    return Path(directory)
+    return make(directory, sources=sources, cache=cache, force=force)
 
 
 def load(

@@ -134,8 +134,8 @@ def _data(arguments: Sequence[str]) -> None:
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
     from aurora_jax.checkpoints import format as checkpoint
-    from aurora_jax.checkpoints.carried_files import write_files
     from aurora_jax.data.look.show import ShowCommand
+    from aurora_jax.storage.carried_files import write_files
     from aurora_jax.train.checkpoint import RunCheckpoints
 
     config = load_config(path)

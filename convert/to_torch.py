@@ -15,7 +15,6 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.checkpoints.carried_files import write_files
 from aurora_jax.checkpoints.format import (
     CheckpointMetadata,
     damage_named,
@@ -26,6 +25,7 @@ from aurora_jax.checkpoints.format import (
 )
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
+from aurora_jax.storage.carried_files import write_files
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output
 from convert.progress import byte_progress

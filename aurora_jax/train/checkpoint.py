@@ -10,10 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from aurora_jax.checkpoints import format
-from aurora_jax.checkpoints.carried_files import encode_files
 from aurora_jax.checkpoints.format import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage.carried_files import encode_files
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.processes import is_first
