@@ -420,7 +420,8 @@ def test_near_duplicates_of_japanese_are_found_by_characters():
 
 def test_of_a_chain_the_longest_stays_whatever_the_order():
     nodes = [
-        duplicates.Node(-length, key) for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))
+        duplicates.ClusterNode(-length, key)
+        for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))
     ]
     edges = [(nodes[0], nodes[1]), (nodes[1], nodes[2]), (nodes[2], nodes[3]), (nodes[4], nodes[5])]
     expected = {("d", "a"), ("b", "a"), ("c", "a"), ("f", "e")}
@@ -433,7 +434,10 @@ def test_crowded_buckets_stay_connected():
     keys = [f"{number:04d}" for number in range(1000)]
     pairs = list(duplicates.pairs(reversed(keys)))
     assert len(pairs) < 1000 * duplicates.BUCKET_WINDOW
-    assert len(list(duplicates.losers([(duplicates.Node(0, a), duplicates.Node(0, b)) for a, b in pairs]))) == 999
+    assert (
+        len(list(duplicates.losers([(duplicates.ClusterNode(0, a), duplicates.ClusterNode(0, b)) for a, b in pairs])))
+        == 999
+    )
 
 
 # Contamination

@@ -16,7 +16,7 @@ from rich.console import Console
 from stores import write_store
 
 from aurora_jax.cli import main
-from aurora_jax.data.batches.loader import Loader, Stage, stage_over
+from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES
 from aurora_jax.data.corpora.catalogue import MIXTURES
@@ -245,7 +245,7 @@ def test_epoch_position_follows_the_loader(stores, tokenizer):
         before, after = loader.position(step)["epochs"], loader.position(step + 1)["epochs"]
         for place in places:
             assert before[place.task] - 1e-9 <= place.epoch + place.turn / place.windows < after[place.task]
-    stages = [Stage("one", (("sample_ja", 1.0),), 3), Stage("two", (("sample_ja", 1.0),), 9)]
+    stages = [DataStage("one", (("sample_ja", 1.0),), 3), DataStage("two", (("sample_ja", 1.0),), 9)]
     one = Loader(opened, stages, batch_size=4, sequence_length=48, seed=0)
     places = [one.place(step, row) for step in range(12) for row in range(4)]
     assert [place.epoch * place.windows + place.turn for place in places] == list(
@@ -397,14 +397,14 @@ CONFIG = """
 from pathlib import Path
 from aurora_jax.model.config import PRESETS
 from aurora_jax.train.config import DataConfig, TrainConfig
-from aurora_jax.train.stages import LearningRate, Stage
+from aurora_jax.train.stages import LearningRate, DataStage
 
 def config():
     return TrainConfig(
         output=Path("run"),
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
-        stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
+        stages=(DataStage("cap", "nano_cap", 10, LearningRate(1e-3)), DataStage("again", "nano_base", 5)),
         data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48,
                         attend_across_documents={across}),
     )

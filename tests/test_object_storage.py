@@ -24,7 +24,7 @@ from conftest import SENTENCES
 from killed_build import SIZES, built, recipes
 from test_sources import RECORDS, WRITERS
 
-from aurora_jax.data.batches.loader import Loader, Stage
+from aurora_jax.data.batches.loader import DataStage, Loader
 from aurora_jax.data.batches.store import TokenStore, kvstore_at
 from aurora_jax.data.build import pipeline as build
 from aurora_jax.data.text import sources
@@ -194,7 +194,7 @@ def test_batches_from_a_bucket_are_those_from_a_folder(local: Path) -> None:
     """At the first steps and at far ones, from the middle of the run as from its beginning."""
     place = f"{BUCKET}/batches/stores"
     upload(local, place)
-    stages = [Stage("a", (("text", 0.7), ("chat", 0.3)), 1_000_000), Stage("b", (("chat", 1.0),), 1_000_000)]
+    stages = [DataStage("a", (("text", 0.7), ("chat", 0.3)), 1_000_000), DataStage("b", (("chat", 1.0),), 1_000_000)]
 
     def loader(root: Path | str) -> Loader:
         stores = {task: TokenStore.open(f"{root}/{task}/train") for task in ("text", "chat")}

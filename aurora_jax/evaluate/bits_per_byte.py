@@ -44,7 +44,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How figures were measured. Only figures of equal settings may be compared, or share a curve."""
 
     sequence_length: int
@@ -101,9 +101,9 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._bytes_V = {task: _bytes_of_tokens(store, tokenizer) for task, store in stores.items()}
 
-    def settings(self, windows: int | None = None) -> Settings:
+    def settings(self, windows: int | None = None) -> EvaluationSettings:
         """How `self(parameters, windows)` measures."""
-        return Settings(
+        return EvaluationSettings(
             sequence_length=self._sequence_length,
             attend_across_documents=self._across,
             tokenizer_sha256=self._tokenizer.sha256,

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from aurora_jax.sample_corpus.build import Manifest
+from aurora_jax.sample_corpus.build import CorpusManifest
 from aurora_jax.sample_corpus.sample_command import SampleCommand, build_sample_corpus
 
-__all__ = ["Manifest", "SampleCommand", "build_sample_corpus", "make"]
+__all__ = ["CorpusManifest", "SampleCommand", "build_sample_corpus", "make"]
 
 
 def make(

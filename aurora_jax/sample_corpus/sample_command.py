@@ -17,7 +17,7 @@ from rich.table import Table
 
 from aurora_jax.errors import InputError
 from aurora_jax.sample_corpus import code, debian, pypi
-from aurora_jax.sample_corpus.build import VERSION, Manifest, build
+from aurora_jax.sample_corpus.build import VERSION, CorpusManifest, build
 from aurora_jax.sample_corpus.packages import Package
 from aurora_jax.sample_corpus.packages_table import DEBIAN, PARTS, PYPI, Collection
 
@@ -46,7 +46,7 @@ class SampleCommand:
 
 def build_sample_corpus(
     directory: Path | str, *, sources: Registry = "auto", cache: Path | None = None, force: bool = False
-) -> Manifest:
+) -> CorpusManifest:
     """Build the corpus into `directory`, which appears complete or not at all; a complete one of this
     builder's version is reused.
 
@@ -61,7 +61,7 @@ def build_sample_corpus(
     """
     console = Console()
     directory = Path(os.path.abspath(directory))
-    existing = Manifest.read(directory)
+    existing = CorpusManifest.read(directory)
     if existing is not None and not force:
         stale = existing.version != VERSION or sources not in ("auto", existing.registry)
         if stale or not all((directory / name).is_file() for name in existing.sha256):
@@ -149,7 +149,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _table(manifest: Manifest) -> Table:
+def _table(manifest: CorpusManifest) -> Table:
     table = Table(
         title=f"sample corpus from {manifest.registry}", caption="manifest.json lists the sources and their licences"
     )

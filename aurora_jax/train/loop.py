@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from aurora_jax.checkpoints import format as checkpoint_format
 from aurora_jax.checkpoints.format import CheckpointMetadata
-from aurora_jax.data.batches.loader import Loader, stage_over
-from aurora_jax.data.batches.loader import Stage as DataStage
+from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore, store_directory
 from aurora_jax.data.build.opening import open_stores

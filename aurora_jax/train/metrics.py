@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import DirectoryOutput, Writer
 
-from aurora_jax.evaluate.bits_per_byte import Settings
+from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
@@ -113,7 +113,13 @@ class MetricsLog:
             )
 
     def evaluation(
-        self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], settings: Settings, *, seconds: float
+        self,
+        step: int,
+        stage: str,
+        scores: Mapping[str, Mapping[str, float]],
+        settings: EvaluationSettings,
+        *,
+        seconds: float,
     ) -> None:
         """Records scores by task (`Score` as dictionaries) after `step` steps, and how they were measured; shows their
         change since the start, where the same was measured there."""

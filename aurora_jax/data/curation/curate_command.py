@@ -127,7 +127,7 @@ def curate(command: CurateCommand) -> report.Report:
     return curated
 
 
-def _settings(command: CurateCommand) -> pipeline.Settings:
+def _settings(command: CurateCommand) -> pipeline.CurationSettings:
     if not 0.1 <= command.similarity <= 1:
         raise InputError(f"--similarity {command.similarity}: must lie between 0.1 and 1.")
     for name, value in (("samples", command.samples), ("shards", command.shards), ("workers", command.workers)):
@@ -151,7 +151,7 @@ def _settings(command: CurateCommand) -> pipeline.Settings:
         raise InputError(
             f"{twice}: two evaluation files have this name; rename one, so that the report can tell them apart."
         )
-    return pipeline.Settings(
+    return pipeline.CurationSettings(
         thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards
     )
 
@@ -205,7 +205,7 @@ def _destination(output: str) -> Iterator[str]:
         unfinished.rename(destination)
 
 
-def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.Settings, output: str) -> None:
+def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.CurationSettings, output: str) -> None:
     if command.runner != "direct":
         add = functools.partial(pipeline.build, files=files, settings=settings, output=output, progress=None)
         beam_runner.run(add, command.runner, command.workers, command.beam_options)
@@ -255,7 +255,7 @@ def _take(output: str, file: str) -> list[Any]:
     return lines
 
 
-def _described(settings: pipeline.Settings) -> dict[str, Any]:
+def _described(settings: pipeline.CurationSettings) -> dict[str, Any]:
     """The settings as JSON, without paths of this machine."""
     return {
         "thresholds": {
