@@ -25,13 +25,14 @@ from killed_build import SIZES, built, recipes
 from test_sources import RECORDS, WRITERS
 
 from aurora_jax.data.batches.loader import DataStage, Loader
-from aurora_jax.data.batches.store import TokenStore, kvstore_at
+from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.build import pipeline as build
 from aurora_jax.data.text import sources
 from aurora_jax.data.text.sources import Source
 from aurora_jax.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import find
+from aurora_jax.storage.kvstore import kvstore_at
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AURORA_SHARED", ROOT.parent / "shared"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.errors import InputError
@@ -134,20 +135,9 @@ def parameter_count(config: ModelConfig) -> int:
 
 def nest(flat: Mapping[str, object]) -> dict:
     """Dotted paths to the nested dictionary that checkpoints and `nnx` states use."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *branches, name = path.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[name] = leaf
-    return tree
+    return unflatten_dict(dict(flat), sep=".")
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict:
+def flatten(tree: Mapping) -> dict:
     """Nested dictionary to dotted paths; the inverse of `nest`."""
-    flat: dict = {}
-    for name, leaf in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(leaf, f"{path}.") if isinstance(leaf, Mapping) else {path: leaf})
-    return flat
+    return flatten_dict(dict(tree), sep=".")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ from aurora_jax.sample_corpus import code, debian, pypi
 from aurora_jax.sample_corpus.build import VERSION, CorpusManifest, build
 from aurora_jax.sample_corpus.packages import Package
 from aurora_jax.sample_corpus.packages_table import DEBIAN, PARTS, PYPI, Collection
+from aurora_jax.storage.atomic import new_folder
 
 Registry = Literal["debian", "pypi", "auto"]
 
@@ -77,21 +77,11 @@ def build_sample_corpus(
         raise InputError(f"{directory} exists and is not a sample corpus; choose another folder or remove it.")
 
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora-jax" / "packages"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _progress(console) as progress,
-        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch,
-    ):
+    with _progress(console) as progress, new_folder(directory) as unfinished:
         registry, collection, packages = _fetch(sources, cache, progress)
-        unfinished = Path(scratch, "corpus")
-        unfinished.mkdir()
-        manifest = build(
+        return build(
             unfinished, registry, collection, packages, itertools.chain(code.standard_library(), code.npm()), progress
         )
-        if directory.exists():
-            directory.rename(Path(scratch, "replaced"))
-        unfinished.rename(directory)
-    return manifest
 
 
 def _fetch(sources: Registry, cache: Path, progress: Progress) -> tuple[str, Collection, list[Package]]:

@@ -14,6 +14,7 @@ from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
@@ -192,5 +193,5 @@ def _drop_from(path: Path, first_step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]
-    path.write_bytes(b"".join(map(json_lines.line_of, kept)))
+    write_file(path, b"".join(map(json_lines.line_of, kept)))
     return kept

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora_jax.data.batches.mixture import left_out
-from aurora_jax.data.batches.store import TokenStore, kvstore_at
+from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.build.beam_runner import Runner
 from aurora_jax.data.build.stores import build_stores
 from aurora_jax.errors import InputError
+from aurora_jax.storage.kvstore import kvstore_at
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from aurora_jax.data.batches.store import kvstore_at
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
+from aurora_jax.storage.kvstore import kvstore_at
 
 
 def check_sources(recipe: Recipe, directory: str, files: Sequence[File]) -> None:

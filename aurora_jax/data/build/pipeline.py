@@ -29,7 +29,6 @@ from aurora_jax.data.batches.store import (
     StoreInfo,
     create_arrays,
     finish,
-    kvstore_at,
     read_info,
     store_directory,
     token_type,
@@ -42,6 +41,7 @@ from aurora_jax.data.text.sources import Bad
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.files import File, patterns_text
+from aurora_jax.storage.kvstore import kvstore_at
 
 CHUNK_TOKENS = 1 << 22
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aurora_jax.data.batches.store import FORMAT, TokenStore, kvstore_at
+from aurora_jax.data.batches.store import FORMAT, TokenStore
 from aurora_jax.data.build import beam_runner
 from aurora_jax.data.build.beam_runner import Runner
 from aurora_jax.data.build.pipeline import StoreJob, begin, jobs_for, pipeline
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.errors import InputError
+from aurora_jax.storage.kvstore import kvstore_at
 
 
 def build_stores(

@@ -22,7 +22,6 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from aurora_jax.data.batches.store import kvstore_at
 from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import EvaluationIndex, read_items
 from aurora_jax.data.curation.documents import CuratedDocument, InputPart, read_part
@@ -33,6 +32,7 @@ from aurora_jax.data.curation.units import hash_units, normalize, split_units
 from aurora_jax.data.text.sources import Bad
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.files import open_stream
+from aurora_jax.storage.kvstore import kvstore_at
 
 CONTAMINATION = "contamination"
 EXACT_DUPLICATES = "exact_duplicates"
