@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +14,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
 
 
-def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
-    """The stores of tasks, by task.
+def open_stores(recipes: Sequence[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
+    """The stores of tasks, by task, in that order.
 
     One process by itself builds those that are missing, which is quick for small corpora; the processes of a
     pod do not.
@@ -55,7 +55,7 @@ def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bo
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
     if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")
-    return stores
+    return {recipe.task: stores[recipe.task] for recipe in recipes if recipe.task in stores}
 
 
 def check_sources(recipe: Recipe, directory: str, files: Sequence[File]) -> None:
