@@ -12,6 +12,8 @@ import hypothesis
 import jax
 import pytest
 
+from aurora_jax.sample_corpus.build import BUILDER, VERSION
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("aurora", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("aurora")
@@ -42,6 +44,15 @@ def mini_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             lines = [json.dumps(document, ensure_ascii=False) for document in documents]
             (directory / part / f"{language}.jsonl").write_text("\n".join(lines) + "\n")
+    manifest = {
+        "builder": BUILDER,
+        "version": VERSION,
+        "registry": "tests",
+        "held_out": "",
+        "totals": {},
+        "sources": [],
+    }
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "sha256": {}}))
     return directory
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,9 @@ from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import initial_parameters
-from aurora_jax.sample_corpus.build import BUILDER, VERSION
 from aurora_jax.storage import json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [f"{part}/{each}.jsonl" for part in ("train", "heldout") for each in ("code", "en", "fi", "hi", "ja", "vi")]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,7 @@ def folder(mini_corpus, tmp_path_factory):
     corpus."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "examples").symlink_to(ROOT / "examples")
-    for name in FILES:
-        (folder / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "corpus" / name).write_bytes((mini_corpus / name).read_bytes())
-    manifest = {"builder": BUILDER, "version": VERSION, "registry": "test", "held_out": "", "totals": {}, "sources": []}
-    (folder / "corpus" / "manifest.json").write_text(json.dumps({**manifest, "sha256": dict.fromkeys(FILES, "")}))
+    shutil.copytree(mini_corpus, folder / "corpus", ignore=shutil.ignore_patterns("stores"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

@@ -1,7 +1,7 @@
 """Opening the token stores of a run, checked against the recipes of its tasks."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +12,8 @@ from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.errors import InputError
 
 
-def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
-    """The stores of tasks, by task.
+def open_stores(recipes: Sequence[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
+    """The stores of tasks, by task, in that order.
 
     One process by itself builds those that are missing, which is quick for small corpora; the processes of a
     pod do not.
@@ -53,4 +53,4 @@ def open_stores(recipes: Iterable[Recipe], root: str | Path, *, skip_missing: bo
         stores |= {name.rsplit("/", 1)[0]: store for name, store in built.items()}
     if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")
-    return stores
+    return {recipe.task: stores[recipe.task] for recipe in recipes if recipe.task in stores}

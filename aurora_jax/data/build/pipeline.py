@@ -399,12 +399,9 @@ def make_report(job: StoreJob, manifests: Sequence[PartManifest]) -> dict[str, A
 
 def pipeline(root: beam.Pipeline, jobs: Sequence[StoreJob]) -> beam.PCollection:
     """Builds the stores of `jobs`; the result are the directories of those that are complete."""
-    work = [(number, file) for number, job in enumerate(jobs) for file in range(len(job.files))]
-    # The largest first: the last one running should be a small one.
-    work.sort(key=lambda element: -jobs[element[0]].files[element[1]].size)
     return (
         root
-        | "files" >> beam.Create(work)
+        | "files" >> beam.Create(_files_of(jobs))
         | "spread files" >> beam.Reshuffle()
         | "divide" >> beam.ParDo(Divide(jobs))
         | "spread parts" >> beam.Reshuffle()
@@ -416,6 +413,26 @@ def pipeline(root: beam.Pipeline, jobs: Sequence[StoreJob]) -> beam.PCollection:
         | "wait for shards" >> beam.GroupByKey()
         | "complete" >> beam.ParDo(Complete(jobs))
     )
+
+
+def run_here(jobs: Sequence[StoreJob]) -> None:
+    """The pipeline's steps one after the other in this process, without a runner: Beam's takes seconds for the smallest
+    corpus, and in a notebook looks for its own extras."""
+    results: dict[int, list[PartResult]] = {}
+    for element in _files_of(jobs):
+        for part in Divide(jobs).process(element):
+            for number, result in TokenizePart(jobs).process(part):
+                results.setdefault(number, []).append(result)
+    for number, parts in results.items():
+        shards = [shard for job in PlanStore(jobs).process((number, parts)) for shard in WriteShard(jobs).process(job)]
+        if shards:
+            list(Complete(jobs).process((number, [count for _, count in shards])))
+
+
+def _files_of(jobs: Sequence[StoreJob]) -> list[tuple[int, int]]:
+    """(store, file) numbers, the largest first: the last one running should be a small one."""
+    work = [(number, file) for number, job in enumerate(jobs) for file in range(len(job.files))]
+    return sorted(work, key=lambda element: -jobs[element[0]].files[element[1]].size)
 
 
 def jobs_for(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from aurora_jax.data.batches.store import FORMAT, TokenStore
 from aurora_jax.data.build import beam_runner
 from aurora_jax.data.build.beam_runner import Runner
-from aurora_jax.data.build.pipeline import StoreJob, begin, jobs_for, pipeline
+from aurora_jax.data.build.pipeline import StoreJob, begin, jobs_for, pipeline, run_here
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.errors import InputError
 from aurora_jax.storage.kvstore import kvstore_at
@@ -37,7 +37,7 @@ def build_stores(
         max_bad_fraction: largest share of bad records of a task.
         skip_missing: leave out tasks whose files are not there.
         runner: Beam's runner.
-        workers: processes of the direct runner; with 1, the pipeline runs in this process.
+        workers: processes of the direct runner; with 1, everything is done in this process, without Beam's runner.
         beam_options: further options of the runner.
         console: where progress goes; None for none.
 
@@ -55,7 +55,11 @@ def build_stores(
         begin(job.directory)
     if jobs:
         with _progress(jobs, console if runner == "direct" else None):
-            beam_runner.run(lambda root: pipeline(root, jobs), runner, workers, beam_options)
+            if runner == "direct" and workers == 1:
+                with beam_runner.errors_named():
+                    run_here(jobs)
+            else:
+                beam_runner.run(lambda root: pipeline(root, jobs), runner, workers, beam_options)
         refused = [reason for job in jobs if (reason := _refusal(job))]
         if refused:
             raise InputError("\n".join(refused))
