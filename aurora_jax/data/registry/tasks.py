@@ -25,7 +25,7 @@ import tensorflow as tf
 from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, task_specs
 from aurora_jax.data.registry.vocabulary import Vocabulary
 from aurora_jax.data.text.documents import Document, DocumentStep, Piece
-from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, describe
+from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, class_name, describe
 from aurora_jax.data.text.sources import EXCERPT, Bad, Part, Source
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File, find
@@ -152,11 +152,10 @@ class DatasetReader:
     def described(self) -> tuple[Any, ...]:
         """What the fingerprint holds of it."""
         source = self.source
-        what = (type(source).__module__, type(source).__qualname__)
         own: Any = (
             source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
         )
-        return (*what, own, *map(describe, self.steps))
+        return (*class_name(source), own, *map(describe, self.steps))
 
 
 def _dataset(documents: Callable[[], Iterable[Document]]) -> tf.data.Dataset:
