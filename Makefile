@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/mypy --python-version 3.10 --package aurora_jax.launch
 
 test: lint
-	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-full: lint
 	$(BIN)/python -m pytest

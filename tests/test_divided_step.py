@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("divided_step.py")
     ("attention", "which", "comparisons"),
     [
         ("xla", "quick", 14),
-        ("flash_interpreted", "quick", 14),
+        ("flash_interpreted", "quick", 6),
         pytest.param("xla", "all", 310, marks=pytest.mark.full),
         pytest.param("flash_interpreted", "all", 310, marks=pytest.mark.full),
     ],
