@@ -37,7 +37,7 @@ lint: setup
 	PYTHONPATH=. $(BIN)/lint-imports --no-color
 
 test: lint
-	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-full: lint
 	$(BIN)/python -m pytest

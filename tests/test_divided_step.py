@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("divided_step.py")
     ("attention", "which", "comparisons"),
     [
         ("xla", "quick", 25),
-        ("flash_interpreted", "quick", 25),
+        ("flash_interpreted", "quick", 11),
         pytest.param("xla", "all", 590, marks=pytest.mark.full),
         pytest.param("flash_interpreted", "all", 590, marks=pytest.mark.full),
     ],
