@@ -83,8 +83,8 @@ PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] 
                              [--json FILE] [--search]
        aurora plan --list
 
-Compiles the step that `aurora train CONFIG.py` runs for a TPU topology, without a TPU, and says what it needs: memory, time, collectives,
-cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
+Compiles the step that `aurora train CONFIG.py` runs, and its evaluation, for a TPU topology, without a TPU, and says what they
+need: memory, time, collectives, cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
 
 
 def _plan(arguments: Sequence[str]) -> None:

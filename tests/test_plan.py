@@ -30,7 +30,7 @@ from aurora_jax.plan.plan_command import PlanOptions, model_of, run
 from aurora_jax.plan.program import read_program
 from aurora_jax.plan.search import least_memory, print_ranking, search, write_config
 from aurora_jax.plan.topology import tpu_topology
-from aurora_jax.train.config import DataConfig, EvaluationConfig, MeshConfig, OptimizerConfig, TrainConfig
+from aurora_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.program import Program
 from aurora_jax.train.stages import LearningRate, Stage
 
@@ -230,8 +230,8 @@ def test_an_evaluation_sends_the_weights_and_little_else(topology, mesh, across)
     fsdp, inner, sequence, tensor = mesh
     config = replace(
         CONFIG,
-        data=replace(CONFIG.data, attend_across_documents=across),
-        evaluation=EvaluationConfig(batch_size=16),
+        data=replace(CONFIG.data, batch_size=16, attend_across_documents=across),
+        evaluation=replace(CONFIG.evaluation, batch_size=16),
         mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner, sequence=sequence, tensor=tensor),
     )
     plan = plan_evaluation(config, MODEL, topology)
