@@ -399,14 +399,14 @@ CONFIG = """
 from pathlib import Path
 from aurora_jax.model.config import PRESETS
 from aurora_jax.train.config import DataConfig, TrainConfig
-from aurora_jax.train.stages import LearningRate, DataStage
+from aurora_jax.train.stages import LearningRate, Stage
 
 def config():
     return TrainConfig(
         output=Path("run"),
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
-        stages=(DataStage("cap", "nano_cap", 10, LearningRate(1e-3)), DataStage("again", "nano_base", 5)),
+        stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
         data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8,
                         sequence_length=48, attend_across_documents={across}),
     )
