@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import jax
 
 from aurora_jax.checkpoints import format as checkpoint_format
-from aurora_jax.checkpoints.carried_files import write_files
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_of
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.held_out import LONGEST, evaluate_checkpoint
@@ -51,13 +50,14 @@ from aurora_jax.generate.text import TextGenerator, TextSettings
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.sharding import parameter_count
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.carried_files import write_files
 from aurora_jax.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from aurora_jax.data.look.show import Row
+    from aurora_jax.data.look.show import ShownRow
     from aurora_jax.plan.estimate import Plan
 
 Corpus: TypeAlias = str | Path | Iterable[str] | Mapping[str, Iterable[str]]
@@ -100,10 +100,9 @@ def sample_corpus(
         >>> sorted(file.name for file in (corpus / "train").iterdir())
         ['code.jsonl', 'en.jsonl', 'fi.jsonl', 'hi.jsonl', 'ja.jsonl', 'vi.jsonl']
     """
-    from aurora_jax.sample_corpus.sample_command import build_sample_corpus
+    from aurora_jax.sample_corpus import make
 
-    build_sample_corpus(directory, sources=sources, cache=None if cache is None else Path(cache), force=force)
-    return Path(directory)
+    return make(directory, sources=sources, cache=cache, force=force)
 
 
 def load(
@@ -576,7 +575,7 @@ class TrainingRun:
             return bits_per_byte_curves(evaluations, stage_ends(steps))
         return loss_curves(training_loss_curves(steps), stage_ends(steps))
 
-    def row(self, step: int = 0, row: int = 0) -> "Row":
+    def row(self, step: int = 0, row: int = 0) -> "ShownRow":
         """One row of the batch of a step, as the model reads it; a notebook shows it in colours.
 
         Args:
@@ -641,7 +640,7 @@ class TrainingRun:
         return page
 
 
-class _Text(NamedTuple):
+class _CorpusFolder(NamedTuple):
     """A corpus as it lies on disk."""
 
     root: str
@@ -662,7 +661,7 @@ def _compute() -> ComputeConfig:
     return ComputeConfig(attention="flash" if jax.default_backend() == "tpu" else "xla")
 
 
-def _mixture(mixture: Mapping[str, float] | str | None, text: _Text) -> str:
+def _mixture(mixture: Mapping[str, float] | str | None, text: _CorpusFolder) -> str:
     if isinstance(mixture, str):
         return mixture
     shares = dict.fromkeys(text.train, 1) if mixture is None else mixture
@@ -674,7 +673,7 @@ def _mixture(mixture: Mapping[str, float] | str | None, text: _Text) -> str:
     return ",".join(f"{TASK}{language}={share!r}" for language, share in shares.items())
 
 
-def _training_text(corpus: Corpus, held_out: Corpus | None, output: Path) -> _Text:
+def _training_text(corpus: Corpus, held_out: Corpus | None, output: Path) -> _CorpusFolder:
     """The text of a run; what is not laid out yet is put into the run's folder."""
     text = _laid_out(corpus)
     if text is not None and held_out is None:
@@ -688,7 +687,7 @@ def _training_text(corpus: Corpus, held_out: Corpus | None, output: Path) -> _Te
 
 
 @contextmanager
-def _held_out_text(corpus: Corpus) -> Iterator[_Text]:
+def _held_out_text(corpus: Corpus) -> Iterator[_CorpusFolder]:
     """Text to be measured on; what is not laid out yet is put into a folder that goes afterwards."""
     text = _laid_out(corpus)
     if text is None:
@@ -703,13 +702,13 @@ def _held_out_text(corpus: Corpus) -> Iterator[_Text]:
         )
 
 
-def _laid_out(corpus: Corpus) -> _Text | None:
+def _laid_out(corpus: Corpus) -> _CorpusFolder | None:
     """A folder with train/ or heldout/; None for anything else."""
     if not isinstance(corpus, str | Path):
         return None
     root = str(corpus).rstrip("/")
     parts = [tuple(sorted(_languages(Path(root, part)))) for part in ("train", "heldout")]
-    return _Text(str(Path(root).absolute()), *parts) if any(parts) else None
+    return _CorpusFolder(str(Path(root).absolute()), *parts) if any(parts) else None
 
 
 def _languages(folder: Path) -> dict[str, Path]:
@@ -739,7 +738,9 @@ def _files(corpus: Corpus) -> dict[str, Path | list[str]]:
     return found
 
 
-def _put(folder: Path, train: Mapping[str, Path | list[str]], held_out: Mapping[str, Path | list[str]]) -> _Text:
+def _put(
+    folder: Path, train: Mapping[str, Path | list[str]], held_out: Mapping[str, Path | list[str]]
+) -> _CorpusFolder:
     """Files and texts, laid out as a corpus; what is there already stays untouched."""
     for part, files in (("train", train), ("heldout", held_out)):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -754,4 +755,4 @@ def _put(folder: Path, train: Mapping[str, Path | list[str]], held_out: Mapping[
             lines = b"".join(json_lines.line_of({"text": text, "language": language}) for text in content)
             if not file.exists() or file.read_bytes() != lines:
                 file.write_bytes(lines)
-    return _Text(str(folder.absolute()), tuple(sorted(train)), tuple(sorted(held_out)))
+    return _CorpusFolder(str(folder.absolute()), tuple(sorted(train)), tuple(sorted(held_out)))

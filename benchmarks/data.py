@@ -2,13 +2,15 @@
 
     python benchmarks/data.py [--corpus DIR] [--rounds 3] [--json FILE]
 
-    build    `aurora data build` of the sample corpus (several times over), tokenizer and files as in use, against the `tokenizers` library
-             encoding the same texts in batches on all cores: seconds of both from the first text to the last
-             token, workers started
-    load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on the way
+    build    `aurora data build` of the sample corpus (several times over), tokenizer and files as in use, against
+             the `tokenizers` library encoding the same texts in batches on all cores: seconds of both from the
+             first text to the last token, workers started
+    load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on
+             the way
     share    a batch, as the train loop gets it, against a step of configs/nano_aurora.py
     seek     opening the stores and making the batch of step 1,000,000
-    memory   peak of a process that reads 300 batches at random places of a store of 20 million tokens, and of one of 400 million
+    memory   peak of a process that reads 300 batches at random places of a store of 20 million tokens, and of one
+             of 400 million
 
 Each measurement is a process of its own, the two sides take turns, and the median counts.
 """
@@ -59,7 +61,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def build_ours(folder: str, tokenizer: str, work: str) -> float:
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -123,9 +125,14 @@ def load_peer(corpus: str, tokenizer: str, work: str) -> float:
         )
     seqio.MixtureRegistry.add("nano_cap", list(MIXTURES["nano_cap"].items()))
     dataset = seqio.get_dataset(
-        "nano_cap", {"targets": LENGTH}, dataset_split="train", shuffle=True, num_epochs=None, seed=0,
+        "nano_cap",
+        {"targets": LENGTH},
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
         feature_converter=seqio.LMFeatureConverter(pack=True),
-    )  # fmt: skip
+    )
     batches = iter(dataset.batch(BATCH).prefetch(2).as_numpy_iterator())
     next(batches)
     count, begun = 40, time.perf_counter()
@@ -154,23 +161,25 @@ def step_seconds(corpus: str, tokenizer: str, work: str) -> float:
 def seek(corpus: str, tokenizer: str, work: str) -> float:
     """Seconds from closed stores to the batch of step 1,000,000; imports do not count."""
     open_loader(corpus, tokenizer, work)
-    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.loader import DataStage, Loader
     from aurora_jax.data.batches.store import TokenStore
 
     begun = time.perf_counter()
     stores = {language: TokenStore.open(f"{work}/stores/{language}/train") for language in LANGUAGES}
-    stage = Stage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000_000)
+    stage = DataStage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000_000)
     Loader(stores, [stage], batch_size=BATCH, sequence_length=LENGTH, seed=0).batch(1_000_000)
     return time.perf_counter() - begun
 
 
 def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
     """Bytes of the process's peak."""
-    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.loader import DataStage, Loader
     from aurora_jax.data.batches.store import TokenStore
 
     stores = {"random": TokenStore.open(f"{work}/random-{tokens}")}
-    loader = Loader(stores, [Stage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0)
+    loader = Loader(
+        stores, [DataStage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0
+    )
     for _ in loader.prefetched(0, 300):
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -178,8 +187,8 @@ def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
 
 def open_loader(corpus: str, tokenizer: str, work: str):
     """The sample corpus's stores (built once) in equal shares."""
-    from aurora_jax.data.batches.loader import Loader, Stage
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.batches.loader import DataStage, Loader
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -190,7 +199,7 @@ def open_loader(corpus: str, tokenizer: str, work: str):
         for language in LANGUAGES
     ]
     stores = {name.split("/")[0]: store for name, store in build_stores(recipes, f"{work}/stores").items()}
-    stage = Stage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000)
+    stage = DataStage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000)
     return Loader(stores, [stage], batch_size=BATCH, sequence_length=LENGTH, seed=0)
 
 
@@ -306,9 +315,14 @@ def main(benchmark: Benchmark) -> None:
     )
     for each in figures:
         table.add_row(
-            each["name"], f"{each['ours']:,.4g}", f"{each['peer']:,.4g}", each["unit"], f"{each['ratio']:.3g}x", f"{each['target']}x",
+            each["name"],
+            f"{each['ours']:,.4g}",
+            f"{each['peer']:,.4g}",
+            each["unit"],
+            f"{each['ratio']:.3g}x",
+            f"{each['target']}x",
             "yes" if each["met"] else "no",
-        )  # fmt: skip
+        )
     console.print(table)
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -16,11 +16,12 @@ from rich.console import Console
 from stores import write_store
 
 from aurora_jax.cli import main
-from aurora_jax.data.batches.loader import Loader, Stage, stage_over
+from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES
 from aurora_jax.data.corpora.catalogue import MIXTURES
-from aurora_jax.data.look.describe import markdown, rates_of, shares, task_rows
+from aurora_jax.data.look.describe import markdown
+from aurora_jax.data.look.inventory import rates_of, shares, task_rows
 from aurora_jax.data.look.show import PARTIAL, print_row, read_row, spans_of
 from aurora_jax.data.look.show_page import harmless
 from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer
@@ -154,7 +155,9 @@ from aurora_jax.data.registry.vocabulary import vocabulary_from
 features = {"targets": seqio.Feature(vocabulary_from("bytes"), add_eos=True, dtype=tf.int32)}
 source = Source({"train": ("FOLDER/*.jsonl",)}, "jsonl", language="et", license="CC0")
 seqio.TaskRegistry.add("theirs_files", FileSource(source), features, [Prepare()])
-function = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({"targets": "x"}), ["train"])
+def text(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensors({"targets": "x"})
+function = seqio.FunctionDataSource(text, ["train"])
 seqio.TaskRegistry.add("theirs_function", function, features, [Prepare()])
 seqio.MixtureRegistry.add("theirs", [("theirs_files", 3), ("theirs_function", 1), ("sample_en", 4)])
 """
@@ -244,7 +247,7 @@ def test_epoch_position_follows_the_loader(stores, tokenizer):
         before, after = loader.position(step)["epochs"], loader.position(step + 1)["epochs"]
         for place in places:
             assert before[place.task] - 1e-9 <= place.epoch + place.turn / place.windows < after[place.task]
-    stages = [Stage("one", (("sample_ja", 1.0),), 3), Stage("two", (("sample_ja", 1.0),), 9)]
+    stages = [DataStage("one", (("sample_ja", 1.0),), 3), DataStage("two", (("sample_ja", 1.0),), 9)]
     one = Loader(opened, stages, batch_size=4, sequence_length=48, seed=0)
     places = [one.place(step, row) for step in range(12) for row in range(4)]
     assert [place.epoch * place.windows + place.turn for place in places] == list(
@@ -404,8 +407,8 @@ def config():
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
         stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
-        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48,
-                        attend_across_documents={across}),
+        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8,
+                        sequence_length=48, attend_across_documents={across}),
     )
 """
 

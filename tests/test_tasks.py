@@ -16,8 +16,8 @@ import tensorflow as tf
 import tokenizers
 
 from aurora_jax.data.batches.store import TokenStore, read_info
-from aurora_jax.data.build.build_command import build_stores
 from aurora_jax.data.build.opening import open_stores
+from aurora_jax.data.build.stores import build_stores
 from aurora_jax.data.corpora.sample_tasks import LANGUAGES, MIXTURES
 from aurora_jax.data.registry.tasks import FileSource, Prepare, mixture_rates, recipe_of, register
 from aurora_jax.data.registry.vocabulary import Vocabulary, vocabulary_from

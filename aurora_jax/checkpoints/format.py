@@ -5,13 +5,15 @@ params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sh
 tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
-run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its stages' ends
+run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its
+            stages' ends
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -23,11 +25,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.checkpoints.carried_files import decode_files, encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
+from aurora_jax.storage.carried_files import decode_files, encode_files
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
@@ -395,10 +397,28 @@ def write_checkpoint(
 
 
 def require_free(path: Location) -> epath.Path:
-    """The absolute destination. Raises InputError if it exists: nothing is ever overwritten."""
-    destination = _absolute(path)
+    """The absolute destination. Raises InputError if it exists (nothing is ever overwritten), or if nothing
+    could be read there."""
+    destination = require_plain(path)
     if destination.exists():
         raise InputError(f"{destination} exists already: remove it, or give another destination.")
+    return destination
+
+
+def require_plain(path: Location) -> epath.Path:
+    """The absolute path of a folder for checkpoints.
+
+    Raises:
+        InputError: its name reads as a pattern that it does not match itself, as `a[b]` does: Orbax looks by
+            such patterns for what it has written, finds nothing, and leaves a checkpoint without arrays,
+            silently.
+    """
+    destination = _absolute(path)
+    if not fnmatchcase(str(destination), str(destination)):
+        raise InputError(
+            f"{destination}: Orbax cannot write checkpoints where a folder has brackets in its name; choose "
+            "one without [ ]."
+        )
     return destination
 
 

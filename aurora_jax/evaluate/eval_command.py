@@ -1,7 +1,7 @@
 """`aurora eval`: bits per byte of a checkpoint on held-out text."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
@@ -12,6 +12,7 @@ from aurora_jax.checkpoints.format import read_run
 from aurora_jax.evaluate.evaluations import described
 from aurora_jax.evaluate.held_out import FP32, evaluate_checkpoint
 from aurora_jax.model.config import ComputeConfig
+from aurora_jax.model.mesh import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class EvalCommand:
     """Tokens a window, in place of the run's."""
     attend_across_documents: bool | None = None
     """Whether documents of a window see each other, in place of what the run does."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """All devices, along fsdp unless told otherwise."""
     compute: ComputeConfig = FP32
     json: Path | None = None
     """Write the scores and how they were measured there too."""
@@ -52,6 +55,7 @@ class EvalCommand:
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             attend_across_documents=self.attend_across_documents,
+            mesh=self.mesh,
             compute=self.compute,
         )
         table = Table(

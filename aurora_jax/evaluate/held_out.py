@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from aurora_jax.checkpoints import format as checkpoint_format
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
-from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model.config import ComputeConfig
-from aurora_jax.model.decoder import structure_of
+from aurora_jax.model.likelihood import Likelihood
+from aurora_jax.model.mesh import MeshConfig, make_mesh
+from aurora_jax.model.sharding import parameter_shardings
 
 LONGEST = 2_048
 """Tokens of a window for a checkpoint that no run has written, if its model has learnt as many positions."""
@@ -31,6 +32,7 @@ def evaluate_checkpoint(
     batch_size: int = 16,
     sequence_length: int | None = None,
     attend_across_documents: bool | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
     compute: ComputeConfig = FP32,
 ) -> dict[str, Any]:
     """Scores of the held-out text of every task, all of it.
@@ -45,12 +47,14 @@ def evaluate_checkpoint(
         sequence_length: tokens a window; that of the run which wrote the checkpoint, or the model's longest sequence
             up to LONGEST.
         attend_across_documents: whether documents of a window see each other; as in that run, or yes.
+        mesh: of all devices.
 
     Returns:
         A row as a run writes it to metrics.jsonl (`evaluations`), with the checkpoint's path.
 
     Raises:
-        InputError: the checkpoint or the corpus is not one, or the model cannot read windows of that length.
+        InputError: the checkpoint or the corpus is not one, the model cannot read windows of that length, or the
+            mesh cannot divide them.
     """
     metadata = checkpoint_format.read_metadata(checkpoint)
     model = metadata.config
@@ -59,10 +63,8 @@ def evaluate_checkpoint(
     across = attend_across_documents
     if across is None:
         across = run.get("attend_across_documents", True)
-    if not 0 < length <= model.longest_sequence:
-        raise InputError(
-            f"windows of {length} tokens: the model reads 1 to {model.longest_sequence}; give --sequence-length."
-        )
+    likelihood = Likelihood(model, compute, make_mesh(mesh), isolate_documents=not across)
+    likelihood.check(**{"--batch-size": batch_size, "--sequence-length": length})
 
     # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
     from aurora_jax.data.batches.store import store_directory
@@ -75,16 +77,9 @@ def evaluate_checkpoint(
     directories = {task: store_directory(stores, task, "validation") for task in tasks}
     require_tokenizer_of_stores(tokenizer.sha256, checkpoint, directories)
     held_out = open_stores([registry.recipe(task, "validation") for task in directories], stores)
-    evaluator = Evaluator(
-        structure_of(model, compute),
-        compute,
-        held_out,
-        tokenizer,
-        batch_size=batch_size,
-        sequence_length=length,
-        attend_across_documents=across,
-    )
-    scores = evaluator(checkpoint_format.restore_parameters(checkpoint, dtype=jnp.float32))
+    evaluator = Evaluator(likelihood, held_out, tokenizer, batch_size=batch_size, sequence_length=length)
+    shardings = parameter_shardings(model, likelihood.mesh)
+    scores = evaluator(checkpoint_format.restore_parameters(checkpoint, dtype=jnp.float32, shardings=shardings))
     return {
         "checkpoint": str(checkpoint_format.resolve(checkpoint)),
         "step": metadata.step,

@@ -15,6 +15,7 @@ from aurora_jax.errors import InputError
 from aurora_jax.evaluate.charts import NAMES, before_after_bars, bits_per_byte_curves, learning_rate_curve, loss_curves
 from aurora_jax.evaluate.evaluations import described, differing_settings, require_one_run, settings_groups, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage.atomic import write_file
 
 LEARNT, KEPT = ("fi", "hi", "ja", "vi"), ("en", "code")
 
@@ -22,7 +23,8 @@ CSS = """
 :root { color-scheme: light dark; --text: #1c2024; --faint: #60646c; --line: #e0e1e6; --good: #18794e; --bad: #c62a2f;
   --page: #fff; --soft: #f6f7f9 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #edeef0; --faint: #b0b4ba; --line: #363a3f; --good: #4cc38a; --bad: #ff8589; --page: #18191b; --soft: #212225 }
+  :root { --text: #edeef0; --faint: #b0b4ba; --line: #363a3f; --good: #4cc38a; --bad: #ff8589;
+    --page: #18191b; --soft: #212225 }
 }
 body { font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans Devanagari", "Noto Sans CJK JP", sans-serif;
   color: var(--text); background: var(--page); max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }
@@ -243,10 +245,11 @@ def write_report(
     for chart, figure in charts.items():
         figure.savefig(output.parent / f"{chart}.png", dpi=150)
     title = html.escape(f"{name}: what was learnt, what was kept")
-    output.write_text(
+    write_file(
+        output,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n",
     )
     return missing
 

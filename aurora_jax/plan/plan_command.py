@@ -1,7 +1,7 @@
 """`aurora plan`: does a config fit a TPU topology, how fast can it go, what does it cost."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -67,7 +67,7 @@ def list_topologies(console: Console) -> None:
 
 def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     """Plans and prints. Raises InputError if the config cannot be planned, or does not fit."""
-    from aurora_jax.plan.estimate import DoesNotFit, described, make_plan, smallest_change
+    from aurora_jax.plan.estimate import DoesNotFit, described, make_plan, plan_evaluation, smallest_change
 
     model = model_of(config, options.model)
     if options.search:
@@ -92,6 +92,8 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
                 else ""
             )
             raise InputError(f"{options.topology}: {error}{hint}") from None
+        if config.evaluation.tasks:
+            plan = replace(plan, evaluation=plan_evaluation(config, model, options.topology, options.slices))
     for part in described(plan, options.tokens, options.price):
         console.print(part)
     if options.picture is not None:

@@ -41,7 +41,7 @@ _SHORTEST_DOCUMENT = 80
 _SHORTEST_CLEAN_DOCUMENT = 240
 
 T = TypeVar("T")
-Record = dict[str, str]
+CorpusRecord = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SourceEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CorpusManifest:
     """What lies in a sample corpus and where it comes from; `manifest.json`.
 
     Attributes:
@@ -85,7 +85,7 @@ class Manifest:
         (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest | None:
+    def read(cls, directory: Path) -> CorpusManifest | None:
         """The manifest in `directory`, or None where there is none of ours."""
         try:
             fields = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def build(
     packages: Sequence[Package],
     code: Iterable[CodeFile],
     progress: Progress,
-) -> Manifest:
+) -> CorpusManifest:
     """Read the packages and write the corpus into the empty folder `directory`. The same inputs give the same bytes.
 
     Args:
@@ -138,7 +138,7 @@ def build(
             "use another --sources."
         )
 
-    splits: dict[str, dict[str, list[Record]]] = {
+    splits: dict[str, dict[str, list[CorpusRecord]]] = {
         split: {part: [] for part in PARTS} for split in ("train", "heldout", "clean")
     }
     held_out_lines = []
@@ -202,15 +202,20 @@ def _outcome(reading: Future[T], package: Package) -> T:
 
 
 def _unique(
-    documents: Iterable[extract.Document], duplicates: Deduplicator, grouped: bool
-) -> Iterable[extract.Document]:
+    documents: Iterable[extract.DocumentLines], duplicates: Deduplicator, grouped: bool
+) -> Iterable[extract.DocumentLines]:
     for lines in documents:
         fresh = duplicates.new(lines)
         yield from extract.group(fresh) if grouped else [fresh]
 
 
 def _add(
-    split: Mapping[str, list[Record]], lines: Sequence[str], package: str, license: str, language: str, shortest: int
+    split: Mapping[str, list[CorpusRecord]],
+    lines: Sequence[str],
+    package: str,
+    license: str,
+    language: str,
+    shortest: int,
 ) -> None:
     # A character of Japanese says about twice what a Latin letter does.
     weight = 2 if language == "ja" else 1
@@ -218,7 +223,7 @@ def _add(
         split[language].append(_record(lines, package, license, language))
 
 
-def _add_code(splits: Mapping[str, Mapping[str, list[Record]]], files: Iterable[CodeFile]) -> dict[str, str]:
+def _add_code(splits: Mapping[str, Mapping[str, list[CorpusRecord]]], files: Iterable[CodeFile]) -> dict[str, str]:
     """Add the code to the splits and return project -> version. A text goes in once; one that is held out,
     never into train."""
     rows = list(files)
@@ -244,13 +249,13 @@ def _add_code(splits: Mapping[str, Mapping[str, list[Record]]], files: Iterable[
     return projects
 
 
-def _record(lines: Sequence[str], package: str, license: str, language: str) -> Record:
+def _record(lines: Sequence[str], package: str, license: str, language: str) -> CorpusRecord:
     return {"text": "\n".join(lines), "source": package, "license": license, "language": language}
 
 
 def _write(
-    directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[Record]]], versions: Mapping[str, str]
-) -> Manifest:
+    directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[CorpusRecord]]], versions: Mapping[str, str]
+) -> CorpusManifest:
     totals: dict[str, dict[str, dict[str, int]]] = {}
     sources: dict[tuple[str, str, str], tuple[Counter[str], set[str]]] = {}
     sha256 = {}
@@ -284,6 +289,6 @@ def _write(
         )
         for (split, package, license), (counts, languages) in sources.items()
     ]
-    manifest = Manifest(BUILDER, VERSION, registry, RULE, totals, entries, sha256)
+    manifest = CorpusManifest(BUILDER, VERSION, registry, RULE, totals, entries, sha256)
     manifest.write(directory)
     return manifest

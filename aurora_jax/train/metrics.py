@@ -10,10 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary import DirectoryOutput, Writer
 
-from aurora_jax.evaluate.bits_per_byte import Settings
+from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
@@ -113,7 +114,13 @@ class MetricsLog:
             )
 
     def evaluation(
-        self, step: int, stage: str, scores: Mapping[str, Mapping[str, float]], settings: Settings, *, seconds: float
+        self,
+        step: int,
+        stage: str,
+        scores: Mapping[str, Mapping[str, float]],
+        settings: EvaluationSettings,
+        *,
+        seconds: float,
     ) -> None:
         """Records scores by task (`Score` as dictionaries) after `step` steps, and how they were measured; shows their
         change since the start, where the same was measured there."""
@@ -186,5 +193,5 @@ def _drop_from(path: Path, first_step: int) -> list[dict]:
     if not path.exists():
         return []
     kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]
-    path.write_bytes(b"".join(map(json_lines.line_of, kept)))
+    write_file(path, b"".join(map(json_lines.line_of, kept)))
     return kept

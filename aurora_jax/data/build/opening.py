@@ -1,17 +1,15 @@
 """Opening the token stores of a run, checked against the recipes of its tasks."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from aurora_jax.data.batches.store import TokenStore, kvstore_at, read_info, store_directory
+from aurora_jax.data.batches.store import TokenStore, read_info, store_directory
+from aurora_jax.data.build.checks import check_sources
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.errors import InputError
-from aurora_jax.storage.files import File
 
 
 def open_stores(recipes: Sequence[Recipe], root: str | Path, *, skip_missing: bool = False) -> dict[str, TokenStore]:
@@ -48,7 +46,7 @@ def open_stores(recipes: Sequence[Recipe], root: str | Path, *, skip_missing: bo
         # Beam warns through the root logger of cloud libraries that are not installed.
         logging.disable(logging.WARNING)
         try:
-            from aurora_jax.data.build.build_command import build_stores
+            from aurora_jax.data.build.stores import build_stores
         finally:
             logging.disable(logging.NOTSET)
         built = build_stores(missing, root, console=Console(stderr=True))
@@ -56,38 +54,3 @@ def open_stores(recipes: Sequence[Recipe], root: str | Path, *, skip_missing: bo
     if missing and not stores:
         raise InputError(f"{root}: no token store of any task; build them with `aurora data build`")
     return {recipe.task: stores[recipe.task] for recipe in recipes if recipe.task in stores}
-
-
-def check_sources(recipe: Recipe, directory: str, files: Sequence[File]) -> None:
-    """Are the files that can be seen those that the store was made of?
-
-    Names and sizes must agree. Where the times of change do not, the records are read again (not tokenized)
-    and their digest is compared. A pod that sees no sources has nothing to check.
-
-    Raises:
-        InputError: they are not.
-    """
-    if not files:
-        return
-    content = kvstore_at(directory).read(b"report.json").result()
-    if content.state != "value":
-        return
-    report = json.loads(content.value)
-    then, now = ([tuple(file) for file in report["files"]], [(file.name, file.size, file.modified) for file in files])
-    if then == now:
-        return
-    if [file[:2] for file in then] == [file[:2] for file in now]:
-        digests = []
-        for file in files:
-            for part in recipe.reader.parts(file):
-                digest = hashlib.sha256()
-                for _ in recipe.read(part, digest):
-                    pass
-                digests.append(digest.hexdigest())
-        if hashlib.sha256("".join(digests).encode()).hexdigest() == report["sources"]:
-            return
-    raise InputError(
-        f"{directory}: this token store was made of other records than its sources hold now ({len(then)} files of "
-        f"{sum(file[1] for file in then):,} bytes then, {len(now)} of {sum(file[1] for file in now):,} now); "
-        "choose another folder, or delete this one to build it again"
-    )

@@ -21,7 +21,7 @@ from rich.text import Text
 from aurora_jax.data.batches.loader import Loader, Place, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore
-from aurora_jax.data.look.describe import rates_of
+from aurora_jax.data.look.inventory import rates_of
 from aurora_jax.data.look.show_page import harmless, page
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 from aurora_jax.errors import InputError
@@ -54,7 +54,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class ShownRow:
     """One row of a batch.
 
     Attributes:
@@ -154,7 +154,7 @@ class ShowCommand:
             self.html.write_text(row.page(self.what))
             console.print(f"page: {self.html}", highlight=False)
 
-    def read(self, console: Console) -> Row:
+    def read(self, console: Console) -> ShownRow:
         """The row; what a mixture lacks is said on the console.
 
         Raises:
@@ -204,7 +204,7 @@ def _open(root: str, tasks: set[str], tokenizer: Tokenizer, skip_missing: bool) 
     return stores
 
 
-def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokenizer, step: int, row: int) -> Row:
+def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokenizer, step: int, row: int) -> ShownRow:
     """A row of the loader's batch, decoded. Raises InputError: there is no such step or row."""
     try:
         place = loader.place(step, row)
@@ -219,7 +219,7 @@ def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokeni
     ends = store.window_ends(np.array([place.start]), length + 1)[0]
     documents = np.concatenate([[0], np.cumsum(ends)[:-1]])
     spans = tuple(spans_of(ids.tolist(), loss.tolist(), documents.tolist(), tokenizer))
-    return Row(step, row, place, store.info.language, spans, length, int(loss.sum()), padding)
+    return ShownRow(step, row, place, store.info.language, spans, length, int(loss.sum()), padding)
 
 
 def spans_of(
@@ -251,7 +251,7 @@ def spans_of(
         yield span(len(ids))
 
 
-def print_row(row: Row, console: Console) -> None:
+def print_row(row: ShownRow, console: Console) -> None:
     """Prints a row: facts, then its tokens in colours."""
     for name, value in row.facts:
         console.print(f"[bold]{name:>9}[/bold]  ", end="")

@@ -27,8 +27,9 @@ from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, stated_rates, 
 from aurora_jax.data.corpora.sample_tasks import sample_task
 from aurora_jax.data.registry.vocabulary import Vocabulary
 from aurora_jax.data.text.documents import Document, DocumentStep, Piece
-from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, describe
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part, Source, TaskSpec
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, class_name, describe
+from aurora_jax.data.text.sources import Bad, Source, TaskSpec
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File, find
 
@@ -154,11 +155,10 @@ class DatasetReader:
     def described(self) -> tuple[Any, ...]:
         """What the fingerprint holds of it."""
         source = self.source
-        what = (type(source).__module__, type(source).__qualname__)
         own: Any = (
             source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
         )
-        return (*what, own, *map(describe, self.steps))
+        return (*class_name(source), own, *map(describe, self.steps))
 
 
 def _dataset(documents: Callable[[], Iterable[Document]]) -> tf.data.Dataset:
@@ -247,6 +247,12 @@ def _registered_task(name: str) -> seqio.Task:
             f"{', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}"
         )
     return seqio.TaskRegistry.get(name)
+
+
+def source_of(task: str) -> tuple[Source | None, str]:
+    """Where a registered task's documents come from, if that is a source of ours, and the name of its class."""
+    source = seqio.TaskRegistry.get(task).source
+    return source.source if isinstance(source, FileSource) else None, type(source).__name__
 
 
 def mixture_rates(mixture: str) -> tuple[tuple[str, float], ...]:
