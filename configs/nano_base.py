@@ -25,6 +25,8 @@ def config() -> TrainConfig:
         ),
         data=DataConfig(corpus="corpus", tokenizer=Path("tokenizer"), batch_size=32, sequence_length=256),
         compute=ComputeConfig(activation_dtype="float32", unroll_layers=True),
-        evaluation=EvaluationConfig(every=200),
+        evaluation=EvaluationConfig(
+            tasks=("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi"), every=200
+        ),
         checkpoint=CheckpointConfig(every=200),
     )

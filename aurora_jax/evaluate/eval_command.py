@@ -24,7 +24,8 @@ LONGEST = 2_048
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Prints loss and bits per byte of the held-out text of every language of a sample corpus.
+    """Prints loss and bits per byte of held-out text, task by task: of what the run that wrote the checkpoint is judged
+    on, or of --tasks.
 
     The text is read as the run that wrote the checkpoint reads it: windows of its length, documents that attend to each
     other or do not. A checkpoint that was not written by a run is read in windows of its longest sequence, at most
@@ -34,13 +35,15 @@ class EvalCommand:
     checkpoint: tyro.conf.Positional[Path]
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
     corpus: str = "corpus"
-    """Corpus folder, as `aurora data sample` writes it."""
+    """Folder of the sources, as for `aurora data build`; not needed where the stores are."""
     stores: str = "stores"
     """Folder of the token stores; those that are missing are built."""
     modules: tuple[str, ...] = ()
     """Python modules that register further tasks with SeqIO."""
-    tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
+    tasks: tuple[str, ...] = ()
+    """Tasks whose validation split is read, in place of those that the run is judged on."""
     batch_size: int = 16
+    """Sequences that are read at once."""
     sequence_length: int | None = None
     """Tokens a window, in place of the run's."""
     attend_across_documents: bool | None = None
@@ -64,6 +67,13 @@ class EvalCommand:
                 f"windows of {length} tokens: the model reads 1 to {model.longest_sequence}; give --sequence-length."
             )
 
+        tasks = self.tasks or tuple(run.get("held_out", ()))
+        if not tasks:
+            raise InputError(
+                f"{self.checkpoint} does not say what it is judged on: name tasks that have a validation split, such "
+                "as --tasks sample_en sample_code of a sample corpus, or those of your --modules."
+            )
+
         # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
         from aurora_jax.data.batches.store import store_directory
         from aurora_jax.data.build.opening import open_stores
@@ -72,9 +82,9 @@ class EvalCommand:
 
         tokenizer = tokenizer_of(checkpoint.read_files(self.checkpoint), self.checkpoint)
         register(self.corpus, Vocabulary(tokenizer), self.modules)
-        directories = {task: store_directory(self.stores, task, "validation") for task in self.tasks}
+        directories = {task: store_directory(self.stores, task, "validation") for task in tasks}
         require_tokenizer_of_stores(tokenizer.sha256, self.checkpoint, directories)
-        stores = open_stores(self.tasks, "validation", self.stores)
+        stores = open_stores(tasks, "validation", self.stores)
         evaluator = Evaluator(
             structure_of(model, self.compute),
             self.compute,

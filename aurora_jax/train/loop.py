@@ -25,6 +25,7 @@ from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import run_facts
+from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
@@ -260,11 +261,12 @@ def _open_data(
     register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
-    for split, its_tasks in (("train", tasks), ("validation", config.evaluation.tasks)):
+    judged = judged_on(config.evaluation, tasks)
+    for split, its_tasks in (("train", tasks), ("validation", judged)):
         directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)
     stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
-    held_out = open_stores(config.evaluation.tasks, "validation", config.data.stores)
+    held_out = open_stores(judged, "validation", config.data.stores)
     for store in (*stores.values(), *held_out.values()):  # those that were built just now
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, {store.info.task: store.directory})
     for mixture, its_rates in rates.items():

@@ -243,6 +243,11 @@ def recipe_of(task_name: str, split: str) -> Recipe:
     return Recipe(task_name, split, reader, document_steps, feature.vocabulary.tokenizer, append_eos)
 
 
+def having_split(split: str, task_names: Iterable[str]) -> list[str]:
+    """Those of some registered tasks that have a split, in their order."""
+    return [name for name in task_names if split in seqio.TaskRegistry.get(name).splits]
+
+
 def mixture_rates(mixture_name: str) -> tuple[tuple[str, float], ...]:
     """(task name, rate) of every task of a registered mixture, sub-mixtures resolved, by name. For a task:
     its own name at rate 1.
