@@ -19,6 +19,7 @@ from rich.table import Table
 
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.report import before_after, check_expectations, write_report
+from aurora_jax.evaluate.run_record import read_run_record
 from aurora_jax.storage import json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +85,8 @@ def main() -> int:
     report = ROOT / WORK / "report.html"
     for sentence in write_report(ROOT / RUN, report, samples=samples_file, commands=commands):
         console.print(f"[red]{sentence}[/red]", soft_wrap=True)
-    changes = before_after(read_metrics(ROOT / RUN / "metrics.jsonl"))
+    record = read_run_record(ROOT / RUN)
+    changes = before_after(read_metrics(ROOT / RUN / "metrics.jsonl"), record)
     table = Table("language", "before", "after", "change")
     for change in changes:
         table.add_row(change.name, f"{change.before:.3f}", f"{change.after:.3f}", f"{change.change:+.1%}")
@@ -99,7 +101,7 @@ def main() -> int:
         f'[dim]$ python -m aurora_jax generate {RUN} "Helsinki on" --temperature 0.7[/dim]   lets it write.',
         soft_wrap=True,
     )
-    missed = check_expectations(changes)
+    missed = check_expectations(changes, learnt=record.learnt, kept=record.kept)
     for sentence in missed:
         console.print(f"[red]not as promised:[/red] {sentence}", soft_wrap=True)
     return 1 if missed else 0

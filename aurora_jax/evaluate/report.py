@@ -65,6 +65,11 @@ class LanguageChange:
     """At the end of each stage, in order."""
 
     @property
+    def language(self) -> str:
+        """Its tag."""
+        return self.subject.partition("/")[0]
+
+    @property
     def name(self) -> str:
         return name_of_subject(self.subject)
 

@@ -105,6 +105,11 @@ class EvaluationConfig:
                 f"evaluation.keep names {', '.join(unmeasured)}, which the run is not judged on: give its names to "
                 "evaluation.tasks too, or others to evaluation.keep (--evaluation.keep and nothing behind it for none)."
             )
+        if self.prompts and self.tasks == ():
+            raise InputError(
+                "evaluation.prompts are gone on with where all held-out text is read, and the run is judged on none: "
+                "give evaluation.tasks, or no prompts."
+            )
         for name in ("every", "quick_windows", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"evaluation.{name} is {getattr(self, name)}: give at least 1.")

@@ -19,6 +19,7 @@ from aurora_jax.data.build.opening import open_stores
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
+from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
@@ -29,6 +30,7 @@ from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
+from aurora_jax.train.samples import Sampler
 from aurora_jax.train.stages import learning_rate_schedule
 from aurora_jax.train.state import TrainState, make_random_state, make_state_around, shardings_of, state_shapes
 from aurora_jax.train.step import train_step_on_mesh
@@ -110,6 +112,8 @@ def train(config: TrainConfig) -> TrainState:
     shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
     facts = run_facts(config, stages, stores, held_out)
+    eos_ids = end_of_text_ids(metadata, files.contents, files.tokenizer)
+    sampler = Sampler(config.evaluation, model, compute, mesh, files.tokenizer, eos_ids)
     if start.kind != "resume":
         require_no_earlier_run(config.output, facts)
     run = f"{of_first(secrets.randbits(31)):08x}"
@@ -170,7 +174,9 @@ def train(config: TrainConfig) -> TrainState:
         def evaluate(step: int, stage: str, windows: int | None) -> None:
             begun = time.monotonic()
             scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
-            log.evaluation(step, stage, scores, evaluator.settings(windows), seconds=time.monotonic() - begun)
+            samples = sampler(state.parameters) if windows is None else []
+            seconds = time.monotonic() - begun
+            log.evaluation(step, stage, scores, evaluator.settings(windows), samples, seconds=seconds)
 
         # What comes after a checkpoint, a stop may have cut off.
         if first_step in ends:
