@@ -49,7 +49,7 @@ belong to no script of their own in Unicode."""
 # Of new colours: lightness and chroma in OKLCH, whose contrast (WCAG 2.2) is at least 3 on white and on the dark page
 # of a report; and how far two of a chart are apart in OKLab.
 LIGHTNESSES, CHROMA = (0.64, 0.535), 0.13
-APART = 0.075
+APART = 0.12
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 
 

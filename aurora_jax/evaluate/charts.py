@@ -53,7 +53,8 @@ def looks_of(subjects: Iterable[str]) -> dict[str, tuple[str, str]]:
 def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
     """Bits per byte of every subject (see `Curves`) before and after, with the change written above."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+        width = max(8, 1.2 * len(before))  # room for names
+        figure, axes = plt.subplots(figsize=(width, 3.8), layout="constrained")
         place = np.arange(len(before))
         axes.bar(place - 0.2, list(before.values()), 0.38, color="#C9CDD2", label="before")
         colours = [colour for colour, _ in looks_of(after).values()]
