@@ -40,16 +40,17 @@ from aurora_jax.plan.attention_cycles import causal_cycles, tile_cycles
 from aurora_jax.plan.schedule import BasicBlock
 
 SPLASH_TILES = ((512, 512, 512), (1024, 1024, 512), (1024, 1024, 1024), (2048, 1024, 512), (1024, 2048, 512))
-TOKAMAX_TILES = (
-    *SPLASH_TILES,
-    (256, 512, 512),
-    (512, 1024, 512),
-    (512, 1024, 1024),
-    (1024, 512, 512),
-    (2048, 512, 512),
-    (2048, 2048, 512),
-)
-TOKAMAX_OPTIONS = {"forward": ((), ("scheduler",)), "backward": ((),)}
+TOKAMAX_TILES = ((512, 512, 512), (512, 1024, 512), (1024, 1024, 512), (1024, 1024, 1024), (1024, 2048, 512))
+TOKAMAX_OPTIONS = {
+    "forward": (
+        (),
+        ("scheduler",),
+        ("scheduler", "k_layout"),
+        ("scheduler", "v_layout"),
+        ("scheduler", "k_layout", "v_layout"),
+    ),
+    "backward": ((),),
+}
 """Its scheduler is of its forward kernel."""
 FLASH_TILES = (512, 1024)
 TARGETS = {"v5e": 1.0, "v5p": 1.0, "v6e": 0.8}
@@ -80,7 +81,164 @@ class Cycles:
     """Of the layer: products alone, at the published peak."""
 
 
-RECORDED: dict[tuple[str, int, str], tuple[tuple[int, ...], tuple[str, ...], Cycles]] = {}
+RECORDED: dict[tuple[str, int, str], tuple[tuple[int, ...], tuple[str, ...], Cycles]] = {
+    ("v5e", 2048, "forward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=4756.0,
+            diagonal=4952,
+            layer=819696,
+            key_bytes=50331648,
+            all_bytes=100663296,
+            bundles=819696,
+            floor=589824,
+        ),
+    ),
+    ("v5e", 2048, "backward"): (
+        (512, 512, 512),
+        (),
+        Cycles(
+            full=10240.0,
+            diagonal=7680,
+            layer=1387828,
+            key_bytes=1048576,
+            all_bytes=228589568,
+            bundles=1311124,
+            floor=1228800,
+        ),
+    ),
+    ("v5e", 8192, "forward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=4756.0,
+            diagonal=4952,
+            layer=8802816,
+            key_bytes=880803840,
+            all_bytes=1082130432,
+            bundles=8802816,
+            floor=7077888,
+        ),
+    ),
+    ("v5e", 8192, "backward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=10240.0,
+            diagonal=10240,
+            layer=19086432,
+            key_bytes=4194304,
+            all_bytes=1719664640,
+            bundles=17498592,
+            floor=17694720,
+        ),
+    ),
+    ("v5p", 2048, "forward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=4725.0,
+            diagonal=4923,
+            layer=827184,
+            key_bytes=50331648,
+            all_bytes=100663296,
+            bundles=827184,
+            floor=589824,
+        ),
+    ),
+    ("v5p", 2048, "backward"): (
+        (512, 512, 512),
+        (),
+        Cycles(
+            full=10240.0,
+            diagonal=7680,
+            layer=1456180,
+            key_bytes=1048576,
+            all_bytes=228589568,
+            bundles=1365940,
+            floor=1228800,
+        ),
+    ),
+    ("v5p", 8192, "forward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=4725.0,
+            diagonal=4923,
+            layer=8873280,
+            key_bytes=880803840,
+            all_bytes=1082130432,
+            bundles=8873280,
+            floor=7077888,
+        ),
+    ),
+    ("v5p", 8192, "backward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=10240.0,
+            diagonal=10240,
+            layer=19200096,
+            key_bytes=4194304,
+            all_bytes=1719664640,
+            bundles=17545248,
+            floor=17694720,
+        ),
+    ),
+    ("v6e", 2048, "forward"): (
+        (1024, 1024, 512),
+        ("scheduler", "k_layout", "v_layout"),
+        Cycles(
+            full=2502.0,
+            diagonal=2681,
+            layer=462192,
+            key_bytes=50331648,
+            all_bytes=100663296,
+            bundles=462192,
+            floor=294912,
+        ),
+    ),
+    ("v6e", 2048, "backward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=5470.0,
+            diagonal=5614,
+            layer=854008,
+            key_bytes=1048576,
+            all_bytes=127926272,
+            bundles=854008,
+            floor=737280,
+        ),
+    ),
+    ("v6e", 8192, "forward"): (
+        (1024, 1024, 512),
+        ("scheduler", "k_layout"),
+        Cycles(
+            full=2501.0,
+            diagonal=2690,
+            layer=4809600,
+            key_bytes=880803840,
+            all_bytes=1082130432,
+            bundles=4809600,
+            floor=3538944,
+        ),
+    ),
+    ("v6e", 8192, "backward"): (
+        (1024, 1024, 512),
+        (),
+        Cycles(
+            full=5470.0,
+            diagonal=5614,
+            layer=10532320,
+            key_bytes=4194304,
+            all_bytes=1719664640,
+            bundles=10532320,
+            floor=8847360,
+        ),
+    ),
+}
 """Tokamax 0.0.12 at its best tiles and options, as `--tokamax-python` found them on 2026-11-25 with jax
 0.10.2 and libtpu 0.0.42.1."""
 

@@ -1,5 +1,5 @@
 """Compiles products of known shapes as Pallas kernels for any TPU generation, in a process of its own; prints
-the bundles and the products' time that `kernels/schedule.py` reads for each.
+the bundles and the products' time that `plan/schedule.py` reads for each.
 
 M x K times K x N; a kernel runs `times` of them, on operands of its own.
 """

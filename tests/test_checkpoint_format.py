@@ -18,6 +18,9 @@ from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.model.sharding import flatten, nest
+from aurora_jax.train.config import DataConfig, TrainConfig
+from aurora_jax.train.loop import train
+from aurora_jax.train.stages import LearningRate, Stage
 
 CONFIG = ModelConfig(vocabulary_size=49, max_positions=17, width=12, layers=2, heads=3, mlp_width=20)
 
@@ -201,6 +204,25 @@ def test_chunks_of_zeros_are_stored_and_a_missing_one_is_named(tmp_path, paramet
                 match=rf"{re.escape(str(path))}/params: .*damaged or incomplete: the chunk {chunk} is missing",
             ):
                 read(path)
+
+
+@pytest.mark.parametrize("name", ["a[b", "a*b?", "a{b}", "å b", "%41#&'"])
+def test_a_checkpoint_in_a_folder_of_any_name_comes_back(tmp_path, name, parameters, metadata):
+    checkpoint.save_checkpoint(tmp_path / name / "c", parameters, metadata)
+    assert_equal_trees(checkpoint.restore_parameters(tmp_path / name / "c"), parameters)
+
+
+@pytest.mark.parametrize("name", ["a[b]", "[!x]1"])
+def test_a_folder_name_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name, parameters, metadata):
+    with pytest.raises(InputError, match=r"choose one without \[ \]"):
+        checkpoint.save_checkpoint(tmp_path / name / "c", parameters, metadata)
+    with pytest.raises(InputError, match=r"choose one without \[ \]"):
+        train(
+            TrainConfig(
+                tmp_path / name, (Stage("s", "m", 1, LearningRate(1e-3)),), DataConfig("corpus"), model=metadata.config
+            )
+        )
+    assert not (tmp_path / name).exists()
 
 
 def test_what_orbax_says_of_an_array_that_is_cut_short_has_a_name(tmp_path):

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -395,10 +396,28 @@ def write_checkpoint(
 
 
 def require_free(path: Location) -> epath.Path:
-    """The absolute destination. Raises InputError if it exists: nothing is ever overwritten."""
-    destination = _absolute(path)
+    """The absolute destination. Raises InputError if it exists (nothing is ever overwritten), or if nothing
+    could be read there."""
+    destination = require_plain(path)
     if destination.exists():
         raise InputError(f"{destination} exists already: remove it, or give another destination.")
+    return destination
+
+
+def require_plain(path: Location) -> epath.Path:
+    """The absolute path of a folder for checkpoints.
+
+    Raises:
+        InputError: its name reads as a pattern that it does not match itself, as `a[b]` does: Orbax looks by
+            such patterns for what it has written, finds nothing, and leaves a checkpoint without arrays,
+            silently.
+    """
+    destination = _absolute(path)
+    if not fnmatchcase(str(destination), str(destination)):
+        raise InputError(
+            f"{destination}: Orbax cannot write checkpoints where a folder has brackets in its name; choose "
+            "one without [ ]."
+        )
     return destination
 
 

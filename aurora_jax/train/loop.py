@@ -60,6 +60,7 @@ def train(config: TrainConfig) -> TrainState:
     if config.wandb_project:
         import_wandb()
     schedule = learning_rate_schedule(config.stages)
+    checkpoint_format.require_plain(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
