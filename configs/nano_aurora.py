@@ -7,8 +7,9 @@ runs it between conversions; alone:
 
     aurora data sample corpus
     python -m convert from-torch examples/nano checkpoints/nano --dtype float32
-    aurora train configs/nano_aurora.py --data.corpus corpus --initial-checkpoint checkpoints/nano --output
-    runs/nano_aurora aurora report runs/nano_aurora
+    aurora train configs/nano_aurora.py --data.corpus corpus --initial-checkpoint checkpoints/nano \
+        --output runs/nano_aurora
+    aurora report runs/nano_aurora
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
 """The base model of `examples/nano`: 3.4M parameters, English and code alone. It stands for StarCoderPlus in
 the quickstart.
 
-aurora data sample corpus
-aurora data tokenizer corpus tokenizer --vocabulary-size 4096
-aurora train configs/nano_base.py --data.corpus corpus --data.tokenizer tokenizer --output runs/nano_base
-python -m convert to-torch runs/nano_base examples/nano --dtype bfloat16
+    aurora data sample corpus
+    aurora data tokenizer corpus tokenizer --vocabulary-size 4096
+    aurora train configs/nano_base.py --data.corpus corpus --data.tokenizer tokenizer --output runs/nano_base
+    python -m convert to-torch runs/nano_base examples/nano --dtype bfloat16
 """
 
 from pathlib import Path

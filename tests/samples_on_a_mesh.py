@@ -39,8 +39,8 @@ assert jax.device_count() == 8
 one = make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
 expected = sampler(one)(jax.device_put(parameters, parameter_shardings(MODEL, one)))
 assert len({each["continuation"] for each in expected}) == 3
-MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}, {"fsdp": 2, "fsdp_inner": 2, "sequence": 2})
-for sizes in MESHES[: 1 if jax.process_count() > 1 else None]:
+MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "fsdp_inner": 2, "sequence": 2}, {"fsdp": 8})
+for sizes in MESHES[:1] if jax.process_count() > 1 else MESHES[1:]:
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
     sample = sampler(mesh)
