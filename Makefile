@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   the whole journey on a CPU in under 10 minutes; ends with quickstart/report.html"
 	@echo "make test         lint, types and all quick tests"
 	@echo "make test-full    the long proofs too"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the walls between rooms"
 	@echo "make bench        the benchmarks, side by side with their peers"
 	@echo "make docs         the documentation, in site/ (python -m http.server -d site to read it)"
 	@echo "make setup        the environment alone, in $(VENV) (PYTHON=python3.11 to choose the interpreter)"
@@ -34,9 +34,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.10 --package aurora_jax.launch
+	PYTHONPATH=. $(BIN)/lint-imports --no-color
 
 test: lint
-	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not full" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-full: lint
 	$(BIN)/python -m pytest

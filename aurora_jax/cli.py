@@ -1,6 +1,5 @@
 """The command line: `aurora` or `python -m aurora_jax`."""
 
-import glob
 import importlib
 import importlib.util
 import logging
@@ -13,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from aurora_jax import environment
 from aurora_jax.errors import InputError
 
 HELP = """usage: aurora COMMAND ...
@@ -83,8 +83,8 @@ PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] 
                              [--json FILE] [--search]
        aurora plan --list
 
-Compiles the step that `aurora train CONFIG.py` runs for a TPU topology, without a TPU, and says what it needs: memory, time, collectives,
-cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
+Compiles the step that `aurora train CONFIG.py` runs, and its evaluation, for a TPU topology, without a TPU, and says what they
+need: memory, time, collectives, cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -134,8 +134,8 @@ def _data(arguments: Sequence[str]) -> None:
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
     from aurora_jax.checkpoints import format as checkpoint
-    from aurora_jax.checkpoints.carried_files import write_files
     from aurora_jax.data.look.show import ShowCommand
+    from aurora_jax.storage.carried_files import write_files
     from aurora_jax.train.checkpoint import RunCheckpoints
 
     config = load_config(path)
@@ -195,18 +195,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
-"""Device files of TPUs (two kinds of driver), and of GPUs of NVIDIA (WSL too) and AMD."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for input that the user can mend)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # TensorFlow (SeqIO's) and absl log start-up notes that mean nothing here.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not any(glob.glob(pattern) for pattern in ACCELERATORS):
-        # Where libtpu is installed to plan with, JAX would look for a TPU, and complain.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    environment.prepare()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0

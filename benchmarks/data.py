@@ -60,7 +60,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def build_ours(folder: str, tokenizer: str, work: str) -> float:
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -155,23 +155,25 @@ def step_seconds(corpus: str, tokenizer: str, work: str) -> float:
 def seek(corpus: str, tokenizer: str, work: str) -> float:
     """Seconds from closed stores to the batch of step 1,000,000; imports do not count."""
     open_loader(corpus, tokenizer, work)
-    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.loader import DataStage, Loader
     from aurora_jax.data.batches.store import TokenStore
 
     begun = time.perf_counter()
     stores = {language: TokenStore.open(f"{work}/stores/{language}/train") for language in LANGUAGES}
-    stage = Stage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000_000)
+    stage = DataStage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000_000)
     Loader(stores, [stage], batch_size=BATCH, sequence_length=LENGTH, seed=0).batch(1_000_000)
     return time.perf_counter() - begun
 
 
 def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
     """Bytes of the process's peak."""
-    from aurora_jax.data.batches.loader import Loader, Stage
+    from aurora_jax.data.batches.loader import DataStage, Loader
     from aurora_jax.data.batches.store import TokenStore
 
     stores = {"random": TokenStore.open(f"{work}/random-{tokens}")}
-    loader = Loader(stores, [Stage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0)
+    loader = Loader(
+        stores, [DataStage("one", (("random", 1.0),), 300)], batch_size=BATCH, sequence_length=2_048, seed=0
+    )
     for _ in loader.prefetched(0, 300):
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -179,8 +181,8 @@ def memory(corpus: str, tokenizer: str, work: str, tokens: str) -> float:
 
 def open_loader(corpus: str, tokenizer: str, work: str):
     """The sample corpus's stores (built once) in equal shares."""
-    from aurora_jax.data.batches.loader import Loader, Stage
-    from aurora_jax.data.build.build_command import build_stores
+    from aurora_jax.data.batches.loader import DataStage, Loader
+    from aurora_jax.data.build.stores import build_stores
     from aurora_jax.data.text.recipe import Recipe
     from aurora_jax.data.text.sources import Source
     from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -191,7 +193,7 @@ def open_loader(corpus: str, tokenizer: str, work: str):
         for language in LANGUAGES
     ]
     stores = {name.split("/")[0]: store for name, store in build_stores(recipes, f"{work}/stores").items()}
-    stage = Stage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000)
+    stage = DataStage("cap", tuple((language, 1.0) for language in LANGUAGES), 2_000)
     return Loader(stores, [stage], batch_size=BATCH, sequence_length=LENGTH, seed=0)
 
 

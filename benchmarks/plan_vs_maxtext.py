@@ -159,7 +159,9 @@ def on_pod(topology: str, slices: int) -> TrainConfig:
     """The config of 64 v5p on another number of chips."""
     mesh, micro_batches = POD_MESHES[topology, slices]
     config = starcoderplus_v5p_128.config()
-    return replace(config, mesh=mesh, optimizer=replace(config.optimizer, micro_batches=micro_batches))
+    optimizer = replace(config.optimizer, micro_batches=micro_batches)
+    evaluation = replace(config.evaluation, batch_size=mesh.data * mesh.fsdp * mesh.fsdp_inner)
+    return replace(config, mesh=mesh, optimizer=optimizer, evaluation=evaluation)
 
 
 def planned(config: TrainConfig, topology: str, slices: int, kept: Path, console: Console) -> dict:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -58,26 +58,22 @@ def ours(precision: str) -> float:
     from aurora_jax.data.batches.loader import Batch
     from aurora_jax.model.config import ModelConfig
     from aurora_jax.model.mesh import make_mesh, place
-    from aurora_jax.train.state import make_random_state
-    from aurora_jax.train.step import train_step_on_mesh
+    from aurora_jax.train.program import Program
     from configs.nano_aurora import config as nano_aurora
 
     config = nano_aurora()
     compute = config.compute.__class__(compute_dtype=precision, activation_dtype="float32", unroll_layers=True)
     model = ModelConfig(VOCABULARY, POSITIONS, WIDTH, LAYERS, HEADS, MLP).with_dropout(0.0)
-    mesh = make_mesh(config.mesh)
-    train_step = train_step_on_mesh(
-        model, compute, config.optimizer, mesh, lambda step: 1e-3, isolate_documents=False, gather=config.mesh.gather
-    )
-    state = make_random_state(model, config.optimizer, mesh, seed=0)()
+    program = Program(replace(config, compute=compute), model, make_mesh(config.mesh))
+    state = program.random_state()
     tokens = tokens_BL()
     ones = np.ones((BATCH, POSITIONS), np.int32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), ones, ones, np.zeros(BATCH, np.int32))
-    batch = place(mesh, batch)
+    batch = place(program.mesh, batch)
 
     def step() -> None:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = program.step(state, batch)
         jax.block_until_ready((state, metrics))
 
     return measure(step)

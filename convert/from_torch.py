@@ -14,12 +14,12 @@ import tensorstore as ts
 from rich.console import Console
 from rich.table import Table
 
-from aurora_jax.checkpoints.carried_files import encode_files
 from aurora_jax.checkpoints.format import PARAMETERS, CheckpointMetadata, write_checkpoint
 from aurora_jax.data.text.tokenizer_files import tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, nest, parameter_shapes
+from aurora_jax.storage.carried_files import encode_files
 from convert.partial import partial_output
 from convert.progress import byte_progress
 from convert.source import HuggingFaceFolder, is_index, read_folder

@@ -15,7 +15,6 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.checkpoints.carried_files import write_files
 from aurora_jax.checkpoints.format import (
     CheckpointMetadata,
     damage_named,
@@ -26,6 +25,7 @@ from aurora_jax.checkpoints.format import (
 )
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
+from aurora_jax.storage.carried_files import write_files
 from convert.from_torch import DTYPES, ParameterDtype
 from convert.partial import Partial, partial_output
 from convert.progress import byte_progress
@@ -177,7 +177,7 @@ def _make_shard(file: Path, shard: Shard, config: ModelConfig, dtype: np.dtype) 
     return [PlacedTensor(tensor, file, data + header[tensor]["data_offsets"][0]) for tensor in shard.tensors]
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """Units start .. stop - 1 of one layer of one of our parameters, on their way into a tensor."""
 
     tensor: PlacedTensor
@@ -199,7 +199,7 @@ def _write_tensors(
     """Fills the files; a tensor is finished when all of it has reached the disk."""
     parts = hf_tensors(config)
     work = [
-        Part(tensor, row, layer, start, stop)
+        TensorPart(tensor, row, layer, start, stop)
         for tensor in tensors
         for row, layer in parts[tensor.name]
         for start, stop in row.blocks(config, _itemsize(stores[row.ours]))
@@ -208,7 +208,7 @@ def _write_tensors(
     lock = threading.Lock()
     scratch = Scratch()
 
-    def write(part: Part) -> None:
+    def write(part: TensorPart) -> None:
         advance(_write_part(part, config, dtype, stores[part.row.ours], source, scratch))
         with lock:
             missing[part.tensor.name] -= 1
@@ -225,7 +225,7 @@ def _write_tensors(
 
 
 def _write_part(
-    part: Part, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch
+    part: TensorPart, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch
 ) -> int:
     """Returns the number of bytes of the tensor that were written."""
     tensor, row, layer, start, stop = part

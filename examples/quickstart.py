@@ -2,106 +2,152 @@
 
 A StarCoder-family PyTorch checkpoint that reads English and code (`examples/nano`, which stands for
 StarCoderPlus) becomes a Flax model, learns Finnish, Hindi, Japanese and Vietnamese in two stages, and leaves
-again as a PyTorch checkpoint. Every step is a command that you could type yourself; it is printed before it
-runs. The exit status is not 0 if a step fails or the result is not as promised.
+again as a PyTorch checkpoint. Each step is a function below; its lines are printed before they run, and could be
+yours. The exit status is not 0 if a step fails or the result is not as promised.
 """
 
+import inspect
 import json
-import shlex
+import os
 import shutil
-import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from aurora_jax.evaluate.metrics_file import read_metrics
-from aurora_jax.evaluate.report import before_after, check_expectations, write_report
+import aurora_jax as aurora
+from aurora_jax.errors import InputError
+from aurora_jax.evaluate.report import check_expectations
 from aurora_jax.evaluate.run_record import read_run_record
 from aurora_jax.storage import json_lines
 
+if TYPE_CHECKING:
+    from aurora_jax.api import Model, TrainingRun
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path("quickstart")
-NANO = Path("examples/nano")
-CONVERTED, RUN, RESULT = WORK / "nano-flax", WORK / "run", WORK / "aurora-nano"
 LANGUAGES = ("en", "code", "fi", "hi", "ja", "vi")
 PROMPT_CHARACTERS = {"hi": 60, "ja": 30}
 NEW_TOKENS = 60
+STEPS = 8
 
-STEPS = (
-    ("A real corpus in five languages and code, from packages", f"-m aurora_jax data sample {WORK}/corpus"),
-    (
-        "Text becomes tokens: the stores of both stages' mixtures, and of the held-out texts",
-        f"-m aurora_jax data build nano_cap nano_cat --tokenizer {NANO} --data-root {WORK}/corpus --output "
-        f"{WORK}/stores "
-        "--splits train validation",
-    ),
-    (
-        "PyTorch weights in: the base model becomes a Flax checkpoint",
-        f"-m convert from-torch {NANO} {CONVERTED} --dtype float32",
-    ),
-    ("Are the two the same model?", f"-m convert verify {NANO} {CONVERTED}"),
-    (
-        "Continual pretraining: stage CAP (all languages, English and code replayed), then stage CAT (cleaner texts)",
-        f"-m aurora_jax train configs/nano_aurora.py --data.corpus {WORK}/corpus --data.stores {WORK}/stores "
-        f"--initial-checkpoint {CONVERTED} --output {RUN}",
-    ),
-    ("PyTorch weights out", f"-m convert to-torch {RUN}/stages/cat {RESULT}"),
-    ("Are the two the same model?", f"-m convert verify {RUN}/stages/cat {RESULT}"),
-)
+Result = TypeVar("Result")
+
+
+# ---------------------------------------------------------------- The steps: VERB_RESULT
+
+
+def build_corpus() -> Path:
+    """A real corpus in five languages and code, from packages"""
+    return aurora.sample_corpus("quickstart/corpus")
+
+
+def load_model() -> "Model":
+    """PyTorch weights in: the base model becomes a Flax checkpoint"""
+    return aurora.load("examples/nano", checkpoint="quickstart/nano-flax", dtype="float32")
+
+
+def are_same(one: Path, other: Path) -> bool:
+    """Are the two the same model?"""
+    from convert.verify import verify
+
+    return verify(one, other)
+
+
+def train_run(model: "Model", corpus: Path) -> "TrainingRun":
+    """Continual pretraining: stage CAP (all languages, English and code replayed), then stage CAT (cleaner texts)"""
+    from configs import nano_aurora
+
+    config = nano_aurora.config()
+    data = replace(config.data, corpus=str(corpus), stores="quickstart/stores")
+    return model.train(replace(config, data=data, output=Path("quickstart/run")))
+
+
+def save_folder(run: "TrainingRun") -> Path:
+    """PyTorch weights out"""
+    return run.model.save_torch("quickstart/aurora-nano")
+
+
+# ---------------------------------------------------------------- The journey
+
+
+class Journey:
+    """Says which step comes, and what it runs.
+
+    Attributes:
+        lines: of all steps so far.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.lines: list[str] = []
+        self._begun = 0
+
+    def title(self, text: str) -> None:
+        """The heading of the next step."""
+        self._begun += 1
+        self.console.print(f"\n[bold][{self._begun}/{STEPS}] {text}[/bold]", soft_wrap=True)
+
+    def __call__(self, step: Callable[..., Result], *arguments: object) -> Result:
+        """Prints the lines of a step and runs it."""
+        self.title(inspect.getdoc(step) or "")
+        body = inspect.getsource(step).split('"""')[-1]
+        name = step.__name__.rpartition("_")[2]  # of what it gives back
+        lines = [line.replace("return ", f"{name} = ", 1) for line in textwrap.dedent(body).splitlines() if line]
+        self.lines += lines
+        for line in lines:
+            self.console.print(line, style="dim", soft_wrap=True, markup=False)
+        return step(*arguments)
 
 
 def main() -> int:
     """Runs the journey from the repository's root; returns the exit status."""
+    os.chdir(ROOT)
     console = Console(highlight=False)
     begun = time.monotonic()
-    for path in (CONVERTED, RUN, RESULT):
-        shutil.rmtree(ROOT / path, ignore_errors=True)
-    commands = []
-    for number, (title, arguments) in enumerate(STEPS, start=1):
-        commands.append(f"python {arguments}")
-        console.print(
-            f"\n[bold][{number}/{len(STEPS) + 2}] {title}[/bold]\n[dim]$ {commands[-1]}[/dim]", soft_wrap=True
-        )
-        status = subprocess.run([sys.executable, *shlex.split(arguments)], cwd=ROOT).returncode
-        if status:
-            console.print(f"[red]step {number} failed with exit status {status}[/red]: {commands[-1]}", soft_wrap=True)
-            return status
+    for name in ("nano-flax", "run", "aurora-nano"):
+        shutil.rmtree(WORK / name, ignore_errors=True)
+    journey = Journey(console)
+    corpus = journey(build_corpus)
+    base = journey(load_model)
+    same = journey(are_same, Path("examples/nano"), base.checkpoint)
+    run = journey(train_run, base, corpus)
+    result = journey(save_folder, run)
+    if not (same and journey(are_same, run.model.checkpoint, result)):
+        console.print("[red]They are not.[/red]")
+        return 1
 
-    console.print(
-        f"\n[bold][{len(STEPS) + 1}/{len(STEPS) + 2}] A continuation in every language, by transformers[/bold]"
-    )
-    samples = continuations(ROOT / WORK / "corpus" / "heldout", ROOT / NANO, ROOT / RESULT)
-    samples_file = ROOT / WORK / "samples.json"
+    journey.title("A continuation in every language, by transformers")
+    samples = continuations(corpus / "heldout", Path("examples/nano"), result)
+    samples_file = WORK / "samples.json"
     samples_file.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
     for sample in samples:
         console.print(
             f"[cyan]{sample['language']:>4}[/cyan] {sample['prompt']}[green]{sample['after']}[/green]", markup=True
         )
 
-    console.print(f"\n[bold][{len(STEPS) + 2}/{len(STEPS) + 2}] What was learnt, what was kept[/bold]")
-    report = ROOT / WORK / "report.html"
-    for sentence in write_report(ROOT / RUN, report, samples=samples_file, commands=commands):
-        console.print(f"[red]{sentence}[/red]", soft_wrap=True)
-    record = read_run_record(ROOT / RUN)
-    changes = before_after(read_metrics(ROOT / RUN / "metrics.jsonl"), record)
+    journey.title("What was learnt, what was kept")
+    report = run.report(WORK / "report.html", samples=samples_file, commands=journey.lines)
     table = Table("language", "before", "after", "change")
-    for change in changes:
+    for change in run.changes:
         table.add_row(change.name, f"{change.before:.3f}", f"{change.after:.3f}", f"{change.change:+.1%}")
     console.print("bits per byte of held-out text (lower is better):", table)
     minutes = (time.monotonic() - begun) / 60
     console.print(
-        f"{minutes:.1f} minutes. Look at [bold]{report.relative_to(ROOT)}[/bold]; the model is in "
-        f"[bold]{RESULT}[/bold].",
-        soft_wrap=True,
+        f"{minutes:.1f} minutes. Look at [bold]{report}[/bold]; the model is in [bold]{result}[/bold].", soft_wrap=True
     )
     console.print(
-        f'[dim]$ python -m aurora_jax generate {RUN} "Helsinki on" --temperature 0.7[/dim]   lets it write.',
+        f'[dim]$ python -m aurora_jax generate {run.output} "Helsinki on" --temperature 0.7[/dim]   lets it write.',
         soft_wrap=True,
     )
-    missed = check_expectations(changes, learnt=record.learnt, kept=record.kept)
+    record = read_run_record(run.output)
+    missed = check_expectations(run.changes, learnt=record.learnt, kept=record.kept)
     for sentence in missed:
         console.print(f"[red]not as promised:[/red] {sentence}", soft_wrap=True)
     return 1 if missed else 0
@@ -155,4 +201,7 @@ def _prompt(path: Path, language: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -3,20 +3,38 @@ its tokenizer."""
 
 import json
 import os
-import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # A program is compiled once a session: the workers of pytest-xdist and all processes that tests start inherit this.
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
 import pytest
 
+from aurora_jax.sample_corpus.build import BUILDER, VERSION
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("aurora", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("aurora")
+
+LONGEST = (
+    "test_plan",
+    "test_train_run",
+    "test_divided_step",
+    "test_flash_attention",
+    "test_generate",
+    "test_notebook",
+    "test_several_processes",
+)
+"""Files of tests that take longest, begun first: the last file to end is then a short one, and no worker waits long."""
 
 # Article 1 and 2 of the Universal Declaration of Human Rights, and a function.
 SENTENCES = {
@@ -31,12 +49,9 @@ SENTENCES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_registered_tasks() -> Iterator[None]:
-    """SeqIO's registry is the process's: each file of tests begins with no tasks of ours in it."""
-    yield
-    if "aurora_jax.data.registry.tasks" in sys.modules:
-        sys.modules["aurora_jax.data.registry.tasks"].unregister()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [*LONGEST, ""]
+    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in LONGEST else ""))
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +67,15 @@ def mini_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             lines = [json.dumps(document, ensure_ascii=False) for document in documents]
             (directory / part / f"{language}.jsonl").write_text("\n".join(lines) + "\n")
+    manifest = {
+        "builder": BUILDER,
+        "version": VERSION,
+        "registry": "tests",
+        "held_out": "",
+        "totals": {},
+        "sources": [],
+    }
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "sha256": {}}))
     return directory
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.mesh import make_mesh
-from aurora_jax.plan.step import abstract_batch, lower_train_step
-from aurora_jax.train.config import MeshConfig, OptimizerConfig
-from aurora_jax.train.state import state_shapes
+from aurora_jax.train.config import DataConfig, MeshConfig, TrainConfig
+from aurora_jax.train.program import Program
+from aurora_jax.train.stages import LearningRate, Stage
 
 MODEL = ModelConfig(512, 1024, 256, 6, 4, 1024).with_dropout(0.0)
 B, L = 8, 1024
@@ -31,11 +31,12 @@ def resident(name: str) -> int:
 
 def main(rematerialisation: str) -> None:
     compute = ComputeConfig("float32", "float32", rematerialisation=rematerialisation)  # type: ignore[arg-type]
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    lowered = lower_train_step(MODEL, compute, OptimizerConfig(), mesh, batch_size=B, length=L)
-    compiled = lowered.compile()
+    stages = (Stage("s", "m", 1, LearningRate(1e-3)),)
+    config = TrainConfig(Path(), stages, DataConfig("", batch_size=B, sequence_length=L), MODEL, compute=compute)
+    program = Program(config, MODEL, make_mesh(MeshConfig(), jax.devices()[:1]))
+    compiled = program.lower_step().compile()
     memory = compiled.memory_analysis()
-    shapes = state_shapes(MODEL, OptimizerConfig(), mesh), abstract_batch(B, L, mesh)
+    shapes = program.shapes, program.batch_shapes(B)
     arguments = jax.tree.map(lambda shape: jax.device_put(jnp.ones(shape.shape, shape.dtype), shape.sharding), shapes)
     jax.block_until_ready(arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here

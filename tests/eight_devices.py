@@ -16,6 +16,7 @@ def run_on_eight_devices(program: Path | str, *arguments: str | Path) -> subproc
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # such programs run once: most of their time is their compilation
     }
     command = [sys.executable, *([program] if isinstance(program, Path) else ["-c", program]), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -10,15 +10,15 @@ from typing import Any
 from aurora_jax.data.batches import store
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.build import pipeline as build
-from aurora_jax.data.build.build_command import build_stores
-from aurora_jax.data.text import sources
+from aurora_jax.data.build.stores import build_stores
+from aurora_jax.data.text import readers
 from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.data.text.sources import Source
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 
 SIZES = (
-    (sources, "PART_BYTES", 2000),
+    (readers, "PART_BYTES", 2000),
     (store, "SHARD_ELEMENTS", 2048),
     (store, "CHUNK_ELEMENTS", 128),
     (build, "CHUNK_TOKENS", 300),

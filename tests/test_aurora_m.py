@@ -513,39 +513,28 @@ def test_nothing_is_read_too_often_and_groups_keep_their_shares():
 def test_seqios_registry_has_the_mixtures(tmp_path):
     import seqio
 
-    from aurora_jax.data.look.describe import rates_of
-    from aurora_jax.data.registry.tasks import mixture_rates, recipe_of, register, unregister
+    from aurora_jax.data.look.inventory import rates_of
+    from aurora_jax.data.registry.tasks import mixture_rates, recipe_of, register
     from aurora_jax.data.registry.vocabulary import vocabulary_from
 
     register(tmp_path / "nowhere", vocabulary_from("bytes"))
-    try:
-        specs = {spec.name: spec for spec in task_specs(tmp_path / "nowhere")}
-        for mixture, rates in MIXTURES.items():
-            tasks = seqio.MixtureRegistry.get(mixture).tasks
-            assert {task.name for task in tasks} == rates.keys()
-            assert mixture_rates(mixture) == tuple(sorted(rates.items())) == rates_of(mixture, "corpus", ())
-            for task in tasks:
-                assert task.output_features["targets"].add_eos
-                recipe = recipe_of(task.name, "train")
-                assert recipe.steps == specs[task.name].steps
-                assert recipe.reader == specs[task.name].source
-        assert not (tmp_path / "nowhere").exists()
-    finally:
-        unregister()
+    specs = {spec.name: spec for spec in task_specs(tmp_path / "nowhere")}
+    for mixture, rates in MIXTURES.items():
+        tasks = seqio.MixtureRegistry.get(mixture).tasks
+        assert {task.name for task in tasks} == rates.keys()
+        assert mixture_rates(mixture) == tuple(sorted(rates.items())) == rates_of(mixture, "corpus", ())
+        for task in tasks:
+            assert task.output_features["targets"].add_eos
+            recipe = recipe_of(task.name, "train")
+            assert recipe.steps == specs[task.name].steps
+            assert recipe.reader == specs[task.name].source
+    assert not (tmp_path / "nowhere").exists()
 
 
 # ---------------------------------------------------------------- The command line
 
 
-@pytest.fixture
-def registry():
-    yield
-    from aurora_jax.data.registry.tasks import unregister
-
-    unregister()
-
-
-def test_missing_sources_are_named_together_and_can_be_left_out(tmp_path, mini_tokenizer, capsys, registry):
+def test_missing_sources_are_named_together_and_can_be_left_out(tmp_path, mini_tokenizer, capsys):
     for name in ("wikipedia_fi", "tulu_v2", "metamathqa"):
         place, record, _ = RECORDS[name]
         write(tmp_path / "root" / place, [record] * 20)

@@ -26,9 +26,10 @@ from aurora_jax.cli import main
 from aurora_jax.data.batches import store
 from aurora_jax.data.batches.store import TokenStore, read_info
 from aurora_jax.data.build import pipeline as build
-from aurora_jax.data.build.build_command import build_stores, summary
+from aurora_jax.data.build.build_command import summary
 from aurora_jax.data.build.pipeline import jobs_for, pipeline
-from aurora_jax.data.text import sources
+from aurora_jax.data.build.stores import build_stores
+from aurora_jax.data.text import readers
 from aurora_jax.data.text.documents import CodeFormat, Document, DocumentStep, FillInTheMiddle, Piece, Rejected
 from aurora_jax.data.text.recipe import Dropped, Preparation, Recipe
 from aurora_jax.data.text.sources import Source
@@ -123,7 +124,7 @@ def test_sizes_of_parts_and_shards_do_not_matter(
     recipe = small_recipe(source, mini_tokenizer)
     (whole,) = build_stores([recipe], tmp_path / "whole", max_bad_fraction=0.1).values()
     for module, name, value in (
-        (sources, "PART_BYTES", 997),
+        (readers, "PART_BYTES", 997),
         (build, "CHUNK_TOKENS", 101),
         (store, "SHARD_ELEMENTS", 96),
     ):

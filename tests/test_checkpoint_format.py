@@ -12,12 +12,12 @@ import pytest
 import tensorstore as ts
 
 from aurora_jax.checkpoints import format as checkpoint
-from aurora_jax.checkpoints.carried_files import write_files
 from aurora_jax.checkpoints.format import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.model.sharding import flatten, nest
+from aurora_jax.storage.carried_files import write_files
 from aurora_jax.train.config import DataConfig, TrainConfig
 from aurora_jax.train.loop import train
 from aurora_jax.train.stages import LearningRate, Stage

@@ -30,7 +30,7 @@ from aurora_jax.data.curation.filters import identify, language_rejection, measu
 from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, parse_quality
 from aurora_jax.data.curation.thresholds import THRESHOLDS, load_thresholds
 from aurora_jax.data.curation.units import hash_ngrams, hash_units, normalize, split_units
-from aurora_jax.data.text import sources
+from aurora_jax.data.text import readers
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import find
 
@@ -420,7 +420,8 @@ def test_near_duplicates_of_japanese_are_found_by_characters():
 
 def test_of_a_chain_the_longest_stays_whatever_the_order():
     nodes = [
-        duplicates.Node(-length, key) for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))
+        duplicates.ClusterNode(-length, key)
+        for length, key in ((5, "d"), (9, "b"), (9, "a"), (3, "c"), (7, "f"), (7, "e"))
     ]
     edges = [(nodes[0], nodes[1]), (nodes[1], nodes[2]), (nodes[2], nodes[3]), (nodes[4], nodes[5])]
     expected = {("d", "a"), ("b", "a"), ("c", "a"), ("f", "e")}
@@ -433,7 +434,10 @@ def test_crowded_buckets_stay_connected():
     keys = [f"{number:04d}" for number in range(1000)]
     pairs = list(duplicates.pairs(reversed(keys)))
     assert len(pairs) < 1000 * duplicates.BUCKET_WINDOW
-    assert len(list(duplicates.losers([(duplicates.Node(0, a), duplicates.Node(0, b)) for a, b in pairs]))) == 999
+    assert (
+        len(list(duplicates.losers([(duplicates.ClusterNode(0, a), duplicates.ClusterNode(0, b)) for a, b in pairs])))
+        == 999
+    )
 
 
 # Contamination
@@ -563,7 +567,7 @@ def test_wherever_a_file_is_cut_each_line_is_read_once(tmp_path, monkeypatch, si
         for length in (1, 40, 2, 3, 90, 11, 5)
     ]
     path.write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(sources, "PART_BYTES", size)
+    monkeypatch.setattr(readers, "PART_BYTES", size)
     (file,) = find(str(path))
     read = [
         document for part in JSON_LINES.parts(file) for document in read_part(InputPart("in", "a.jsonl", part), {"fi"})
@@ -821,7 +825,7 @@ def test_classifier_shards_and_ranges(raw, tmp_path, monkeypatch):
         return sorted(line for path in (tmp_path / name / "train").iterdir() for line in path.read_bytes().splitlines())
 
     whole = outcome("whole", 1)
-    monkeypatch.setattr(sources, "PART_BYTES", 997)
+    monkeypatch.setattr(readers, "PART_BYTES", 997)
     assert outcome("cut", 3) == whole
     assert any(path.name.endswith("-of-00003.jsonl") for path in (tmp_path / "cut" / "train").iterdir())
 

@@ -16,12 +16,13 @@ from rich.console import Console
 from stores import write_store
 
 from aurora_jax.cli import main
-from aurora_jax.data.batches.loader import Loader, Stage, stage_over
+from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.corpora.aurora_m.tasks import ENTRIES
 from aurora_jax.data.corpora.catalogue import MIXTURES
-from aurora_jax.data.look.describe import markdown, rates_of, shares, task_rows
-from aurora_jax.data.look.show import PARTIAL, print_row, read_row, runs_of
+from aurora_jax.data.look.describe import markdown
+from aurora_jax.data.look.inventory import rates_of, shares, task_rows
+from aurora_jax.data.look.show import PARTIAL, print_row, read_row, spans_of
 from aurora_jax.data.look.show_page import harmless
 from aurora_jax.data.text.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from aurora_jax.errors import InputError
@@ -167,9 +168,6 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "160")
     import seqio
 
-    from aurora_jax.data.registry.tasks import unregister
-
-    unregister()
     try:
         arguments = [
             "data",
@@ -195,7 +193,6 @@ def test_tasks_of_other_modules_say_what_they_can(tmp_path, monkeypatch, capsys)
         seqio.MixtureRegistry.remove("theirs")
         for task in ("theirs_files", "theirs_function"):
             seqio.TaskRegistry.remove(task)
-        unregister()
 
 
 # ---------------------------------------------------------------- show
@@ -217,16 +214,16 @@ def test_show_is_the_loaders_batch_decoded(stores, tokenizer, mini_tokenizer):
             valid = int(batch.segment_ids_BL[number].sum())
             assert row.padding == 48 - valid
             ids = [*batch.tokens_BL[number, :1], *batch.targets_BL[number, :valid]]
-            assert [i for run in row.runs for i in run.ids] == ids
-            assert [run.position for run in row.runs] == np.cumsum([0, *(len(run.ids) for run in row.runs)])[
+            assert [i for run in row.spans for i in run.ids] == ids
+            assert [run.position for run in row.spans] == np.cumsum([0, *(len(run.ids) for run in row.spans)])[
                 :-1
             ].tolist()
-            shown = "".join(run.text for run in row.runs)
+            shown = "".join(run.text for run in row.spans)
             decoded = reference.decode(ids, skip_special_tokens=False)
             # Only characters that the row's ends cut through differ.
             assert shown.strip(PARTIAL) == decoded.strip("\ufffd")
             assert row.learnt == batch.loss_weights_BL[number].sum()
-            for run in row.runs:
+            for run in row.spans:
                 if run.position:
                     weights = batch.loss_weights_BL[number, run.position - 1 : run.position - 1 + len(run.ids)]
                     assert (weights > 0).tolist() == [run.loss] * len(run.ids)
@@ -248,7 +245,7 @@ def test_epoch_position_follows_the_loader(stores, tokenizer):
         before, after = loader.position(step)["epochs"], loader.position(step + 1)["epochs"]
         for place in places:
             assert before[place.task] - 1e-9 <= place.epoch + place.turn / place.windows < after[place.task]
-    stages = [Stage("one", (("sample_ja", 1.0),), 3), Stage("two", (("sample_ja", 1.0),), 9)]
+    stages = [DataStage("one", (("sample_ja", 1.0),), 3), DataStage("two", (("sample_ja", 1.0),), 9)]
     one = Loader(opened, stages, batch_size=4, sequence_length=48, seed=0)
     places = [one.place(step, row) for step in range(12) for row in range(4)]
     assert [place.epoch * place.windows + place.turn for place in places] == list(
@@ -266,18 +263,18 @@ def test_characters_of_several_tokens_are_shown_whole(tokenizer):
     text = "日本語 ñ 🦜 🇫🇮 नमस्ते!"  # none of it is in the little vocabulary: bytes and pieces of characters
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
-    runs = list(runs_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
+    runs = list(spans_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
     assert "".join(run.text for run in runs) == text
     assert any(len(run.ids) > 1 for run in runs)
-    assert [run.text for run in runs_of(tokenizer.encode("\ufffd"), [True] * 3, [0] * 3, tokenizer)] == [
+    assert [run.text for run in spans_of(tokenizer.encode("\ufffd"), [True] * 3, [0] * 3, tokenizer)] == [
         "\ufffd"
     ]  # the character itself
-    cut = list(runs_of(ids[1:-1], [True] * (len(ids) - 2), [0] * (len(ids) - 2), tokenizer))
+    cut = list(spans_of(ids[1:-1], [True] * (len(ids) - 2), [0] * (len(ids) - 2), tokenizer))
     assert PARTIAL in cut[0].text
     assert not any("\ufffd" in run.text for run in cut)
     raw = ByteTokenizer()
     ids = [*raw.encode("ä🦜"), raw.eos_id]
-    assert [run.text for run in runs_of(ids, [True] * 7, [0] * 7, raw)] == ["ä", "🦜", "</s>"]
+    assert [run.text for run in spans_of(ids, [True] * 7, [0] * 7, raw)] == ["ä", "🦜", "</s>"]
 
 
 def test_sentencepiece_keeps_its_spaces(tmp_path):
@@ -292,7 +289,7 @@ def test_sentencepiece_keeps_its_spaces(tmp_path):
     )
     tokenizer = SentencePieceTokenizer(tmp_path / "m.model")
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
-    runs = list(runs_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
+    runs = list(spans_of(ids, [True] * len(ids), [0] * len(ids), tokenizer))
     assert "".join(run.text for run in runs) == f" {text}</s>"  # SentencePiece begins every text with a space
 
 
@@ -344,13 +341,13 @@ def test_show_on_the_command_line_and_as_a_page(stores, tokenizer, mini_tokenize
     said = capsys.readouterr().out
     for name, value in row.facts:
         assert re.search(rf"{name} +{re.escape(value)}", said)
-    for line in "".join(run.text for run in row.runs).splitlines():
+    for line in "".join(run.text for run in row.spans).splitlines():
         assert harmless(line).expandtabs() in said.replace("\t", "        ") or harmless(line) in said
 
     page = Spans()
     page.feed((tmp_path / "row.html").read_text())
-    assert [text for _, _, text in page.spans] == [harmless(run.text) for run in row.runs]
-    for (classes, title, _), run in zip(page.spans, row.runs, strict=True):
+    assert [text for _, _, text in page.spans] == [harmless(run.text) for run in row.spans]
+    for (classes, title, _), run in zip(page.spans, row.spans, strict=True):
         assert ("silent" in classes, "special" in classes) == (not run.loss, run.special)
         assert f"id {' '.join(map(str, run.ids))}" in html.unescape(title)
     assert 0 < row.learnt < row.targets  # the masked task
@@ -389,7 +386,7 @@ def test_colours_mark_documents_loss_and_special_tokens(stores, tokenizer):
     console = Console(force_terminal=True, color_system="standard", width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_row(row, console)
     said = console.export_text(styles=True)
-    assert len({run.document for run in row.runs}) > 1
+    assert len({run.document for run in row.spans}) > 1
     assert re.search(r"\x1b\[[\d;]*7;3\dm<\|endoftext\|>", said)  # reversed
     assert re.search(r"\x1b\[2;4;36m", said)  # the first token: dim, underlined, first colour
     assert "\x1b[31mred" not in said  # the document's own escape is a picture of itself
@@ -400,14 +397,14 @@ CONFIG = """
 from pathlib import Path
 from aurora_jax.model.config import PRESETS
 from aurora_jax.train.config import DataConfig, TrainConfig
-from aurora_jax.train.stages import LearningRate, Stage
+from aurora_jax.train.stages import LearningRate, DataStage
 
 def config():
     return TrainConfig(
         output=Path("run"),
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
-        stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
+        stages=(DataStage("cap", "nano_cap", 10, LearningRate(1e-3)), DataStage("again", "nano_base", 5)),
         data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48,
                         attend_across_documents={across}),
     )

@@ -17,6 +17,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator, Score
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.model.likelihood import Likelihood
+from aurora_jax.model.mesh import MeshConfig, make_mesh
 from convert.__main__ import main as convert
 
 CONFIG = ModelConfig(
@@ -52,18 +54,9 @@ def make_store(directory, documents: list[np.ndarray], text_bytes: int, **info) 
     return write_store(directory, documents, **(made | info))
 
 
-def evaluate(
-    structure, parameters, store, tokenizer=None, *, windows=None, batch_size=3, length=L, across=True
-) -> Score:
-    evaluator = Evaluator(
-        structure,
-        FP32,
-        {"t": store},
-        tokenizer or Sizes(),
-        batch_size=batch_size,
-        sequence_length=length,
-        attend_across_documents=across,
-    )
+def evaluate(model, parameters, store, tokenizer=None, *, windows=None, batch_size=3, length=L, across=True) -> Score:
+    likelihood = Likelihood(model, FP32, make_mesh(MeshConfig(), jax.devices()[:1]), isolate_documents=not across)
+    evaluator = Evaluator(likelihood, {"t": store}, tokenizer or Sizes(), batch_size=batch_size, sequence_length=length)
     return evaluator(parameters, windows)["t"]
 
 
@@ -101,7 +94,7 @@ def test_bits_per_byte(tmp_path, documents, batch_size):
     structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
     store = make_store(tmp_path / "store", documents, text_bytes=size_of_text(documents))
     nll, tokens, sizes = direct(structure, parameters, documents)
-    score = evaluate(structure, parameters, store, batch_size=batch_size)
+    score = evaluate(CONFIG, parameters, store, batch_size=batch_size)
     assert score.tokens == tokens == 57
     assert score.bytes == sizes == size_of_text(documents) - documents[0][0] % 3 - 1
     assert score.loss == pytest.approx(nll / tokens, rel=1e-5)
@@ -118,29 +111,27 @@ def test_a_quick_evaluation_reads_windows_from_all_over_the_text(tmp_path, docum
     )  # a normalising tokenizer's
     nll, tokens, sizes = direct(structure, parameters, documents, windows=[1, 3])
     for batch_size in (1, 3, 16):
-        quick = evaluate(structure, parameters, store, windows=2, batch_size=batch_size)
+        quick = evaluate(CONFIG, parameters, store, windows=2, batch_size=batch_size)
         assert (quick.tokens, quick.windows) == (tokens, 2)
         assert quick.loss == pytest.approx(nll / tokens, rel=1e-5)
         assert quick.bits_per_byte == pytest.approx(nll / math.log(2) / (2 * sizes), rel=1e-5)
-    assert evaluate(structure, parameters, store, windows=9) == evaluate(structure, parameters, store)
+    assert evaluate(CONFIG, parameters, store, windows=9) == evaluate(CONFIG, parameters, store)
 
 
 def test_text_that_cannot_be_predicted_or_has_another_tokenizer_is_refused(tmp_path, documents):
-    structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
+    _structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
     alone = make_store(tmp_path / "alone", [np.array([3, 0]), np.array([4, 0])], text_bytes=2)
     with pytest.raises(InputError, match="first token of an isolated document"):
-        evaluate(structure, parameters, alone, across=False)
+        evaluate(CONFIG, parameters, alone, across=False)
     with pytest.raises(InputError, match=f"{'u' * 12}.*{'t' * 12}"):
-        evaluate(
-            structure, parameters, make_store(tmp_path / "other", documents, text_bytes=9, tokenizer_sha256="u" * 64)
-        )
+        evaluate(CONFIG, parameters, make_store(tmp_path / "other", documents, text_bytes=9, tokenizer_sha256="u" * 64))
 
 
 def test_questions_are_not_measured_as_they_are_not_trained(tmp_path, documents):
-    structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
+    _structure, parameters = structure_of(CONFIG, FP32), initial_parameters(CONFIG, 0)
     learn = np.arange(sum(map(len, documents))) >= 40
     masked = make_store(tmp_path / "masked", documents, text_bytes=size_of_text(documents), learn=learn)
-    score = evaluate(structure, parameters, masked)
+    score = evaluate(CONFIG, parameters, masked)
     assert score.tokens == 22 - 1  # the last document begins at 40 - 2 and ends with its EOS
     assert score.bytes == sum(int(token) % 3 + 1 for token in documents[-1][1:-1])
 
@@ -238,8 +229,8 @@ def family(request, texts, mini_tokenizer, tmp_path_factory):
         eos_id=tokenizer.eos_id,
     )
     config = checkpoint.read_metadata(folder / "ours").config
-    structure, parameters = structure_of(config, FP32), checkpoint.restore_parameters(folder / "ours")
-    return expected, partial(evaluate, structure, parameters, store, tokenizer, batch_size=4, length=LENGTH)
+    parameters = checkpoint.restore_parameters(folder / "ours")
+    return expected, partial(evaluate, config, parameters, store, tokenizer, batch_size=4, length=LENGTH)
 
 
 @pytest.mark.parametrize("across", [True, False])
@@ -264,8 +255,8 @@ def test_bits_per_byte_of_a_text_are_those_of_transformers(family, texts, across
 def test_a_better_model_needs_fewer_bits(tmp_path):
     """Uniform logits cost log2(31) bits a token; a head that knows the only token costs next to none."""
     store = make_store(tmp_path / "store", [np.append(np.full(40, 7), 0)], text_bytes=40)
-    structure, parameters = structure_of(CONFIG, FP32), jax.tree.map(jnp.zeros_like, initial_parameters(CONFIG, 0))
-    assert evaluate(structure, parameters, store).loss == pytest.approx(math.log(31), rel=1e-6)
+    _structure, parameters = structure_of(CONFIG, FP32), jax.tree.map(jnp.zeros_like, initial_parameters(CONFIG, 0))
+    assert evaluate(CONFIG, parameters, store).loss == pytest.approx(math.log(31), rel=1e-6)
     parameters["final_norm"]["bias"] = jnp.ones(16)
     parameters["token_embedding"]["embedding"] = parameters["token_embedding"]["embedding"].at[7].set(2.0)
-    assert evaluate(structure, parameters, store).loss < 1e-6
+    assert evaluate(CONFIG, parameters, store).loss < 1e-6

@@ -5,6 +5,7 @@ Short cases run in `make test`; all lengths and features, and the sharded traini
 """
 
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.mesh import make_mesh
-from aurora_jax.plan.step import lower_train_step
 from aurora_jax.plan.topology import tpu_topology
-from aurora_jax.train.config import MeshConfig, OptimizerConfig
+from aurora_jax.train.config import DataConfig, MeshConfig, TrainConfig
+from aurora_jax.train.program import Program
+from aurora_jax.train.stages import LearningRate, Stage
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 
@@ -95,15 +97,16 @@ def test_other_shapes_are_accepted(generation, H, K, C, dtype):
 def test_sharded_step_of_starcoderplus_is_accepted(topology, fsdp, tensor, isolate):
     """The step that `train` runs, 15.5B parameters, with the kernels inside; the compiler enforces the chips'
     memory."""
-    compiled = lower_train_step(
-        PRESETS["starcoderplus"].with_dropout(0.0),
-        ComputeConfig(attention="flash", rematerialisation="full"),
-        OptimizerConfig(),
-        make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), tpu_topology(topology).devices),
-        batch_size=fsdp,
-        length=2048,
-        isolate_documents=isolate,
-    ).compile()
+    config = TrainConfig(
+        Path(),
+        (Stage("s", "m", 1, LearningRate(1e-4)),),
+        DataConfig("", batch_size=fsdp, sequence_length=2048, attend_across_documents=not isolate),
+        PRESETS["starcoderplus"],
+        compute=ComputeConfig(attention="flash", rematerialisation="full"),
+        mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
+    )
+    mesh = make_mesh(config.mesh, tpu_topology(topology).devices)
+    compiled = Program(config, PRESETS["starcoderplus"], mesh).lower_step().compile()
     assert {name for name in KERNELS if name in compiled.as_text()} == KERNELS
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import write_store
 
-from aurora_jax.data.batches.loader import Batch, Loader, Stage, evaluation_batches, spread_windows
+from aurora_jax.data.batches.loader import Batch, DataStage, Loader, evaluation_batches, spread_windows
 from aurora_jax.data.batches.mixture import BlockMixture
 from aurora_jax.data.batches.permutation import Permutation, permute
 from aurora_jax.data.batches.store import TokenStore
@@ -157,8 +157,8 @@ def stores() -> dict[str, TokenStore]:
 
 
 STAGES = (
-    Stage("one", (("a", 3.0), ("b", 1.0)), steps=37),
-    Stage("two", (("c", 1.0), ("a", 1.0), ("b", 1.0)), steps=50),
+    DataStage("one", (("a", 3.0), ("b", 1.0)), steps=37),
+    DataStage("two", (("c", 1.0), ("a", 1.0), ("b", 1.0)), steps=50),
 )
 
 
@@ -174,7 +174,7 @@ def test_every_token_is_a_target_once_an_epoch(tokens: int, batch_size: int, see
     store = make_store([range(tokens)], eos_id=None)
     windows = -(-(tokens - 1) // L)
     steps = -(-2 * windows // batch_size)
-    stage = Stage("only", (("t", 1.0),), steps=steps)
+    stage = DataStage("only", (("t", 1.0),), steps=steps)
     loader = Loader(
         {"t": store}, [stage], batch_size=batch_size, sequence_length=L, seed=seed, attend_across_documents=across
     )
@@ -258,7 +258,11 @@ def test_seed_decides(stores: dict[str, TokenStore]) -> None:
 def test_realised_rates() -> None:
     stores = {name: make_store(random_documents(7, 2000)) for name in ("x", "y", "z")}
     loader = Loader(
-        stores, [Stage("s", (("x", 0.7), ("y", 0.2), ("z", 0.1)), steps=320)], batch_size=16, sequence_length=L, seed=0
+        stores,
+        [DataStage("s", (("x", 0.7), ("y", 0.2), ("z", 0.1)), steps=320)],
+        batch_size=16,
+        sequence_length=L,
+        seed=0,
     )
     drawn = np.concatenate([loader.batch(step).task_ids_B for step in range(320)])
     np.testing.assert_allclose(np.bincount(drawn), 5120 * np.array([0.7, 0.2, 0.1]), atol=1)
@@ -268,7 +272,7 @@ def test_realised_rates() -> None:
 
 def test_consecutive_windows_are_not_neighbours() -> None:
     store = make_store([range(8 * 2000 + 1)], eos_id=None)
-    loader = Loader({"t": store}, [Stage("s", (("t", 1.0),), steps=125)], batch_size=16, sequence_length=L, seed=0)
+    loader = Loader({"t": store}, [DataStage("s", (("t", 1.0),), steps=125)], batch_size=16, sequence_length=L, seed=0)
     order = np.concatenate([loader.batch(step).tokens_BL[:, 0] for step in range(125)])
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 5 / np.sqrt(2000)
     means = order.reshape(125, 16).mean(axis=1)
@@ -282,13 +286,13 @@ def test_segments_follow_documents_not_values(stores: dict[str, TokenStore]) -> 
     assert Counter(token for ids in documents for token in ids[:-1])[0] > 20
     loader = Loader(
         {"a": stores["a"]},
-        [Stage("s", (("a", 1.0),), 51)],
+        [DataStage("s", (("a", 1.0),), 51)],
         batch_size=1,
         sequence_length=L,
         seed=0,
         attend_across_documents=False,
     )
-    across = Loader({"a": stores["a"]}, [Stage("s", (("a", 1.0),), 51)], batch_size=1, sequence_length=L, seed=0)
+    across = Loader({"a": stores["a"]}, [DataStage("s", (("a", 1.0),), 51)], batch_size=1, sequence_length=L, seed=0)
     windows = {
         tuple(token for token, _, _ in stream[start : start + L + 1]): start for start in range(0, len(stream) - 1, L)
     }
@@ -327,7 +331,7 @@ def test_no_target_crosses_an_isolated_boundary(across: bool, masked: bool) -> N
     )
     loader = Loader(
         {"a": store},
-        [Stage("s", (("a", 1.0),), 3)],
+        [DataStage("s", (("a", 1.0),), 3)],
         batch_size=5,
         sequence_length=L,
         seed=0,
@@ -432,18 +436,20 @@ def test_steps_outside_the_table(stores: dict[str, TokenStore], step: int) -> No
 
 
 def test_bad_stage_tables(stores: dict[str, TokenStore]) -> None:
-    def check(stages: list[Stage], message: str, **changed: TokenStore) -> None:
+    def check(stages: list[DataStage], message: str, **changed: TokenStore) -> None:
         with pytest.raises(InputError, match=message):
             Loader(stores | changed, stages, batch_size=2, sequence_length=L, seed=0)
 
     check([], "empty")
-    check([Stage("s", (("nowhere", 1.0),), 1)], "'nowhere', which has no store")
-    check([Stage("s", (("a", 1.0),), 0)], "0 steps")
-    check([Stage("s", (("a", 1.0), ("a", 1.0)), 1)], "twice")
-    check([Stage("s", (("a", -1.0),), 1)], "positive")
-    check([Stage("s", (("a", 1.0),), 1)], "at least 2 make a window", a=make_store([[0]]))
+    check([DataStage("s", (("nowhere", 1.0),), 1)], "'nowhere', which has no store")
+    check([DataStage("s", (("a", 1.0),), 0)], "0 steps")
+    check([DataStage("s", (("a", 1.0), ("a", 1.0)), 1)], "twice")
+    check([DataStage("s", (("a", -1.0),), 1)], "positive")
+    check([DataStage("s", (("a", 1.0),), 1)], "at least 2 make a window", a=make_store([[0]]))
     check(
-        [Stage("s", (("a", 1.0), ("b", 1.0)), 1)], "different tokenizers", b=make_store([[1, 0]], tokenizer="another")
+        [DataStage("s", (("a", 1.0), ("b", 1.0)), 1)],
+        "different tokenizers",
+        b=make_store([[1, 0]], tokenizer="another"),
     )
 
 
@@ -451,7 +457,7 @@ def test_what_is_not_to_be_learnt_has_no_loss() -> None:
     """Tokens are their own places here: the weight of each target is the mask at it, and all of an epoch's are seen."""
     learn = np.random.default_rng(0).random(97) < 0.5
     store = write_store(f"memory://loader/{next(counter)}/", np.split(np.arange(97), [10, 40, 41]), learn=learn)
-    loader = Loader({"a": store}, [Stage("one", (("a", 1.0),), 3)], batch_size=12, sequence_length=L, seed=0)
+    loader = Loader({"a": store}, [DataStage("one", (("a", 1.0),), 3)], batch_size=12, sequence_length=L, seed=0)
     batch = loader.batch(1)
     inside = batch.segment_ids_BL > 0
     np.testing.assert_array_equal(batch.loss_weights_BL, learn[batch.targets_BL] * inside)

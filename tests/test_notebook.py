@@ -44,7 +44,7 @@ def test_it_runs_from_top_to_bottom(notebook, mini_corpus, tmp_path):
     """On the miniature corpus, for a few steps: every cell, every command, both figures."""
     done = execute(notebook, STEPS="6", WORK=f"Path({str(tmp_path)!r})", CORPUS=f"Path({str(mini_corpus)!r})")
     outputs = [output for cell in done.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     assert any("<iframe" in output.get("data", {}).get("text/html", "") for output in outputs)
     for run in ("without_replay", "with_replay"):
         first, last = scores(tmp_path / run)

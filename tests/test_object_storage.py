@@ -24,14 +24,15 @@ from conftest import SENTENCES
 from killed_build import SIZES, built, recipes
 from test_sources import RECORDS, WRITERS
 
-from aurora_jax.data.batches.loader import Loader, Stage
-from aurora_jax.data.batches.store import TokenStore, kvstore_at
+from aurora_jax.data.batches.loader import DataStage, Loader
+from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.build import pipeline as build
 from aurora_jax.data.text import sources
 from aurora_jax.data.text.sources import Source
 from aurora_jax.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import find
+from aurora_jax.storage.kvstore import kvstore_at
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("AURORA_SHARED", ROOT.parent / "shared"))
@@ -194,7 +195,7 @@ def test_batches_from_a_bucket_are_those_from_a_folder(local: Path) -> None:
     """At the first steps and at far ones, from the middle of the run as from its beginning."""
     place = f"{BUCKET}/batches/stores"
     upload(local, place)
-    stages = [Stage("a", (("text", 0.7), ("chat", 0.3)), 1_000_000), Stage("b", (("chat", 1.0),), 1_000_000)]
+    stages = [DataStage("a", (("text", 0.7), ("chat", 0.3)), 1_000_000), DataStage("b", (("chat", 1.0),), 1_000_000)]
 
     def loader(root: Path | str) -> Loader:
         stores = {task: TokenStore.open(f"{root}/{task}/train") for task in ("text", "chat")}

@@ -12,7 +12,6 @@ from jax.profiler import ProfileData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aurora_jax.chips import CHIPS
-from aurora_jax.data.registry.tasks import unregister
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.model.config import PRESETS, ComputeConfig, ModelConfig
@@ -41,7 +40,7 @@ class FakeWandb:
 @pytest.fixture(scope="module")
 def base(mini_corpus, mini_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("observed")
-    yield TrainConfig(
+    return TrainConfig(
         output=folder / "run",
         stages=(Stage("cap", "nano_cap", 4, LearningRate(peak=1e-2, warmup_steps=2, decay_steps=10)),),
         model=ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24),
@@ -57,7 +56,6 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         checkpoint=CheckpointConfig(every=2),
         log_format="lines",
     )
-    unregister()
 
 
 @pytest.fixture(scope="module")

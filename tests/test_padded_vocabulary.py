@@ -21,8 +21,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.model import loss
 from aurora_jax.model.config import PRESETS, ComputeConfig, ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.model.likelihood import make_loss
 from aurora_jax.model.sharding import MESH_AXES, TABLE, flatten, parameter_shapes, rows_of
-from aurora_jax.train.step import make_loss
 from convert import weight_map
 from convert.__main__ import main
 from convert.weight_map import hf_tensors

@@ -23,14 +23,15 @@ from aurora_jax.cli import load_config, main
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PRESETS, ComputeConfig
 from aurora_jax.model.mesh import make_mesh
-from aurora_jax.model.sharding import TABLE, parameter_shapes
+from aurora_jax.model.sharding import TABLE, parameter_count, parameter_shapes
 from aurora_jax.plan.attention_cycles import attention_cycles
-from aurora_jax.plan.estimate import BelowPhysics, DoesNotFit, bytes_gathered_once, compile_step, make_plan
+from aurora_jax.plan.estimate import BelowPhysics, DoesNotFit, bytes_gathered_once, make_plan, plan_evaluation
 from aurora_jax.plan.plan_command import PlanOptions, model_of, run
 from aurora_jax.plan.program import read_program
 from aurora_jax.plan.search import least_memory, print_ranking, search, write_config
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from aurora_jax.train.program import Program
 from aurora_jax.train.stages import LearningRate, Stage
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
@@ -99,7 +100,7 @@ def test_no_plan_computes_faster_than_the_chips_can(monkeypatch):
         def memory_analysis(self):
             return SimpleNamespace(peak_memory_in_bytes=GIB)
 
-    monkeypatch.setattr("aurora_jax.plan.estimate.compile_step", lambda *_: Compiled())
+    monkeypatch.setattr("aurora_jax.plan.estimate.compiled", lambda _: Compiled())
     with pytest.raises(BelowPhysics, match="published peak"):
         make_plan(CONFIG, MODEL, "v5e:2x2")
 
@@ -206,7 +207,7 @@ def test_no_gradient_of_a_matrix_is_all_reduced_on_a_pod(topology, fsdp, inner):
     config = replace(
         CONFIG, data=replace(CONFIG.data, batch_size=fsdp * inner), mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner)
     )
-    compiled = compile_step(config, MODEL, make_mesh(config.mesh, tpu_topology(topology).devices))
+    compiled = Program(config, MODEL, make_mesh(config.mesh, tpu_topology(topology).devices)).lower_step().compile()
     program = read_program(compiled.as_text(), CHIPS[topology.partition(":")[0]])
     matrix = MODEL.width * MODEL.width * 2
     in_layers = [each for each in program.collectives if each.times > 1]
@@ -218,6 +219,27 @@ def test_no_gradient_of_a_matrix_is_all_reduced_on_a_pod(topology, fsdp, inner):
     )
     # All but the narrow matrix of keys and values, which some pods all-reduce.
     assert program.wire_bytes("reduce-scatter") >= layers * (1 - 1 / fsdp / inner) * 0.98
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:4x4", (4, 4, 1, 1)), ("v5e:4x4", (2, 2, 2, 2)), ("v5p:2x2x4", (16, 1, 1, 1))]
+)
+def test_an_evaluation_sends_the_weights_and_little_else(topology, mesh, across):
+    """With the kernels inside. A program that the compiler divides by itself sums whole activations instead."""
+    fsdp, inner, sequence, tensor = mesh
+    config = replace(
+        CONFIG,
+        data=replace(CONFIG.data, batch_size=16, attend_across_documents=across),
+        evaluation=replace(CONFIG.evaluation, batch_size=16),
+        mesh=MeshConfig(fsdp=fsdp, fsdp_inner=inner, sequence=sequence, tensor=tensor),
+    )
+    plan = plan_evaluation(config, MODEL, topology)
+    assert plan.kernel_seconds > 0
+    weights = 2 * parameter_count(MODEL) / tensor
+    # Over `tensor` each layer's activations are summed twice, over `sequence` keys and values are gathered.
+    activations = 2 * 2 * MODEL.layers * plan.tokens / (fsdp * inner * sequence) * MODEL.width * 4
+    assert plan.gigabytes * 1e9 < 1.1 * weights + (tensor > 1) * activations
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
@@ -297,7 +319,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
             "v5e:16x16",
             "heads 48 cannot be divided",
         ),
-        ({"data": replace(CONFIG.data, sequence_length=16_384)}, "v5e:2x2", "exceeds the model's 8192"),
+        ({"data": replace(CONFIG.data, sequence_length=16_384)}, "v5e:2x2", "learned 8192 positions only"),
         ({}, "v9:2x2", "no chip 'v9'"),
         ({}, "v5e:3x2", "named like v5p:4x4x4"),
     ],

@@ -12,9 +12,9 @@ from aurora_jax.evaluate.charts import before_after_bars, bits_per_byte_curves
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.report import (
     LanguageChange,
-    _evaluation_curves,
     before_after,
     check_expectations,
+    evaluation_curves,
     not_compared,
     summary,
     write_report,
@@ -170,7 +170,7 @@ def test_a_curve_has_figures_of_equal_settings_only(run):
         return quick[:1] + [row for row in rows if row.get("complete", True)] + quick[1:] + later
 
     rewritten(run, change)
-    curves = _evaluation_curves(read_metrics(run / "metrics.jsonl"), RunRecord())
+    curves = evaluation_curves(read_metrics(run / "metrics.jsonl"), RunRecord())
     assert [steps for chart in curves.values() for steps, _ in [chart["fi"]]] == [[0, 2], [7, 8]]
     assert ["2 windows" in curves_of[0] or "4 windows" in curves_of[0] for curves_of in curves.items()] == [True, True]
     write_report(run, run / "report.html")

@@ -1,25 +1,25 @@
 """What a run of StarCoderPlus (15.5B) does besides its step, for the TPU compiler: the first state and the
 evaluation fit on each chip."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
-from aurora_jax.chips import CHIPS
 from aurora_jax.cli import load_config
-from aurora_jax.evaluate.bits_per_byte import make_sums
 from aurora_jax.model.config import PRESETS
-from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.mesh import make_mesh
-from aurora_jax.plan.estimate import bytes_a_chip
-from aurora_jax.plan.step import abstract_batch
+from aurora_jax.model.sharding import parameter_count
+from aurora_jax.plan.estimate import bytes_a_chip, plan_evaluation
 from aurora_jax.plan.topology import tpu_topology
-from aurora_jax.train.state import make_random_state, make_state_around, state_shapes
+from aurora_jax.train.program import Program
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU compiler, exists for Linux on x86-64 only")
 
 MODEL = PRESETS["starcoderplus"]
+WEIGHTS = 2 * parameter_count(MODEL)
+"""Bytes in the precision of the products."""
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -30,10 +30,10 @@ def peak(lowered: jax.stages.Lowered) -> int:
     return memory.peak_memory_in_bytes
 
 
-def on_mesh(name: str, topology: str, slices: int):
+def program_on(name: str, topology: str, slices: int, across: bool = True) -> Program:
     config = load_config(CONFIGS / f"starcoderplus_{name}.py")
-    mesh = make_mesh(config.mesh, tpu_topology(topology, slices).devices)
-    return config, mesh, state_shapes(MODEL, config.optimizer, mesh)
+    config = replace(config, data=replace(config.data, attend_across_documents=across))
+    return Program(config, MODEL, make_mesh(config.mesh, tpu_topology(topology, slices).devices))
 
 
 V5E = ("v5e_256", "v5e:16x16", 1)
@@ -48,21 +48,18 @@ LONG = [pytest.param(*each, marks=pytest.mark.full) for each in OTHERS]
 
 @pytest.mark.parametrize(("name", "topology", "slices"), [V5E, *LONG])
 def test_the_first_state_takes_no_more_than_itself(name, topology, slices):
-    config, mesh, shapes = on_mesh(name, topology, slices)
-    resident = bytes_a_chip(shapes)
-    assert peak(make_state_around(MODEL, config.optimizer, mesh).lower(shapes.parameters)) < 1.01 * resident
-    assert peak(make_random_state(MODEL, config.optimizer, mesh, seed=0).lower()) < 1.05 * resident
+    program = program_on(name, topology, slices)
+    resident = bytes_a_chip(program.shapes)
+    assert peak(program.state_around.lower(program.shapes.parameters)) < 1.01 * resident
+    assert peak(program.random_state.lower()) < 1.05 * resident
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize(("name", "topology", "slices"), [V5E, *OTHERS])
-def test_an_evaluation_fits_beside_the_state(name, topology, slices, isolate):
+def test_an_evaluation_fits_beside_the_state(name, topology, slices, across):
     """With the masks of training, whichever they are."""
-    config, mesh, shapes = on_mesh(name, topology, slices)
-    batch = abstract_batch(config.evaluation.batch_size, config.data.sequence_length, mesh)
-    with jax.set_mesh(mesh):
-        sums = make_sums(structure_of(MODEL, config.compute), config.compute, isolate_documents=isolate)
-        evaluation = jax.jit(sums).lower(shapes.parameters, batch)
-    beside = bytes_a_chip(shapes) - bytes_a_chip(shapes.parameters)
-    assert peak(evaluation) + beside < CHIPS[topology.partition(":")[0]].hbm
+    program = program_on(name, topology, slices, across)
+    plan = plan_evaluation(program.config, MODEL, topology, slices)  # raises DoesNotFit
+    assert plan.gigabytes * 1e9 < 1.1 * WEIGHTS  # gathered once, and next to nothing else
+    assert plan.seconds < 2 * plan.least_seconds

@@ -12,7 +12,6 @@ from conftest import SENTENCES
 
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.checkpoints.format import CheckpointMetadata
-from aurora_jax.data.registry.tasks import unregister
 from aurora_jax.data.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_from
 from aurora_jax.data.text.tokenizer_files import read_tokenizer_files
 from aurora_jax.errors import InputError
@@ -33,11 +32,6 @@ OTHERS = {
     "chat_template.jinja": b"{{ old }}",
     "tokenizer.model": b"of the old one, \xff",
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_registry():
-    unregister()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,6 @@ def config(folder, old, mine, mini_corpus) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def run(config) -> Path:
-    unregister()
     train(config)
     return config.output
 
@@ -134,7 +127,6 @@ def test_a_run_its_stages_and_the_export_carry_the_tokenizer_of_the_data(run, mi
 
 def test_a_run_goes_on_with_its_own_tokenizer_only(run, config, mini_tokenizer, mine):
     train(replace(config, data=replace(config.data, tokenizer=None, allow_other_tokenizer=False)))
-    unregister()
     other = replace(config.data, tokenizer=mini_tokenizer, allow_other_tokenizer=False)
     digests = both_named(SentencePieceTokenizer(mine).sha256, tokenizer_from(mini_tokenizer).sha256)
     with pytest.raises(InputError, match=f"{run}/checkpoints/1 carries the tokenizer {digests}"):
@@ -150,15 +142,12 @@ def test_stores_of_another_tokenizer_are_refused(run, config, old, mine, mini_to
         InputError, match=f"sample_fi/train: the store of sample_fi was made with the tokenizer {digests}"
     ):
         train(own)
-    unregister()
     evaluate = EvalCommand(
         run / "stages" / "one", config.data.corpus, config.data.stores, tasks=("sample_fi",), batch_size=4
     )
     evaluate.run()
-    unregister()
     with pytest.raises(InputError, match=f"sample_fi/validation: .*{digests}"):
         replace(evaluate, checkpoint=old).run()
-    unregister()
     held_out = EvaluationConfig(tasks=("sample_fi",))
     with pytest.raises(InputError, match=f"sample_fi/validation: .*{digests}"):
         train(replace(own, stages=(replace(config.stages[0], mixture="sample_en"),), evaluation=held_out))

@@ -19,11 +19,11 @@ from rich.progress import Progress
 from aurora_jax.errors import InputError
 from aurora_jax.languages import LANGUAGES, NATURAL
 from aurora_jax.sample_corpus import build_sample_corpus, extract, heldout
-from aurora_jax.sample_corpus.build import Manifest, build
+from aurora_jax.sample_corpus.build import CorpusManifest, build
 from aurora_jax.sample_corpus.clean import Deduplicator, clean_line, fingerprint, is_language, prose
 from aurora_jax.sample_corpus.code import CodeFile, is_well_documented, npm, standard_library
 from aurora_jax.sample_corpus.packages import Package, read_members
-from aurora_jax.sample_corpus.packages_table import Collection, Source
+from aurora_jax.sample_corpus.packages_table import Collection, PackageSource
 
 SENTENCES = {
     "en": "The document number {} was saved before the window was closed.",
@@ -265,10 +265,10 @@ def test_members_of_a_deb_are_read_in_order_without_unpacking(tmp_path: Path) ->
 
 MINI = Collection(
     train=(
-        Source("guide", "html", r"(?P<language>\w+)/.*\.html", "CC0-1.0"),
-        Source("program", "mo", r"(?P<language>\w+)/.*\.mo", "MIT", english_from="fi"),
+        PackageSource("guide", "html", r"(?P<language>\w+)/.*\.html", "CC0-1.0"),
+        PackageSource("program", "mo", r"(?P<language>\w+)/.*\.mo", "MIT", english_from="fi"),
     ),
-    aligned=Source("browser", "pak", r"(?P<language>[\w-]+)\.pak", "BSD-3-Clause"),
+    aligned=PackageSource("browser", "pak", r"(?P<language>[\w-]+)\.pak", "BSD-3-Clause"),
     minimum_bytes=1_000,
 )
 
@@ -310,7 +310,7 @@ def code_files() -> list[CodeFile]:
     ]
 
 
-def build_mini(directory: Path, packages: list[Package]) -> Manifest:
+def build_mini(directory: Path, packages: list[Package]) -> CorpusManifest:
     directory.mkdir()
     with Progress(disable=True) as progress:
         return build(directory, "test", MINI, packages, code_files(), progress)
@@ -336,7 +336,7 @@ def test_a_built_corpus_keeps_its_promises(tmp_path: Path, packages: list[Packag
                 "documents": len(documents),
                 "lines": sum(len(text.split("\n")) for text in documents),
             }
-    assert Manifest.read(corpus) == manifest
+    assert CorpusManifest.read(corpus) == manifest
 
     held_out = {language: [text.split("\n") for text in texts(corpus, "heldout", language)] for language in NATURAL}
     train = {

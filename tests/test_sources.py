@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from aurora_jax.data.build.build_command import build_stores
-from aurora_jax.data.text import sources
+from aurora_jax.data.build.stores import build_stores
+from aurora_jax.data.text import readers
 from aurora_jax.data.text.documents import CodeFormat, Document
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.data.text.sources import Bad, Source
@@ -150,7 +150,7 @@ def test_what_a_library_wrote_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part_bytes: int
 ) -> None:
     """Every record once, in order, with the fields asked for, however small the parts."""
-    monkeypatch.setattr(sources, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(readers, "PART_BYTES", part_bytes)
     WRITERS[name](tmp_path / name)
     source = source_of(tmp_path / name, fields=FIELDS, language="xx")
     documents = read(source)
@@ -254,7 +254,7 @@ def test_parts_have_every_line_once(
     with path.open(newline="\n", encoding="utf-8") as file:
         expected = [one.removesuffix("\n").removesuffix("\r") for one in file]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PART_BYTES", part_bytes)
+        patch.setattr(readers, "PART_BYTES", part_bytes)
         source = source_of(path)
         files = source.files("train")
         parts = [part for file in files for part in source.parts(file)]
@@ -278,7 +278,7 @@ def test_parts_have_every_json_line_once(
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=escaped) + "\r\n" for text in written), newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "PART_BYTES", part_bytes)
+        patch.setattr(readers, "PART_BYTES", part_bytes)
         assert texts(read(source_of(path))) == written
 
 
@@ -288,7 +288,7 @@ def test_byte_order_mark_is_no_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, compressed: bool
 ) -> None:
     """As Python's own codec takes it: at the beginning of a file, and there alone."""
-    monkeypatch.setattr(sources, "PART_BYTES", 4)
+    monkeypatch.setattr(readers, "PART_BYTES", 4)
     written = {"jsonl": '{"text": "a"}\n{"text": "\ufeffb"}\n', "json": '[{"text": "a"}, {"text": "\ufeffb"}]'}.get(
         format, "a\n\ufeffb\n"
     )
@@ -340,7 +340,7 @@ def test_bad_lines_are_named_and_stop_nothing(tmp_path: Path, name: str, compres
     before, bad, after = read(source_of(path, longest=100))
     assert isinstance(bad, Bad)
     assert (bad.reason, bad.where) == (reason, f"{path}, line 2" if compressed else f"{path}, byte 19")
-    assert len(bad.excerpt) <= 2 * sources.EXCERPT
+    assert len(bad.excerpt) <= 2 * readers.EXCERPT
     assert isinstance(before, Document)
     assert isinstance(after, Document)
     assert (before.text, after.text) == ("before", "ä" * 50)

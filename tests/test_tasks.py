@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import tensorflow as tf
 import tokenizers
 
 from aurora_jax.data.batches.store import TokenStore, read_info
-from aurora_jax.data.build.build_command import build_stores
 from aurora_jax.data.build.opening import open_stores
+from aurora_jax.data.build.stores import build_stores
 from aurora_jax.data.corpora.sample_tasks import MIXTURES
-from aurora_jax.data.registry.tasks import FileSource, Prepare, mixture_rates, recipe_of, register, unregister
+from aurora_jax.data.registry.tasks import FileSource, Prepare, mixture_rates, recipe_of, register
 from aurora_jax.data.registry.vocabulary import Vocabulary, vocabulary_from
 from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
+from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.data.text.sources import Source
 from aurora_jax.errors import InputError
 from aurora_jax.languages import LANGUAGES
@@ -64,12 +65,15 @@ def write_corpus(directory: Path) -> Path:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, vocabulary: Vocabulary) -> Iterator[Path]:
+def corpus(tmp_path: Path, vocabulary: Vocabulary) -> Path:
     """A registered corpus."""
     directory = write_corpus(tmp_path / "corpus")
     register(directory, vocabulary)
-    yield directory
-    unregister()
+    return directory
+
+
+def recipes_of(tasks: Iterable[str], split: str = "train") -> list[Recipe]:
+    return [recipe_of(task, split) for task in tasks]
 
 
 def seqio_documents(name: str, split: str) -> list[list[int]]:
@@ -88,7 +92,7 @@ def build(task: str, root: Path, split: str = "train", **options: Any) -> TokenS
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_store_equals_seqio(corpus: Path, tmp_path: Path, vocabulary: Vocabulary, split: str) -> None:
-    stores = open_stores(MIXTURES["nano_cap"], split, tmp_path / "stores")
+    stores = open_stores(recipes_of(MIXTURES["nano_cap"], split), tmp_path / "stores")
     assert stores.keys() == MIXTURES["nano_cap"].keys()
     for task, store in stores.items():
         texts = TEXTS[task.removeprefix("sample_")]
@@ -154,12 +158,35 @@ def test_without_eos(vocabulary: Vocabulary, tmp_path: Path) -> None:
         )
 
 
-def test_registering_again(corpus: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
-    register(corpus, vocabulary)
-    with pytest.raises(InputError, match=f"{corpus} .*{tmp_path / 'other'} "):
-        register(tmp_path / "other", vocabulary)
+def test_tokenizers_and_folders_stand_side_by_side(corpus: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """Two registries make stores at once, each with its own tokenizer and folder; SeqIO's has the newest."""
+    registries = [register(corpus, vocabulary), register(write_corpus(tmp_path / "other"), vocabulary_from("bytes"))]
+    for registry in (registries[0], registries[1], registries[0]):
+        recipe = registry.recipe("sample_fi", "train")
+        store = open_stores([recipe], tmp_path / f"stores-{registry.vocabulary.sha256[:12]}")["sample_fi"]
+        assert store.info.tokenizer_sha256 == registry.vocabulary.sha256
+        assert recipe.reader.files("train")[0].url == f"{registry.root}/train/fi.jsonl"
+        assert [registry.vocabulary.decode_all(ids[:-1]) for ids in store_documents(store)] == TEXTS["fi"]
+    assert seqio.TaskRegistry.get("sample_fi").output_features["targets"].vocabulary == vocabulary_from("bytes")
     with pytest.raises(InputError, match="no_such_module"):
         register(corpus, vocabulary, ["no_such_module"])
+
+
+def test_a_file_of_the_corpus_is_a_task_whatever_its_language(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    (corpus / "train" / "sw.jsonl").write_text('{"text": "Jina langu ni"}\n')
+    registry = register(corpus, vocabulary)
+    assert registry.splits("sample_sw") == ("train", "validation")
+    assert mixture_rates("sample_sw") == (("sample_sw", 1.0),)
+    store = open_stores([registry.recipe("sample_sw", "train")], tmp_path / "stores")["sample_sw"]
+    assert (store.info.language, store.info.documents) == ("sw", 1)
+
+
+def test_a_mixture_may_be_written_out() -> None:
+    assert mixture_rates("sample_fi=0.5,sample_en=.25") == (("sample_en", 0.25), ("sample_fi", 0.5))
+    for wrong in ("sample_fi=", "sample_fi=0", "sample_fi=nan", "=1", "sample_fi=1,sample_fi=2", "sample_fi=1,"):
+        with pytest.raises(InputError, match="Write each task once"):
+            mixture_rates(wrong)
 
 
 def test_missing_sources_are_named_together(vocabulary: Vocabulary, tmp_path: Path) -> None:
@@ -167,20 +194,17 @@ def test_missing_sources_are_named_together(vocabulary: Vocabulary, tmp_path: Pa
     for language in ("vi", "hi"):
         (corpus / "train" / f"{language}.jsonl").unlink()
     register(corpus, vocabulary)
-    try:
-        recipes = [recipe_of(task, "train") for task in MIXTURES["nano_cap"]]
-        with pytest.raises(InputError, match=r"(?s)2 of 6 tasks are missing.*train/hi\.jsonl.*train/vi\.jsonl"):
-            build_stores(recipes, tmp_path / "stores")
-        assert not (tmp_path / "stores").exists()
-        built = build_stores(recipes, tmp_path / "stores", skip_missing=True)
-        assert built.keys() == {f"sample_{language}/train" for language in ("en", "fi", "ja", "code")}
-        with pytest.raises(InputError, match=r"2 of 2 tasks are missing"):
-            open_stores(MIXTURES["nano_cap"], "train", tmp_path / "stores")
-        assert open_stores(MIXTURES["nano_cap"], "train", tmp_path / "stores", skip_missing=True).keys() == {
-            name.removesuffix("/train") for name in built
-        }
-    finally:
-        unregister()
+    recipes = recipes_of(MIXTURES["nano_cap"])
+    with pytest.raises(InputError, match=r"(?s)2 of 6 tasks are missing.*train/hi\.jsonl.*train/vi\.jsonl"):
+        build_stores(recipes, tmp_path / "stores")
+    assert not (tmp_path / "stores").exists()
+    built = build_stores(recipes, tmp_path / "stores", skip_missing=True)
+    assert built.keys() == {f"sample_{language}/train" for language in ("en", "fi", "ja", "code")}
+    with pytest.raises(InputError, match=r"2 of 2 tasks are missing"):
+        open_stores(recipes, tmp_path / "stores")
+    assert open_stores(recipes, tmp_path / "stores", skip_missing=True).keys() == {
+        name.removesuffix("/train") for name in built
+    }
 
 
 @pytest.mark.parametrize(
@@ -225,12 +249,12 @@ def test_a_store_is_reused_or_refused(corpus: Path, tmp_path: Path) -> None:
     content = source.read_text()
     for change in (content + '{"text": "lisää", "language": "fi"}\n', content.replace("Hyv", "Hyb")):
         source.write_text(change)
-        for look in (lambda: build("sample_fi", tmp_path), lambda: open_stores(["sample_fi"], "train", tmp_path)):
+        for look in (lambda: build("sample_fi", tmp_path), lambda: open_stores(recipes_of(["sample_fi"]), tmp_path)):
             with pytest.raises(InputError, match="made of other records than its sources hold now"):
                 look()
     assert place.stat().st_mtime_ns == made
     source.unlink()
-    assert open_stores(["sample_fi"], "train", tmp_path).keys() == {"sample_fi"}, "a pod does not see the sources"
+    assert open_stores(recipes_of(["sample_fi"]), tmp_path).keys() == {"sample_fi"}, "a pod does not see the sources"
 
 
 def test_the_fingerprint_follows_what_matters(corpus: Path, tmp_path: Path, vocabulary: Vocabulary) -> None:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.data.batches.store import TokenStore
-from aurora_jax.data.registry.tasks import mixture_rates, unregister
+from aurora_jax.data.registry.tasks import mixture_rates
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.eval_command import EvalCommand
 from aurora_jax.evaluate.metrics_file import read_metrics
@@ -32,6 +32,7 @@ from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.loop import Diverged, train
+from aurora_jax.train.program import Program
 from aurora_jax.train.stages import LearningRate, Stage
 from convert.__main__ import main as convert
 
@@ -47,7 +48,7 @@ STAGES = (
 def base(mini_corpus, mini_tokenizer, tmp_path_factory):
     """A config for 12 steps in two stages; the token stores are shared by all runs of this file."""
     folder = tmp_path_factory.mktemp("runs")
-    yield TrainConfig(
+    return TrainConfig(
         output=folder / "undisturbed",
         stages=STAGES,
         model=MODEL,
@@ -63,7 +64,6 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         checkpoint=CheckpointConfig(every=4),
         log_format="lines",
     )
-    unregister()
 
 
 @pytest.fixture(scope="module")
@@ -501,31 +501,30 @@ import sys
 from dataclasses import replace
 import jax
 from aurora_jax.cli import load_config
-from aurora_jax.train import state as states
+from aurora_jax.train.program import Program
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.train.loop import train
 from aurora_jax.model.mesh import make_mesh
 from pathlib import Path
 
-def assert_placed(state, mesh):
-    expected = states.shardings_of(states.state_shapes(base.model, base.optimizer, mesh))
-    for array, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        assert array.sharding.is_equivalent_to(sharding, array.ndim), (array.shape, array.sharding)
+def assert_placed(state):
+    for array, shape in zip(jax.tree.leaves(state), jax.tree.leaves(program.shapes), strict=True):
+        assert array.sharding.is_equivalent_to(shape.sharding, array.ndim), (array.shape, array.sharding)
 
 jax.config.update("jax_log_compiles", True)
 base = load_config(Path(sys.argv[1]))
 for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
     output = Path(sys.argv[2]) / f"{data}-{fsdp}-{tensor}"
     config = replace(base, output=output, stop_after=3, mesh=MeshConfig(data, fsdp, 1, 1, tensor))
-    mesh = make_mesh(config.mesh)
-    random = states.make_random_state(base.model, base.optimizer, mesh, base.seed)()
-    assert_placed(random, mesh)
-    assert_placed(states.make_state_around(base.model, base.optimizer, mesh)(random.parameters), mesh)
+    program = Program(config, base.model, make_mesh(config.mesh))
+    random = program.random_state()
+    assert_placed(random)
+    assert_placed(program.state_around(random.parameters))
     if tensor == 2:  # begun on another mesh, with another number of micro-batches
         train(replace(config, stop_after=2, mesh=MeshConfig(1, 4, 1, 1, 2), optimizer=replace(base.optimizer,
         micro_batches=2)))
     state = train(config)
-    assert_placed(state, mesh)
+    assert_placed(state)
     kernel = state.parameters["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16 // fsdp, 24 // tensor), kernel.sharding
     assert state.moments[0].mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
@@ -536,8 +535,8 @@ def test_a_resumed_run_makes_no_weights(base, undisturbed, tmp_path, monkeypatch
     """It reads the state in parts; random weights, or a second copy, would not fit beside it at full size."""
     config = replace(base, output=tmp_path / "run")
     train(replace(config, stop_after=11))
-    for name in ("make_random_state", "make_state_around"):
-        monkeypatch.delattr(loop, name)
+    for name in ("random_state", "state_around"):
+        monkeypatch.delattr(Program, name)
     assert_same_state(train(config), undisturbed[1])
 
 

@@ -8,11 +8,12 @@ import pytest
 from aurora_jax.data.batches.loader import Batch
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
+from aurora_jax.model.likelihood import make_loss
 from aurora_jax.model.sharding import flatten
 from aurora_jax.train import step as step_module
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.state import initial_state
-from aurora_jax.train.step import gradient_of, make_gradient, make_loss, make_train_step
+from aurora_jax.train.step import gradient_of, make_gradient, make_train_step
 
 CONFIG = ModelConfig(vocabulary_size=31, max_positions=16, width=16, layers=2, heads=2, mlp_width=24).with_dropout(0.0)
 FP32 = ComputeConfig("float32", "float32")

@@ -24,11 +24,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.checkpoints.carried_files import decode_files, encode_files
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
+from aurora_jax.storage.carried_files import decode_files, encode_files
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20

@@ -8,22 +8,19 @@ B batch, L sequence, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from aurora_jax.data.batches.loader import Batch, evaluation_batches, spread_windows, window_count
+from aurora_jax.data.batches.loader import evaluation_batches, spread_windows, window_count
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import ComputeConfig
-from aurora_jax.model.decoder import merge
-from aurora_jax.model.loss import cross_entropy
+from aurora_jax.model.likelihood import Likelihood
+from aurora_jax.model.mesh import place
 
 READ_TOKENS = 1 << 22
 """Of a store, at once."""
@@ -47,7 +44,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How figures were measured. Only figures of equal settings may be compared, or share a curve."""
 
     sequence_length: int
@@ -66,37 +63,15 @@ class Settings:
         return asdict(self)
 
 
-def make_sums(
-    structure: nnx.GraphDef, compute: ComputeConfig, *, isolate_documents: bool
-) -> Callable[[dict, Any], tuple[jax.Array, jax.Array]]:
-    """The program of an evaluation: `sums(parameters, batch) -> (nll in nats, tokens)`, fp32 scalars; the
-    batch is traced."""
-
-    def sums(parameters: dict, batch: Any) -> tuple[jax.Array, jax.Array]:
-        decoder = merge(structure, parameters)
-        loss, _ = cross_entropy(
-            decoder(batch.tokens_BL, **batch.isolation(isolate_documents)),
-            decoder.token_embedding.embedding[...],
-            batch.targets_BL,
-            batch.loss_weights_BL,
-            jnp.ones((), jnp.float32),
-            dtype=jnp.dtype(compute.compute_dtype),
-            vocabulary_size=decoder.config.vocabulary_size,
-        )
-        return loss, batch.loss_weights_BL.sum()
-
-    return sums
-
-
 class Evaluator:
-    """Evaluates parameters on token stores; compiled once.
+    """Evaluates parameters on token stores, by one likelihood.
 
     Args:
-        structure: the decoder without parameters (`decoder.structure_of`).
+        likelihood: of the model, on the mesh where the parameters lie, with the masks of the run that they are of.
         stores: held-out stores by task name.
         tokenizer: that of the stores, which knows how many bytes a token stands for.
-        attend_across_documents: as the run trains that the parameters are of.
-        place: puts a batch on the mesh.
+        batch_size: sequences that are read at once.
+        sequence_length: tokens of a window.
 
     Raises:
         InputError: a store was made with another tokenizer, or has no text to predict.
@@ -104,41 +79,36 @@ class Evaluator:
 
     def __init__(
         self,
-        structure: nnx.GraphDef,
-        compute: ComputeConfig,
+        likelihood: Likelihood,
         stores: Mapping[str, TokenStore],
         tokenizer: Tokenizer,
         *,
         batch_size: int,
         sequence_length: int,
-        attend_across_documents: bool,
-        place: Callable[[Batch], Batch] = jax.device_put,
     ):
         for store in stores.values():
             if store.info.tokenizer_sha256 != tokenizer.sha256:
                 raise InputError(
-                    f"{store.directory}: held-out text made with the tokenizer "
-                    f"{store.info.tokenizer_sha256[:12]}, the model reads "
-                    f"{tokenizer.sha256[:12]} ({tokenizer.path}): build it with that one, in another folder."
+                    f"{store.directory}: held-out text made with the tokenizer {store.info.tokenizer_sha256[:12]}, "
+                    f"the model reads {tokenizer.sha256[:12]} ({tokenizer.path}): build it with that one, in another "
+                    "folder."
                 )
+        self._likelihood = likelihood
         self._stores = stores
         self._batch_size = batch_size
         self._sequence_length = sequence_length
-        self._across = attend_across_documents
-        self._compute = compute
-        self._place = place
+        self._across = not likelihood.isolate_documents
         self._tokenizer = tokenizer
         self._bytes_V = {task: _bytes_of_tokens(store, tokenizer) for task, store in stores.items()}
-        self._sums = jax.jit(make_sums(structure, compute, isolate_documents=not attend_across_documents))
 
-    def settings(self, windows: int | None = None) -> Settings:
+    def settings(self, windows: int | None = None) -> EvaluationSettings:
         """How `self(parameters, windows)` measures."""
-        return Settings(
+        return EvaluationSettings(
             sequence_length=self._sequence_length,
             attend_across_documents=self._across,
             tokenizer_sha256=self._tokenizer.sha256,
-            compute_dtype=self._compute.compute_dtype,
-            activation_dtype=self._compute.activation_dtype,
+            compute_dtype=self._likelihood.compute.compute_dtype,
+            activation_dtype=self._likelihood.compute.activation_dtype,
             windows=windows,
             texts={task: store.info.sources[:16] for task, store in self._stores.items()},
         )
@@ -160,7 +130,8 @@ class Evaluator:
             store, self._batch_size, self._sequence_length, attend_across_documents=self._across, windows=numbers
         ):
             text_bytes += float((self._bytes_V[task][batch.targets_BL] * batch.loss_weights_BL).sum())
-            sums.append(self._sums(parameters, self._place(batch)))
+            found = self._likelihood(parameters, place(self._likelihood.mesh, batch))
+            sums.append((found.nll, found.weight))
         nll, tokens = np.asarray(jax.device_get(sums), dtype=np.float64).reshape(-1, 2).sum(axis=0)
         if not tokens or not text_bytes:
             raise InputError(

@@ -1,14 +1,12 @@
 """The charts of a report, as matplotlib figures in one look."""
 
+import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,11 +48,20 @@ def looks_of(subjects: Iterable[str]) -> dict[str, tuple[str, str]]:
     return looks
 
 
+class Chart(Figure):
+    """A figure that shows itself in a notebook, whatever its backend; made without pyplot, which would keep it."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=100)
+        return content.getvalue()
+
+
 def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
     """Bits per byte of every subject (see `Curves`) before and after, with the change written above."""
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         width = max(8, 1.2 * len(before))  # room for names
-        figure, axes = plt.subplots(figsize=(width, 3.8), layout="constrained")
+        figure, axes = _chart(width, 3.8)
         place = np.arange(len(before))
         axes.bar(place - 0.2, list(before.values()), 0.38, color="#C9CDD2", label="before")
         colours = [colour for colour, _ in looks_of(after).values()]
@@ -80,8 +87,8 @@ def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -
 
 def bits_per_byte_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figure:
     """Bits per byte by language over steps; `boundaries` are the last steps of the stages."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _chart(8, 3.8)
         looks = looks_of(curves)
         for subject, (steps, values) in curves.items():
             colour, line = looks[subject]
@@ -93,8 +100,8 @@ def bits_per_byte_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figur
 
 def loss_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figure:
     """Training loss by language over steps, the mean of its tasks: raw faint, smoothed strong."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _chart(8, 3.8)
         looks = looks_of(curves)
         for subject, (steps, values) in curves.items():
             colour, line = looks[subject]
@@ -107,13 +114,19 @@ def loss_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figure:
 
 def learning_rate_curve(steps: Sequence[int], rates: Sequence[float], boundaries: Mapping[str, int]) -> Figure:
     """The learning rate over steps."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 2), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _chart(8, 2)
         axes.plot(steps, rates, color="#333333", linewidth=1.4)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.set_ylabel("learning rate")
         _finish(axes, boundaries, legend=False)
     return figure
+
+
+def _chart(width: float, height: float) -> tuple[Chart, Axes]:
+    """An empty chart of that size in inches."""
+    chart = Chart(figsize=(width, height), layout="constrained")
+    return chart, chart.subplots()
 
 
 def _finish(axes: Axes, boundaries: Mapping[str, int], *, legend: bool = True) -> None:

@@ -23,6 +23,7 @@ from aurora_jax.evaluate.evaluations import described, differing_settings, requi
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.run_record import RunRecord, read_run_record
 from aurora_jax.languages import CODE, in_order, name_of
+from aurora_jax.storage.atomic import write_file
 
 UNKNOWN_RUN = RunRecord()
 
@@ -211,10 +212,7 @@ def write_report(
         )
     record = read_run_record(run_directory)
     changes = before_after(rows, record)
-    boundaries = {
-        stage: max(row["step"] for row in steps if row["stage"] == stage) + 1
-        for stage in dict.fromkeys(r["stage"] for r in steps)
-    }
+    boundaries = stage_ends(steps)
     name = run_directory.resolve().name
     parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
     charts: dict[str, Figure] = {}
@@ -234,7 +232,7 @@ def write_report(
         parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
     missing = not_compared(rows)
     parts += [f'<p class="bad">{html.escape(sentence)}</p>' for sentence in missing]
-    for number, (measured, curves) in enumerate(_evaluation_curves(rows, record).items(), start=1):
+    for number, (measured, curves) in enumerate(evaluation_curves(rows, record).items(), start=1):
         name_of_chart = "bits_per_byte" if number == 1 else f"bits_per_byte_{number}"
         charts[name_of_chart] = bits_per_byte_curves(curves, boundaries)
         parts += ["<h2>While it learnt</h2>"] if number == 1 else []
@@ -242,7 +240,7 @@ def write_report(
             f'<p class="faint">{html.escape(measured)}</p>',
             _image(charts[name_of_chart], f"Bits per byte over steps: {measured}"),
         ]
-    charts["loss"] = loss_curves(_loss_curves(steps, record), boundaries)
+    charts["loss"] = loss_curves(training_loss_curves(steps, record), boundaries)
     charts["learning_rate"] = learning_rate_curve(
         [row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries
     )
@@ -263,10 +261,11 @@ def write_report(
     for chart, figure in charts.items():
         figure.savefig(output.parent / f"{chart}.png", dpi=150)
     title = html.escape(f"{name}: what was learnt, what was kept")
-    output.write_text(
+    write_file(
+        output,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<title>{title}</title><style>{CSS}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n",
     )
     return missing
 
@@ -368,7 +367,7 @@ def _sample(language: str, prompt: str, texts: Mapping[str, str]) -> str:
     return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
 
 
-def _evaluation_curves(
+def evaluation_curves(
     rows: Sequence[Mapping], record: RunRecord
 ) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
     """How it was measured -> subject -> steps and values: of quick evaluations only, if there are some, which read
@@ -384,8 +383,15 @@ def _evaluation_curves(
     return charts
 
 
-def _loss_curves(steps: Sequence[Mapping], record: RunRecord) -> dict[str, tuple[list[float], list[float]]]:
-    """Language -> steps and losses, each the mean of those of its tasks that the batch had."""
+def stage_ends(steps: Sequence[Mapping]) -> dict[str, int]:
+    """Stage -> the step after its last one, of the rows of training steps."""
+    stages = dict.fromkeys(row["stage"] for row in steps)
+    return {stage: max(row["step"] for row in steps if row["stage"] == stage) + 1 for stage in stages}
+
+
+def training_loss_curves(steps: Sequence[Mapping], record: RunRecord) -> dict[str, tuple[list[float], list[float]]]:
+    """Language -> steps and training loss, the mean of those of its tasks that the batch had, of the rows of training
+    steps."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in steps:
         for task, loss in row["task_loss"].items():

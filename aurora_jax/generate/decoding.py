@@ -8,7 +8,6 @@ B batch, L slots of the prompt, S slots of the cache, T new tokens, D model, H q
 G = H / K, C head dim, Z = B K independent streams, V vocabulary.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -151,7 +150,7 @@ def read(
             values.append(_value_streams(value_BLKC))
             return layer.attention.attend(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL)
 
-        hidden_BLD = _through(layer, hidden_BLD, attend)
+        hidden_BLD = layer(hidden_BLD, attend)
     return hidden_BLD, keys, values
 
 
@@ -194,7 +193,7 @@ def advance(
                 bias_HS = layer.attention.alibi_slopes()[:, None] * (slots_S - slot).astype(jnp.float32)[None]
             return cached_attention(query_B1HC, keys_ZCS, values_ZSC, visible_BS, bias_HS, dtype)
 
-        hidden_B1D = _through(layer, hidden_B1D, attend)
+        hidden_B1D = layer(hidden_B1D, attend)
     return hidden_B1D, tuple(new_keys), tuple(new_values)
 
 
@@ -255,12 +254,6 @@ def _unstacked_into(layers: list[dict], tree: dict) -> list[dict]:
 @jax.jit
 def _split(stacked: jax.Array) -> list[jax.Array]:
     return [stacked[index] for index in range(stacked.shape[0])]
-
-
-def _through(layer: Layer, hidden_BLD: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
-    """A layer whose attention is given: what `Layer.__call__` does, without dropout."""
-    hidden_BLD += layer.attention.output(attend(*layer.attention.project(layer.attention_norm(hidden_BLD))))
-    return hidden_BLD + layer.mlp(layer.mlp_norm(hidden_BLD))
 
 
 def _key_streams(key_BLKC: jax.Array) -> jax.Array:

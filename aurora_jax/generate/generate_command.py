@@ -1,43 +1,26 @@
 """`aurora generate`: text from a checkpoint, to the terminal as it comes or for a file of prompts."""
 
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from aurora_jax.checkpoints.format import CheckpointMetadata, read_files, read_metadata
-from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from, tokenizer_of
-from aurora_jax.data.text.tokenizer_files import tokenizer_sha256
+from aurora_jax.checkpoints.format import read_metadata
 from aurora_jax.errors import InputError
 from aurora_jax.generate import prompts as prompts_of
-from aurora_jax.generate.end_of_text import end_of_text_ids
-from aurora_jax.generate.generator import Generator, check_prompts, make_inference_mesh, prompt_slots
 from aurora_jax.generate.prompts import Prompt
 from aurora_jax.generate.sampling import Sampling
-from aurora_jax.generate.streaming import TextStream
-from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.generate.text import TextGenerator, TextSettings
 from aurora_jax.storage import json_lines
 
 RESULT = ("completion", "finish_reason", "new_tokens")
 """What a record gets."""
-
-STREAMED_STEPS, BATCHED_STEPS = 1, 32
-"""Steps on the device between two looks at the text."""
-
-DEFAULT_NEW_TOKENS = 256
-
-SORTED_BATCHES = 16
-"""Batches whose records are brought together by their lengths; results are written in the file's order."""
 
 
 @dataclass(frozen=True)
@@ -105,49 +88,30 @@ class GenerateCommand:
 
     def run(self) -> None:
         """Raises InputError before anything is compiled or loaded, if it can be known then."""
-        metadata = read_metadata(self.checkpoint)
+        read_metadata(self.checkpoint)
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
-        stop = tuple(map(prompts_of.stop_string, self.stop))
-        if self.seed < 0:
-            raise InputError(f"--seed is {self.seed}: it must be 0 or more.")
+        settings = TextSettings(self.max_new_tokens, sampling, tuple(map(prompts_of.stop_string, self.stop)), self.seed)
         if self.batch_size < 1:
             raise InputError(f"--batch-size is {self.batch_size}: it must be at least 1.")
-        files = read_files(self.checkpoint)
-        tokenizer = self._tokenizer(files)
-        eos_ids = end_of_text_ids(metadata, files, tokenizer, self.checkpoint)
-        work = self._records(tokenizer, metadata.config) if self.input else self._one(tokenizer, metadata.config)
-        generator = self._generator(metadata)
-        # Rows of a model that no token belongs to: its vocabulary was padded, or is another's.
-        lacking = [i for i in range(metadata.config.vocabulary_size) if not tokenizer.has(i) and i not in eos_ids]
-        generate = partial(generator, sampling=sampling, eos_ids=eos_ids, excluded_ids=lacking)
-        if isinstance(work, Prompt):
-            self._stream(generate, tokenizer, work, self._limit(metadata.config, work), stop)
+        generator = TextGenerator(
+            self.checkpoint,
+            tokenizer=self.tokenizer,
+            allow_other_tokenizer=self.allow_other_tokenizer,
+            dtype=self.dtype,
+            attention=self.attention,
+            tensor=self.tensor,
+        )
+        if self.input:
+            work = self._records(generator)
+            generator.load()
+            self._file(generator, settings, work)
         else:
-            self._file(
-                generate, tokenizer, work, [self._limit(metadata.config, prompt) for prompt in work.prompts], stop
-            )
+            prompt = self._one(generator)
+            generator.stream(prompt, settings, lambda text: print(text, end="", flush=True))
+            print()
 
-    def _limit(self, config: ModelConfig, prompt: Prompt) -> int:
-        """Most new tokens of a prompt: by what was asked and by its own length, whatever stands beside it."""
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        return max(1, int(min(DEFAULT_NEW_TOKENS, config.longest_sequence - len(prompt.tokens))))
-
-    def _tokenizer(self, files: Mapping[str, bytes]) -> Tokenizer:
-        if self.tokenizer is None:
-            if tokenizer_sha256(files, self.checkpoint) is None:
-                raise InputError(f"{self.checkpoint} has no tokenizer: name one with --tokenizer.")
-            return tokenizer_of(files, self.checkpoint)
-        given, own = tokenizer_from(self.tokenizer), tokenizer_sha256(files, self.checkpoint)
-        if own not in (None, given.sha256) and not self.allow_other_tokenizer:
-            raise InputError(
-                f"{self.checkpoint} carries the tokenizer {own[:12]}, but {self.tokenizer} is "
-                f"{given.sha256[:12]}: its ids are "
-                "not those that the weights have learned. Leave out --tokenizer, or say --allow-other-tokenizer."
-            )
-        return given
-
-    def _one(self, tokenizer: Tokenizer, config: ModelConfig) -> Prompt:
+    def _one(self, generator: TextGenerator) -> Prompt:
+        tokenizer = generator.tokenizer
         infill = self.prefix is not None or self.suffix is not None
         if [self.prompt is not None, self.instruct is not None, infill].count(True) != 1 or self.output or self.resume:
             raise InputError(
@@ -161,10 +125,10 @@ class GenerateCommand:
             prompt = prompts_of.instruction(tokenizer, self.instruct)
         else:
             prompt = prompts_of.continuation(tokenizer, _standard_input() if self.prompt == "-" else self.prompt or "")
-        check_prompts(config, [prompt.tokens], [self._limit(config, prompt)])
+        generator.check(prompt, self.max_new_tokens)
         return prompt
 
-    def _records(self, tokenizer: Tokenizer, config: ModelConfig) -> "_Records":
+    def _records(self, generator: TextGenerator) -> "_Records":
         assert self.input is not None
         if self.output is None or any(
             given is not None for given in (self.prompt, self.instruct, self.prefix, self.suffix)
@@ -175,8 +139,8 @@ class GenerateCommand:
         for number, record in _objects(self.input):
             try:
                 self._check_fields(record)
-                prompt = prompts_of.of_record(tokenizer, record)
-                check_prompts(config, [prompt.tokens], [self._limit(config, prompt)])
+                prompt = prompts_of.of_record(generator.tokenizer, record)
+                generator.check(prompt, self.max_new_tokens)
             except InputError as error:
                 raise InputError(f"{self.input}, line {number}: {error}") from error
             records.append(record)
@@ -214,28 +178,7 @@ class GenerateCommand:
                     f"its {name!r} holds half of a surrogate pair ({ascii(record[name])[:80]}), which is no text."
                 )
 
-    def _generator(self, metadata: CheckpointMetadata) -> Generator:
-        attention = self.attention or ("flash" if jax.default_backend() == "tpu" else "xla")
-        dtype = self.dtype or metadata.parameter_dtype
-        compute = ComputeConfig(dtype, dtype, attention)  # type: ignore[arg-type]
-        mesh = make_inference_mesh(metadata.config, jax.devices(), self.tensor)
-        return Generator.from_checkpoint(self.checkpoint, compute, mesh)
-
-    def _stream(
-        self, generate: Callable, tokenizer: Tokenizer, prompt: Prompt, limit: int, stop: Sequence[str]
-    ) -> None:
-        stream = TextStream(tokenizer, stop, prompt.context)
-
-        def show(_: int, tokens: list[int]) -> bool:
-            print(stream.add(tokens), end="", flush=True)
-            return stream.stopped
-
-        generate([prompt.tokens], limit, seeds=_seeds(self.seed, [0]), listener=show, every=STREAMED_STEPS)
-        print(stream.rest())
-
-    def _file(
-        self, generate: Callable, tokenizer: Tokenizer, work: "_Records", limits: Sequence[int], stop: Sequence[str]
-    ) -> None:
+    def _file(self, generator: TextGenerator, settings: TextSettings, work: "_Records") -> None:
         assert self.output is not None
         json_lines.mend_log(self.output)
         columns = (
@@ -250,31 +193,19 @@ class GenerateCommand:
             self.output.open("ab") as output,
         ):
             task = progress.add_task(f"{self.input} -> {self.output}", total=len(work.records), completed=work.done)
-            for group in _groups(work, self.batch_size):
-                results: dict[int, dict[str, Any]] = {}
-                for numbers in _batches(work, group, self.batch_size):
-                    prompts = [work.prompts[number] for number in numbers]
-                    streams = [TextStream(tokenizer, stop, prompt.context) for prompt in prompts]
-
-                    def hear(row: int, tokens: list[int], streams: list[TextStream] = streams) -> bool:
-                        streams[row].add(tokens)
-                        return streams[row].stopped
-
-                    completions = generate(
-                        [prompt.tokens for prompt in prompts],
-                        [limits[number] for number in numbers],
-                        seeds=_seeds(self.seed, numbers),
-                        new_tokens=self.max_new_tokens or DEFAULT_NEW_TOKENS,
-                        batch_size=self.batch_size,
-                        listener=hear,
-                        every=BATCHED_STEPS,
+            rest = iter(work.records[work.done :])
+            for completions in generator.complete(
+                work.prompts,
+                settings,
+                batch_size=self.batch_size,
+                first=work.done,
+                advance=lambda count: progress.advance(task, count),
+            ):
+                for completion in completions:
+                    result = (completion.text, completion.finish_reason, completion.new_tokens)
+                    output.write(
+                        json_lines.line_of({**next(rest), **dict(zip(self._result_names, result, strict=True))})
                     )
-                    for number, completion, stream in zip(numbers, completions, streams, strict=True):
-                        result = (stream.text, completion.finish_reason, stream.tokens)
-                        results[number] = dict(zip(self._result_names, result, strict=True))
-                    progress.advance(task, len(numbers))
-                for number in sorted(group):
-                    output.write(json_lines.line_of({**work.records[number], **results[number]}))
                 output.flush()
                 os.fsync(output.fileno())
 
@@ -285,30 +216,6 @@ class _Records:
     prompts: list[Prompt]
     done: int
     """Records that the output holds already."""
-
-
-def _groups(work: _Records, batch_size: int) -> Iterator[list[int]]:
-    """Numbers of the records that are written together, in the order of the file."""
-    size = SORTED_BATCHES * batch_size
-    for start in range(work.done, len(work.records), size):
-        yield list(range(start, min(start + size, len(work.records))))
-
-
-def _batches(work: _Records, group: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-    """Numbers of records of one program, the longest prompts first: if memory does not suffice, it shows at once.
-
-    A batch's prompts take as many slots each, so that the program of a record depends on its own line: beside a longer
-    prompt, its sums would be rounded in another order.
-    """
-    slots = {number: prompt_slots(work.prompts[number].tokens) for number in group}
-    for _, alike in itertools.groupby(sorted(group, key=lambda number: -slots[number]), key=slots.__getitem__):
-        numbers = list(alike)
-        for start in range(0, len(numbers), batch_size):
-            yield numbers[start : start + batch_size]
-
-
-def _seeds(seed: int, numbers: Sequence[int]) -> list[int]:
-    return [int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) for number in numbers]
 
 
 def _standard_input() -> str:

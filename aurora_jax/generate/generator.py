@@ -179,7 +179,7 @@ class Generator:
             seeds_B[: len(prompts)] = seeds
 
         put = self._programs.put_rows
-        settings = Settings(L, T, sampling, tuple(eos_ids), tuple(excluded_ids))
+        settings = GenerationSettings(L, T, sampling, tuple(eos_ids), tuple(excluded_ids))
         rows = (tokens_BL, padding_B, seeds_B, limits_B, finished_B)
         state = self._programs.prefill(settings)(self._parameters, *map(put, rows))
         decode = self._programs.decode(settings)
@@ -284,7 +284,7 @@ def _tensor_only(entry: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """What a pair of programs is compiled for, beside the batch."""
 
     prompt_slots: int
@@ -308,13 +308,13 @@ class Programs:
         self.mesh = mesh
         division = Division() if mesh is None else Division(tensor=TENSOR_AXIS if mesh.shape[TENSOR_AXIS] > 1 else None)
         self._structure = structure_of(config, compute, division)
-        self._jitted: dict[tuple[str, Settings], stages.Wrapped] = {}
+        self._jitted: dict[tuple[str, GenerationSettings], stages.Wrapped] = {}
 
     def put_rows(self, array: np.ndarray) -> jax.Array:
         """An array [B, ...] on the devices."""
         return jax.device_put(array, None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(ROWS_AXIS)))
 
-    def prefill(self, settings: Settings) -> stages.Wrapped:
+    def prefill(self, settings: GenerationSettings) -> stages.Wrapped:
         """`prefill(parameters, tokens_BL, padding_B, seeds_B, limits_B, finished_B)`."""
 
         def make() -> stages.Wrapped:
@@ -330,7 +330,7 @@ class Programs:
 
         return self._kept("prefill", settings, make)
 
-    def decode(self, settings: Settings) -> stages.Wrapped:
+    def decode(self, settings: GenerationSettings) -> stages.Wrapped:
         """`decode(parameters, state, steps)`; the state is donated."""
 
         def make() -> stages.Wrapped:
@@ -364,7 +364,7 @@ class Programs:
         }
         return DecodingState._make(others.get(name, rows) for name in DecodingState._fields)
 
-    def _common(self, settings: Settings) -> dict[str, Any]:
+    def _common(self, settings: GenerationSettings) -> dict[str, Any]:
         axes = (ROWS_AXIS,) if self.mesh is not None else ()
         return {
             "sampling": settings.sampling,
@@ -373,14 +373,14 @@ class Programs:
             "batch_axes": axes,
         }
 
-    def _divided(self, program: Callable, in_specs: tuple, settings: Settings) -> Callable:
+    def _divided(self, program: Callable, in_specs: tuple, settings: GenerationSettings) -> Callable:
         if self.mesh is None:
             return program
         return jax.shard_map(
             program, mesh=self.mesh, in_specs=in_specs, out_specs=self.state_spec(settings.sampling), check_vma=False
         )
 
-    def _kept(self, name: str, settings: Settings, make: Callable[[], stages.Wrapped]) -> stages.Wrapped:
+    def _kept(self, name: str, settings: GenerationSettings, make: Callable[[], stages.Wrapped]) -> stages.Wrapped:
         if (name, settings) not in self._jitted:
             self._jitted[name, settings] = make()
         return self._jitted[name, settings]

@@ -4,7 +4,6 @@ B batch, L sequence, H query heads, K key/value heads, G = H / K heads a group, 
 independent streams of R = L G rows of queries (or those of a block) over M keys (or those of a tile).
 """
 
-import math
 from functools import partial, reduce
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aurora_jax.errors import InputError
-from aurora_jax.kernels.flash_attention import flash_attention, sharded_flash_attention
+from aurora_jax.kernels.flash_attention import flash_attention
 
 IMPLEMENTATIONS = ("xla", "flash", "flash_interpreted")
 QUERY_BLOCK = 128
@@ -122,11 +121,7 @@ def _flash(
         if segment_ids_BL is not None:
             options["segment_ids"] = segment_ids_BL, _gathered(segment_ids_BL, sequence_axis)
     heads_first = (jnp.moveaxis(array.astype(product_dtype), 2, 1) for array in (query_BLHC, key_BLKC, value_BLKC))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
-        context_BHLC = flash_attention(*heads_first, **options)
-    else:
-        context_BHLC = sharded_flash_attention(*heads_first, mesh=mesh, **options)
+    context_BHLC = flash_attention(*heads_first, **options)
     return jnp.moveaxis(context_BHLC, 1, 2).astype(query_BLHC.dtype)
 
 

@@ -4,6 +4,7 @@ B batch, L sequence, D model, H query heads, K key/value heads, C head dim, F fe
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from aurora_jax.errors import InputError
+from aurora_jax.model.activation import gelu
 from aurora_jax.model.attention import alibi_slopes, attention
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.division import WHOLE, Division
@@ -34,6 +36,10 @@ REMATERIALISATION = {
 }
 
 
+Attend = Callable[..., jax.Array]
+"""`attend(query_BLHC, key_BLKC, value_BLKC) -> context_BLHC`, with `dropout_key=` where there is dropout."""
+
+
 class Attention(nnx.Module):
     """Multi-head or multi-query self-attention with learned biases everywhere, and ALiBi where the config
     asks for it."""
@@ -54,13 +60,11 @@ class Attention(nnx.Module):
         )
         self.output = residual("blhc,hcd->bld", (H, C, D), (D,), name="attention_output")
 
-    def __call__(
-        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, hidden_BLD: jax.Array, attend: Attend, dropout_key: jax.Array | None) -> jax.Array:
         if self.division.tensor is not None and dropout_key is not None:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.division.tensor))
-        query_BLHC, key_BLKC, value_BLKC = self.project(hidden_BLD)
-        return self.output(self.attend(query_BLHC, key_BLKC, value_BLKC, segment_ids_BL, dropout_key))
+        dropout = {} if dropout_key is None else {"dropout_key": dropout_key}
+        return self.output(attend(*self.project(hidden_BLD), **dropout))
 
     def project(self, hidden_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, H, C], keys and values [B, L, K, C]; of this device's own heads where they are divided."""
@@ -75,7 +79,7 @@ class Attention(nnx.Module):
         query_BLHC: jax.Array,
         key_BLKC: jax.Array,
         value_BLKC: jax.Array,
-        segment_ids_BL: jax.Array | None,
+        segment_ids_BL: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """What each query finds at its own place and before [B, L, H, C], of what `project` gave."""
@@ -130,16 +134,19 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, compute, division, rngs)
         self.dropout = nnx.Dropout(config.residual_dropout)
 
-    def __call__(
-        self, hidden_BLD: jax.Array, segment_ids_BL: jax.Array | None, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, hidden_BLD: jax.Array, attend: Attend, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Hidden states [B, L, D] after the layer.
+
+        Args:
+            attend: what queries find, of what `Attention.project` gives: `self.attention.attend` with its segments, or,
+                in decoding, one that keeps keys and values.
+            dropout_key: dropout is applied if a key is given; `attend` gets it as a keyword.
+        """
         in_attention, after_attention, after_mlp = (
             (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         )
         drop = partial(self.dropout, deterministic=dropout_key is None)
-        hidden_BLD += drop(
-            self.attention(self.attention_norm(hidden_BLD), segment_ids_BL, in_attention), rngs=after_attention
-        )
+        hidden_BLD += drop(self.attention(self.attention_norm(hidden_BLD), attend, in_attention), rngs=after_attention)
         return hidden_BLD + drop(self.mlp(self.mlp_norm(hidden_BLD)), rngs=after_mlp)
 
 
@@ -203,17 +210,13 @@ class Decoder(nnx.Module):
         structure, stacked = nnx.split(self.layers)
         product_dtype = jnp.dtype(self.compute.compute_dtype)
 
-        def apply_layer(hidden_BLD, layer):
-            parameters, gathered, index = layer
-            if gathered is not None:
-                parameters = _state(self.division.attach(gathered, nnx.to_pure_dict(parameters), dtype=product_dtype))
-            elif self.division.fsdp:
-                whole = self.division.gather(
-                    nnx.to_pure_dict(parameters), dtype=product_dtype, prefix="layers.", stacked=False
-                )
-                parameters = _state(whole)
+        def apply_layer(hidden_BLD, of_layer):
+            parameters, gathered, index = of_layer
+            whole = self.division.of_layer(nnx.to_pure_dict(parameters), gathered, dtype=product_dtype)
+            layer = nnx.merge(structure, _state(whole))
+            attend = partial(layer.attention.attend, segment_ids_BL=segment_ids_BL)
             key = None if layers_key is None else jax.random.fold_in(layers_key, index)
-            return nnx.merge(structure, parameters)(hidden_BLD, segment_ids_BL, key), None
+            return layer(hidden_BLD, attend, key), None
 
         if self.compute.rematerialisation != "nothing":
             apply_layer = jax.checkpoint(
@@ -251,37 +254,6 @@ class Decoder(nnx.Module):
             return logits_BLV
         tokens_V = jnp.arange(embedding_VD.shape[0]) + self.division.first_token(embedding_VD.shape[0])
         return jnp.where(tokens_V < self.config.vocabulary_size, logits_BLV, -jnp.inf)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gelu(x: jax.Array, approximate: bool, separate: bool = False) -> jax.Array:
-    """GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415): x times the normal distribution function at x, exact
-    or by its tanh approximation.
-
-    Computed in fp32. The exact form goes through erf as PyTorch's does; `jax.nn.gelu` takes erfc, which costs
-    three times as much on CPU.
-
-    Args:
-        separate: keep value and slope out of the products that take them; the compiler otherwise computes
-            them again in each tile.
-    """
-    return _gelu_forward(x, approximate, separate)[0]
-
-
-def _gelu_forward(x, approximate, separate):
-    x_fp32 = x.astype(jnp.float32)
-    if approximate:
-        value, slope_times = jax.vjp(partial(jax.nn.gelu, approximate=True), x_fp32)
-        (slope,) = slope_times(jnp.ones_like(x_fp32))
-    else:
-        distribution = 0.5 * (1 + jax.lax.erf(x_fp32 * math.sqrt(0.5)))
-        value = x_fp32 * distribution
-        slope = distribution + x_fp32 * jnp.exp(-0.5 * x_fp32 * x_fp32) * (1 / math.sqrt(2 * math.pi))
-    value, slope = value.astype(x.dtype), slope.astype(x.dtype)
-    return (jax.lax.optimization_barrier(value), jax.lax.optimization_barrier(slope)) if separate else (value, slope)
-
-
-gelu.defvjp(_gelu_forward, lambda approximate, separate, slope, cotangent: (cotangent * slope,))
 
 
 def initial_parameters(config: ModelConfig, seed: int) -> dict:

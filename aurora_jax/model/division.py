@@ -69,7 +69,13 @@ class Division:
             array = jnp.moveaxis(jax.lax.all_gather(leading, axis, axis=0, tiled=True), 0, dimension)
         return array
 
-    def attach(self, gathered: dict, parameters: dict, *, dtype: jnp.dtype) -> dict:
+    def of_layer(self, parameters: dict, gathered: dict | None, *, dtype: jnp.dtype) -> dict:
+        """Parameters of one layer as its products need them: gathered here, or as they were gathered before."""
+        if gathered is not None:
+            return self._attached(gathered, parameters, dtype)
+        return self.gather(parameters, dtype=dtype, prefix="layers.", stacked=False) if self.fsdp else parameters
+
+    def _attached(self, gathered: dict, parameters: dict, dtype: jnp.dtype) -> dict:
         """Parameters of one layer that were gathered before, as if `gather` did it here: their gradients are
         scattered, to `parameters`."""
         gather = partial(self.gather, dtype=dtype, prefix="layers.", stacked=False)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aurora_jax.model.config import ModelConfig
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import PADDING_HINT, ModelConfig
 
 FSDP_AXES = ("fsdp", "fsdp_inner")
 BATCH_AXES = ("data", *FSDP_AXES)
@@ -75,6 +77,10 @@ def rows_of(config: ModelConfig) -> dict[str, ParameterRow]:
     }
 
 
+SIZES = {"D": "width", "H": "heads", "F": "mlp_width", "V": "vocabulary_size"}
+"""Names in `ModelConfig` of the letters that a mesh divides."""
+
+
 def dimensions(config: ModelConfig) -> dict[str, int]:
     """Size of each letter of the table for one model."""
     return {
@@ -102,6 +108,26 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     return nest({path: NamedSharding(mesh, row.partition) for path, row in rows_of(config).items()})
 
 
+def require_divisible(config: ModelConfig, mesh: Mesh) -> None:
+    """Can every parameter be divided over a mesh as the table says?
+
+    Raises:
+        InputError: naming the first size that cannot.
+    """
+    sizes = dimensions(config)
+    for row in rows_of(config).values():
+        for letter, entry in zip(row.letters, row.partition, strict=True):
+            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if sizes[letter] % parts:
+                several = " x ".join(axis for axis in axes if mesh.shape[axis] > 1)
+                hint = f" {PADDING_HINT}" if letter == "V" else ""
+                raise InputError(
+                    f"The model's {SIZES[letter]} {sizes[letter]} cannot be divided over mesh axis {several} of size "
+                    f"{parts}.{hint}"
+                )
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters; the tied head is counted once, rows that pad the vocabulary are counted too."""
     return sum(math.prod(shape.shape) for shape in parameter_shapes(config).values())
@@ -109,20 +135,9 @@ def parameter_count(config: ModelConfig) -> int:
 
 def nest(flat: Mapping[str, object]) -> dict:
     """Dotted paths to the nested dictionary that checkpoints and `nnx` states use."""
-    tree: dict = {}
-    for path, leaf in flat.items():
-        *branches, name = path.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[name] = leaf
-    return tree
+    return unflatten_dict(dict(flat), sep=".")
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict:
+def flatten(tree: Mapping) -> dict:
     """Nested dictionary to dotted paths; the inverse of `nest`."""
-    flat: dict = {}
-    for name, leaf in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(leaf, f"{path}.") if isinstance(leaf, Mapping) else {path: leaf})
-    return flat
+    return flatten_dict(dict(tree), sep=".")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aurora_jax.chips import CHIPS, Chip
-from aurora_jax.generate.generator import ROWS_AXIS, Programs, Settings, make_inference_mesh, unstacked_shapes
+from aurora_jax.generate.generator import ROWS_AXIS, GenerationSettings, Programs, make_inference_mesh, unstacked_shapes
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.plan.estimate import bytes_a_chip
@@ -65,7 +65,7 @@ def plan_decoding(
     """
     mesh = make_inference_mesh(config, list(tpu_topology(topology).devices))
     programs = Programs(config, ComputeConfig(attention="flash"), mesh)
-    settings = Settings(prompt_slots, new_tokens, Sampling(), config.eos_token_ids or (0,))
+    settings = GenerationSettings(prompt_slots, new_tokens, Sampling(), config.eos_token_ids or (0,))
 
     def placed(shapes, partitions):
         return jax.tree.map(

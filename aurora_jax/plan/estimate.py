@@ -4,6 +4,8 @@ An estimate, and called one: it leaves out stalls on memory that the compiler do
 the network and the input.
 """
 
+import html
+import io
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,28 +14,30 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from aurora_jax.chips import CHIPS, GIB, Chip
 from aurora_jax.errors import InputError
-from aurora_jax.model.config import PADDING_HINT, ModelConfig
+from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
-from aurora_jax.model.mesh import make_mesh
+from aurora_jax.model.mesh import batch_parts, make_mesh
 from aurora_jax.model.sharding import FSDP_AXES, MESH_AXES, TENSOR_AXIS, parameter_count, parameter_shapes, rows_of
 from aurora_jax.plan.attention_cycles import attention_cycles
-from aurora_jax.plan.program import Collective, Program, read_program
-from aurora_jax.plan.step import lower_train_step
+from aurora_jax.plan.program import Collective, ProgramCost, read_program
 from aurora_jax.plan.topology import tpu_topology
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.state import state_shapes
+from aurora_jax.train.program import Program
 
 
 class DoesNotFit(InputError):
-    """The compiler found that the step needs more memory than a chip has."""
+    """The compiler found that the step, or something else, needs more memory than a chip has."""
 
-    def __init__(self, needed: float, available: float):
+    def __init__(self, needed: float, available: float, what: str = "a step"):
         self.needed, self.available = needed, available
         super().__init__(
-            f"does not fit: a chip would need {needed / GIB:.1f} GiB of {available / GIB:.1f}, "
+            f"{what} does not fit: a chip would need {needed / GIB:.1f} GiB of {available / GIB:.1f}, "
             f"{(needed - available) / GIB:.1f} GiB over."
         )
 
@@ -63,6 +67,26 @@ class CollectiveRow:
     """At the chip's published bandwidth."""
     exposed_seconds: float
     """Of these, not hidden behind computation."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """A batch of held-out text, as the run reads it; sizes in bytes a chip, times in seconds a batch."""
+
+    tokens: int
+    memory_peak: int
+    """With the run's state beside it."""
+    compute_seconds: float
+    kernel_seconds: float
+    exposed_seconds: float
+    gigabytes: float
+    """Sent by a chip."""
+    least_seconds: float
+    """The model's products alone, at the chips' published peak."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.kernel_seconds + self.exposed_seconds
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,8 @@ class Plan:
     """Model FLOP/s over peak: 6 FLOPs a parameter and token, and attention's products with a causal triangle
     counted once."""
     compile_seconds: float
+    evaluation: EvaluationPlan | None = None
+    """None where the run evaluates nothing, or it was not asked for."""
 
     @property
     def memory_parts(self) -> dict[str, int]:
@@ -117,6 +143,17 @@ class Plan:
     def tokens_per_second_per_chip(self) -> float:
         return self.tokens / self.step_seconds / self.chips
 
+    def __str__(self) -> str:
+        """As `aurora plan` prints it."""
+        console = Console(file=io.StringIO(), width=100)
+        for part in described(self):
+            console.print(part)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def as_dict(self) -> dict:
         """All fields and what follows from them, for JSON."""
         return {
@@ -126,36 +163,62 @@ class Plan:
         }
 
 
-def check(config: TrainConfig, mesh: Mesh, model: ModelConfig) -> None:
-    """Raises InputError for what cannot be divided, before anything is compiled."""
-    rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
-    parts = rows * config.optimizer.micro_batches
-    if config.data.batch_size % parts:
-        raise InputError(
-            f"data.batch_size {config.data.batch_size} cannot be divided over {rows} devices of data and fsdp in "
-            f"{config.optimizer.micro_batches} micro-batches: it must be a multiple of {parts}."
+def described(plan: Plan, tokens: float = 435e9, price: float | None = None) -> list[RenderableType]:
+    """A plan for people: tables and sentences, from top to bottom.
+
+    Args:
+        tokens: of the run, for its time and cost.
+        price: US dollars a chip-hour; the chip's on-demand list price without it.
+    """
+    chip = CHIPS[plan.topology.partition(":")[0]]
+    price = chip.price if price is None else price
+    table = Table(title=f"{plan.slices} x {plan.topology}, {plan.chips} chips, mesh {plan.mesh}", show_header=False)
+    table.add_row("parameters", f"{plan.parameters:,}")
+    table.add_row("tokens a step", f"{plan.tokens:,}")
+    table.add_section()
+    free = 1 - plan.memory_peak / plan.memory_capacity
+    table.add_row(
+        "HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)"
+    )
+    for name, size in plan.memory_parts.items():
+        table.add_row(f"  {name}", f"{size / GIB:.2f} GiB")
+    table.add_section()
+    table.add_row("time a step, estimated", f"{plan.step_seconds:.2f} s")
+    table.add_row("  compute", f"{plan.compute_seconds:.2f} s ({plan.cycles / 1e9:.2f}e9 cycles)")
+    table.add_row("  attention kernels", f"{plan.kernel_seconds:.2f} s")
+    table.add_row("  collectives that nothing hides", f"{plan.exposed_seconds:.2f} s")
+    table.add_row("tokens/s a chip, at most", f"{plan.tokens_per_second_per_chip:,.0f}")
+    table.add_row("MFU, at most", f"{plan.mfu:.1%}")
+    table.add_section()
+    hours = tokens / plan.tokens * plan.step_seconds / 3600
+    table.add_row(f"{tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours")
+    table.add_row(f"  at ${price:.2f} a chip-hour", f"${hours * plan.chips * price:,.0f}")
+    if (evaluation := plan.evaluation) is not None:
+        table.add_section()
+        table.add_row("evaluation, a batch", f"{evaluation.tokens:,} tokens in {evaluation.seconds:.2f} s")
+        table.add_row("  its products alone, at the peak", f"{evaluation.least_seconds:.2f} s")
+        table.add_row("  GB sent by a chip", f"{evaluation.gigabytes:.1f}")
+        table.add_row("  HBM a chip, with the state beside it", f"{evaluation.memory_peak / GIB:.1f} GiB")
+    collectives = Table(
+        "collective", "mesh axis", "a step", "GB sent", "seconds", "exposed", title="collectives of a chip"
+    )
+    for row in plan.collectives:
+        collectives.add_row(
+            row.kind,
+            row.axis,
+            f"{row.count:,}",
+            f"{row.gigabytes:.2f}",
+            f"{row.seconds:.3f}",
+            f"{row.exposed_seconds:.3f}",
         )
-    for what, size, axis in (
-        ("heads", model.heads, "tensor"),
-        ("mlp_width", model.mlp_width, "tensor"),
-        ("vocabulary_size", model.padded_vocabulary_size, "tensor"),
-        ("data.sequence_length", config.data.sequence_length, "sequence"),
-    ):
-        if size % mesh.shape[axis]:
-            hint = f" {PADDING_HINT}" if what == "vocabulary_size" else ""
-            raise InputError(f"{what} {size} cannot be divided over mesh axis {axis} of size {mesh.shape[axis]}.{hint}")
-    if model.width % (mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]):
-        raise InputError(
-            f"width {model.width} cannot be divided over fsdp x fsdp_inner = "
-            f"{mesh.shape['fsdp'] * mesh.shape['fsdp_inner']}."
-        )
-    shards = mesh.shape["tensor"] * mesh.shape["fsdp"] * mesh.shape["fsdp_inner"]
-    if model.mlp_width % shards:
-        raise InputError(f"mlp_width {model.mlp_width} cannot be divided over tensor x fsdp x fsdp_inner = {shards}.")
-    if config.data.sequence_length > model.longest_sequence:
-        raise InputError(
-            f"data.sequence_length {config.data.sequence_length} exceeds the model's {model.max_positions} positions."
-        )
+    verdict = "Fits." if free >= 0.1 else "Fits, but tightly: less than 10 % of the memory is free."
+    basis = (
+        f"Compiled in {plan.compile_seconds:.0f} s by the TPU compiler. Times are its estimates: stalls on "
+        "memory, contention in the "
+        "network and the input are left out. MFU: (6 N + 6 layers H C L) FLOPs a token, attention's triangle "
+        "counted once, over the peak."
+    )
+    return [table, collectives, Text(verdict, style="bold"), basis]
 
 
 def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> Plan:
@@ -166,29 +229,20 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
         DoesNotFit: more memory than a chip has.
         BelowPhysics: less time for computing than the model's products take at the chips' peak.
     """
-    generation = topology.partition(":")[0]
-    if generation not in CHIPS:
-        raise InputError(
-            f"Topology {topology!r}: there is no chip {generation!r}; there are {', '.join(CHIPS)} (`aurora "
-            "plan --list`)."
-        )
-    chip = CHIPS[generation]
-    mesh = make_mesh(config.mesh, tpu_topology(topology, slices).devices)
-    check(config, mesh, model)
+    generation, chip, program = _program_on(config, model, topology, slices)
+    mesh = program.mesh
     begun = time.monotonic()
-    compiled = compile_step(config, model, mesh)
+    step = compiled(program.lower_step())
     compile_seconds = time.monotonic() - begun
-    program = read_program(compiled.as_text() or "", chip, slices)
-    state = state_shapes(model, config.optimizer, mesh)
-    of_parameters, of_optimizer = (bytes_a_chip(tree) for tree in (state.parameters, state.moments))
-    memory = compiled.memory_analysis()
-    assert memory is not None  # the TPU compiler always tells
-    peak = memory.peak_memory_in_bytes
+    cost = read_program(step.as_text() or "", chip, slices)
+    of_parameters, of_optimizer = (bytes_a_chip(tree) for tree in (program.shapes.parameters, program.shapes.moments))
+    peak = _peak(step)
     gathered = bytes_gathered_once(config, model, mesh)
     tokens = config.data.batch_size * config.data.sequence_length
-    rows = collective_rows(program.collectives, mesh, chip)
-    compute = program.cycles / chip.clock
-    kernels = _kernel_seconds(program, config, model, mesh, generation, chip)
+    rows = collective_rows(cost.collectives, mesh, chip)
+    compute = cost.cycles / chip.clock
+    sequences = config.data.batch_size // batch_parts(mesh) // config.optimizer.micro_batches
+    kernels = _kernel_seconds(cost, program, generation, chip, sequences)
     exposed = sum(row.exposed_seconds for row in rows)
     seconds = compute + kernels + exposed
     # Each part is held to its own products before; this catches a program that was not read as it is meant.
@@ -209,7 +263,7 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
         memory_gradients=of_parameters,
         memory_gathered=gathered,
         memory_activations=max(peak - 2 * of_parameters - of_optimizer - gathered, 0),
-        cycles=program.cycles,
+        cycles=cost.cycles,
         compute_seconds=compute,
         kernel_seconds=kernels,
         exposed_seconds=exposed,
@@ -219,19 +273,8 @@ def make_plan(config: TrainConfig, model: ModelConfig, topology: str, slices: in
     )
 
 
-def compile_step(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """The config's step, compiled. Raises DoesNotFit."""
-    lowered = lower_train_step(
-        model,
-        config.compute,
-        config.optimizer,
-        mesh,
-        batch_size=config.data.batch_size,
-        length=config.data.sequence_length,
-        isolate_documents=not config.data.attend_across_documents,
-        gather=config.mesh.gather,
-        dropout=config.dropout,
-    )
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """By the TPU compiler, which enforces the chips' memory. Raises DoesNotFit."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -301,26 +344,67 @@ def _axes_of(members: tuple[int, ...], mesh: Mesh, chip: Chip) -> tuple[str, flo
     return name, chip.interconnect * max(spanned, 1) / chip.torus_dimensions
 
 
-def _kernel_seconds(
-    program: Program, config: TrainConfig, model: ModelConfig, mesh: Mesh, generation: str, chip: Chip
-) -> float:
-    if not program.kernels:
+def plan_evaluation(config: TrainConfig, model: ModelConfig, topology: str, slices: int = 1) -> EvaluationPlan:
+    """Compiles the likelihood of a batch of held-out text, as the run reads it; arguments as those of `make_plan`.
+
+    Raises:
+        InputError: unknown topology, or sizes that the mesh does not divide.
+        DoesNotFit: the chip has no room for it beside the run's state.
+    """
+    generation, chip, program = _program_on(config, model, topology, slices)
+    mesh = program.mesh
+    likelihood = compiled(program.lower_likelihood())
+    cost = read_program(likelihood.as_text() or "", chip, slices)
+    beside = bytes_a_chip(program.shapes) - bytes_a_chip(program.shapes.parameters)
+    peak = _peak(likelihood) + beside
+    if peak > chip.hbm:
+        raise DoesNotFit(peak, chip.hbm, "an evaluation (evaluation.batch_size)")
+    batch_size, length = config.evaluation.batch_size, config.data.sequence_length
+    rows = collective_rows(cost.collectives, mesh, chip)
+    return EvaluationPlan(
+        tokens=batch_size * length,
+        memory_peak=peak,
+        compute_seconds=cost.cycles / chip.clock,
+        kernel_seconds=_kernel_seconds(cost, program, generation, chip, batch_size // batch_parts(mesh)),
+        exposed_seconds=sum(row.exposed_seconds for row in rows),
+        gigabytes=cost.wire_bytes() / 1e9,
+        # A backward pass is two forward passes.
+        least_seconds=flops_per_token(program.model, length) / 3 * batch_size * length / (mesh.size * chip.peak),
+    )
+
+
+def _program_on(config: TrainConfig, model: ModelConfig, topology: str, slices: int) -> tuple[str, Chip, Program]:
+    generation = topology.partition(":")[0]
+    if generation not in CHIPS:
+        raise InputError(
+            f"Topology {topology!r}: there is no chip {generation!r}; there are {', '.join(CHIPS)} (`aurora "
+            "plan --list`)."
+        )
+    program = Program(config, model, make_mesh(config.mesh, tpu_topology(topology, slices).devices))
+    program.check()
+    return generation, CHIPS[generation], program
+
+
+def _peak(program: jax.stages.Compiled) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None  # the TPU compiler always tells
+    return memory.peak_memory_in_bytes
+
+
+def _kernel_seconds(cost: ProgramCost, program: Program, generation: str, chip: Chip, sequences: int) -> float:
+    """Of the kernels, each called for so many sequences."""
+    if not cost.kernels:
         return 0.0
-    tensor = mesh.shape["tensor"]
-    kv_heads = max(model.kv_heads // tensor, 1)
+    model, mesh = program.model, program.mesh
     cycles = attention_cycles(
         generation,
-        model.heads // tensor,
-        kv_heads,
+        model.heads // mesh.shape[TENSOR_AXIS],
+        max(model.kv_heads // mesh.shape[TENSOR_AXIS], 1),
         model.head_dim,
-        config.data.sequence_length,
+        program.config.data.sequence_length,
         alibi=model.positions == "alibi",
     )
-    rows = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp", "fsdp_inner")]))
-    sequences = config.data.batch_size // rows // config.optimizer.micro_batches
-    total = sum(
-        times * cycles["forward" if "forward" in name else "backward"] for name, times in program.kernels.items()
-    )
+    total = sum(times * cycles["forward" if "forward" in name else "backward"] for name, times in cost.kernels.items())
     # A sequence that is divided has fewer queries on each device, of which the last see all keys: an even
     # share, roughly.
     return total * sequences / mesh.shape["sequence"] / chip.cores / chip.clock

@@ -1,7 +1,7 @@
 """`aurora plan`: does a config fit a TPU topology, how fast can it go, what does it cost."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -67,7 +67,7 @@ def list_topologies(console: Console) -> None:
 
 def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
     """Plans and prints. Raises InputError if the config cannot be planned, or does not fit."""
-    from aurora_jax.plan.estimate import DoesNotFit, make_plan, smallest_change
+    from aurora_jax.plan.estimate import DoesNotFit, described, make_plan, plan_evaluation, smallest_change
 
     model = model_of(config, options.model)
     if options.search:
@@ -92,56 +92,10 @@ def run(config: TrainConfig, options: PlanOptions, console: Console) -> None:
                 else ""
             )
             raise InputError(f"{options.topology}: {error}{hint}") from None
-    chip = CHIPS[options.topology.partition(":")[0]]
-    price = chip.price if options.price is None else options.price
-
-    table = Table(
-        title=f"{options.slices} x {options.topology}, {plan.chips} chips, mesh {plan.mesh}", show_header=False
-    )
-    table.add_row("parameters", f"{plan.parameters:,}")
-    table.add_row("tokens a step", f"{plan.tokens:,}")
-    table.add_section()
-    free = 1 - plan.memory_peak / plan.memory_capacity
-    table.add_row(
-        "HBM a chip, peak", f"{plan.memory_peak / GIB:.1f} of {plan.memory_capacity / GIB:.0f} GiB ({free:.0%} free)"
-    )
-    for name, size in plan.memory_parts.items():
-        table.add_row(f"  {name}", f"{size / GIB:.2f} GiB")
-    table.add_section()
-    table.add_row("time a step, estimated", f"{plan.step_seconds:.2f} s")
-    table.add_row("  compute", f"{plan.compute_seconds:.2f} s ({plan.cycles / 1e9:.2f}e9 cycles)")
-    table.add_row("  attention kernels", f"{plan.kernel_seconds:.2f} s")
-    table.add_row("  collectives that nothing hides", f"{plan.exposed_seconds:.2f} s")
-    table.add_row("tokens/s a chip, at most", f"{plan.tokens_per_second_per_chip:,.0f}")
-    table.add_row("MFU, at most", f"{plan.mfu:.1%}")
-    table.add_section()
-    hours = options.tokens / plan.tokens * plan.step_seconds / 3600
-    table.add_row(
-        f"{options.tokens / 1e9:,.0f}B tokens", f"{hours / 24:,.1f} days, {hours * plan.chips:,.0f} chip-hours"
-    )
-    table.add_row(f"  at ${price:.2f} a chip-hour", f"${hours * plan.chips * price:,.0f}")
-    console.print(table)
-
-    collectives = Table(
-        "collective", "mesh axis", "a step", "GB sent", "seconds", "exposed", title="collectives of a chip"
-    )
-    for row in plan.collectives:
-        collectives.add_row(
-            row.kind,
-            row.axis,
-            f"{row.count:,}",
-            f"{row.gigabytes:.2f}",
-            f"{row.seconds:.3f}",
-            f"{row.exposed_seconds:.3f}",
-        )
-    console.print(collectives)
-    console.print("Fits." if free >= 0.1 else "Fits, but tightly: less than 10 % of the memory is free.", style="bold")
-    console.print(
-        f"Compiled in {plan.compile_seconds:.0f} s by the TPU compiler. Times are its estimates: stalls on "
-        "memory, contention in the "
-        "network and the input are left out. MFU: (6 N + 6 layers H C L) FLOPs a token, attention's triangle "
-        "counted once, over the peak."
-    )
+        if config.evaluation.tasks:
+            plan = replace(plan, evaluation=plan_evaluation(config, model, options.topology, options.slices))
+    for part in described(plan, options.tokens, options.price):
+        console.print(part)
     if options.picture is not None:
         from aurora_jax.plan.picture import draw
 

@@ -74,7 +74,7 @@ class Collective:
 
 
 @dataclass
-class Program:
+class ProgramCost:
     """The work of one run on one chip."""
 
     cycles: int = 0
@@ -159,7 +159,7 @@ class Module:
         return products
 
 
-def read_program(text: str, chip: Chip, slices: int = 1) -> Program:
+def read_program(text: str, chip: Chip, slices: int = 1) -> ProgramCost:
     """Reads an optimized HLO module (`compiled.as_text()`).
 
     Args:
@@ -170,19 +170,19 @@ def read_program(text: str, chip: Chip, slices: int = 1) -> Program:
         InputError: no module, a product that cannot be read, or a loop whose trip count is not a constant of
             its condition.
     """
-    module, program = Module(text, chip), Program()
-    _walk(module, module.entry, 1, program, slices)
-    return program
+    module, cost = Module(text, chip), ProgramCost()
+    _walk(module, module.entry, 1, cost, slices)
+    return cost
 
 
-def _walk(module: Module, name: str, times: int, program: Program, slices: int) -> None:
+def _walk(module: Module, name: str, times: int, cost: ProgramCost, slices: int) -> None:
     computations, lines, cycles = module.computations, module.computations[name], module.cycles(name)
-    program.cycles += times * sum(cycles)
+    cost.cycles += times * sum(cycles)
     spans = _merged(computations, lines, times)
     for place, line in enumerate(lines):
         if " while(" in line:
             trips = _trips(computations, line)
-            _walk(module, _named(line, "body"), times * trips, program, slices)
+            _walk(module, _named(line, "body"), times * trips, cost, slices)
         elif " call-start(" in line:
             # Given to the SparseCores, which work beside the TensorCores.
             for inner in computations[_named(line, "to_apply")]:
@@ -190,9 +190,9 @@ def _walk(module: Module, name: str, times: int, program: Program, slices: int) 
                     spans.append((place, _end(lines, place, "call-done"), _collective(inner, found, times)))
         elif re.search(r" (call|conditional)\(", line):
             for branch in _CALLED.findall(line):
-                _walk(module, branch, times, program, slices)
+                _walk(module, branch, times, cost, slices)
         elif kernel := _KERNEL.search(line):
-            program.kernels[kernel[1]] += times
+            cost.kernels[kernel[1]] += times
         elif sent := _BETWEEN_SLICES.search(line):
             size = array_bytes(_ARRAY.findall(line.split(" = ", 1)[1])[0])
             kind = sent[2].lower().replace("_", "-")
@@ -206,7 +206,7 @@ def _walk(module: Module, name: str, times: int, program: Program, slices: int) 
         elif found := _COLLECTIVE.search(line):
             end = _end(lines, place, f"{found[1]}-done") if found[2] else place
             spans.append((place, end, _collective(line, found, times)))
-    program.collectives += _hide(spans, cycles)
+    cost.collectives += _hide(spans, cycles)
 
 
 def _merged(computations: dict[str, list[str]], lines: list[str], times: int) -> list[tuple[int, int, Collective]]:

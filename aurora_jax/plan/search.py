@@ -44,11 +44,15 @@ class Candidate:
     moments_dtype: str = "float32"
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The config with this candidate's choices; the data axis stays."""
+        """The config with this candidate's choices, and batches of the evaluation that its mesh divides; the data axis
+        stays."""
         mesh = MeshConfig(config.mesh.data, self.fsdp, self.fsdp_inner, self.sequence, self.tensor, self.gather)  # type: ignore[arg-type]
         compute = replace(config.compute, rematerialisation=self.rematerialisation)  # type: ignore[arg-type]
         optimizer = replace(config.optimizer, micro_batches=self.micro_batches, moments_dtype=self.moments_dtype)  # type: ignore[arg-type]
-        return replace(config, mesh=mesh, compute=compute, optimizer=optimizer)
+        rows = config.mesh.data * self.fsdp * self.fsdp_inner
+        batch_size = -(-config.evaluation.batch_size // rows) * rows
+        evaluation = replace(config.evaluation, batch_size=batch_size)
+        return replace(config, mesh=mesh, compute=compute, optimizer=optimizer, evaluation=evaluation)
 
     @property
     def flags(self) -> str:

@@ -8,13 +8,16 @@ import json
 import multiprocessing
 import os
 import struct
+import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from rich.progress import Progress
@@ -39,7 +42,7 @@ _SHORTEST_DOCUMENT = 80
 _SHORTEST_CLEAN_DOCUMENT = 240
 
 T = TypeVar("T")
-Record = dict[str, str]
+CorpusRecord = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class SourceEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CorpusManifest:
     """What lies in a sample corpus and where it comes from; `manifest.json`.
 
     Attributes:
@@ -83,7 +86,7 @@ class Manifest:
         (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest | None:
+    def read(cls, directory: Path) -> CorpusManifest | None:
         """The manifest in `directory`, or None where there is none of ours."""
         try:
             fields = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -103,7 +106,7 @@ def build(
     packages: Sequence[Package],
     code: Iterable[CodeFile],
     progress: Progress,
-) -> Manifest:
+) -> CorpusManifest:
     """Read the packages and write the corpus into the empty folder `directory`. The same inputs give the same bytes.
 
     Args:
@@ -121,8 +124,9 @@ def build(
     sources = [source for source in collection.train if source.package in by_name]
     task = progress.add_task("reading", total=sum(by_name[source.package].size for source in sources))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        aligned = pool.submit(read_aligned, by_name[collection.aligned.package].path, collection.aligned)
-        readings = [pool.submit(read_documents, by_name[source.package].path, source) for source in sources]
+        with _no_main_module():  # processes are started as tasks come
+            aligned = pool.submit(read_aligned, by_name[collection.aligned.package].path, collection.aligned)
+            readings = [pool.submit(read_documents, by_name[source.package].path, source) for source in sources]
         documents = []
         for source, reading in zip(sources, readings, strict=True):
             documents.append(_outcome(reading, by_name[source.package]))
@@ -135,7 +139,7 @@ def build(
             "use another --sources."
         )
 
-    splits: dict[str, dict[str, list[Record]]] = {
+    splits: dict[str, dict[str, list[CorpusRecord]]] = {
         split: {part: [] for part in LANGUAGES} for split in ("train", "heldout", "clean")
     }
     held_out_lines = []
@@ -177,6 +181,18 @@ def build(
     return _write(directory, registry, splits, versions)
 
 
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Processes that are spawned in the block do not run the caller's script again, which they need nothing of: it may
+    be three lines that begin with this corpus."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _outcome(reading: Future[T], package: Package) -> T:
     try:
         return reading.result()
@@ -187,15 +203,20 @@ def _outcome(reading: Future[T], package: Package) -> T:
 
 
 def _unique(
-    documents: Iterable[extract.Document], duplicates: Deduplicator, grouped: bool
-) -> Iterable[extract.Document]:
+    documents: Iterable[extract.DocumentLines], duplicates: Deduplicator, grouped: bool
+) -> Iterable[extract.DocumentLines]:
     for lines in documents:
         fresh = duplicates.new(lines)
         yield from extract.group(fresh) if grouped else [fresh]
 
 
 def _add(
-    split: Mapping[str, list[Record]], lines: Sequence[str], package: str, license: str, language: str, shortest: int
+    split: Mapping[str, list[CorpusRecord]],
+    lines: Sequence[str],
+    package: str,
+    license: str,
+    language: str,
+    shortest: int,
 ) -> None:
     # A character of Japanese says about twice what a Latin letter does.
     weight = 2 if language == "ja" else 1
@@ -203,7 +224,7 @@ def _add(
         split[language].append(_record(lines, package, license, language))
 
 
-def _add_code(splits: Mapping[str, Mapping[str, list[Record]]], files: Iterable[CodeFile]) -> dict[str, str]:
+def _add_code(splits: Mapping[str, Mapping[str, list[CorpusRecord]]], files: Iterable[CodeFile]) -> dict[str, str]:
     """Add the code to the splits and return project -> version. A text goes in once; one that is held out,
     never into train."""
     rows = list(files)
@@ -229,13 +250,13 @@ def _add_code(splits: Mapping[str, Mapping[str, list[Record]]], files: Iterable[
     return projects
 
 
-def _record(lines: Sequence[str], package: str, license: str, language: str) -> Record:
+def _record(lines: Sequence[str], package: str, license: str, language: str) -> CorpusRecord:
     return {"text": "\n".join(lines), "source": package, "license": license, "language": language}
 
 
 def _write(
-    directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[Record]]], versions: Mapping[str, str]
-) -> Manifest:
+    directory: Path, registry: str, splits: Mapping[str, Mapping[str, list[CorpusRecord]]], versions: Mapping[str, str]
+) -> CorpusManifest:
     totals: dict[str, dict[str, dict[str, int]]] = {}
     sources: dict[tuple[str, str, str], tuple[Counter[str], set[str]]] = {}
     sha256 = {}
@@ -269,6 +290,6 @@ def _write(
         )
         for (split, package, license), (counts, languages) in sources.items()
     ]
-    manifest = Manifest(BUILDER, VERSION, registry, RULE, totals, entries, sha256)
+    manifest = CorpusManifest(BUILDER, VERSION, registry, RULE, totals, entries, sha256)
     manifest.write(directory)
     return manifest

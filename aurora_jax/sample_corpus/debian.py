@@ -22,7 +22,7 @@ _UNSANDBOXED = ("-o", "APT::Sandbox::User=root") if os.getuid() == 0 else ()
 
 
 @dataclass(frozen=True)
-class Record:
+class PackageRecord:
     """What apt's lists say of one package: the newest version that would be installed, the archive's file
     name and size in bytes."""
 
@@ -32,7 +32,7 @@ class Record:
     size: int
 
 
-def available(names: Iterable[str]) -> dict[str, Record]:
+def available(names: Iterable[str]) -> dict[str, PackageRecord]:
     """The records of those packages that apt's lists have; empty where apt is not there or has no lists."""
     if shutil.which("apt-cache") is None or shutil.which("dpkg-deb") is None:
         return {}
@@ -46,7 +46,7 @@ def available(names: Iterable[str]) -> dict[str, Record]:
         if fields["Package"] and fields["Filename"]:
             name, version = fields["Package"], fields["Version"]
             file_name = f"{name}_{urllib.parse.quote(version, safe='+~').lower()}_{fields['Architecture']}.deb"
-            records[name] = Record(name, version, file_name, int(fields["Size"]))
+            records[name] = PackageRecord(name, version, file_name, int(fields["Size"]))
     return records
 
 
@@ -57,7 +57,7 @@ def update_lists() -> bool:
     return subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False).returncode == 0
 
 
-def fetch(records: Iterable[Record], cache: Path, on_bytes: Callable[[int], None]) -> list[Package]:
+def fetch(records: Iterable[PackageRecord], cache: Path, on_bytes: Callable[[int], None]) -> list[Package]:
     """Download what `cache` does not hold yet, all in one apt call.
 
     Args:
@@ -101,7 +101,7 @@ def fetch(records: Iterable[Record], cache: Path, on_bytes: Callable[[int], None
     return [Package(record.name, record.version, cache / record.file_name, record.size) for record in records]
 
 
-def _is_whole(path: Path, record: Record) -> bool:
+def _is_whole(path: Path, record: PackageRecord) -> bool:
     return path.is_file() and path.stat().st_size == record.size
 
 

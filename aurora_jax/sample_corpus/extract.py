@@ -15,7 +15,7 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator, Sequence
 
-Document = list[str]
+DocumentLines = list[str]
 
 MESSAGES_PER_DOCUMENT = 40
 
@@ -28,7 +28,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BLOCKS = "p, h1, h2, h3, h4, li, dt, dd"
 
 
-def libreoffice_help(page: bytes) -> Document:
+def libreoffice_help(page: bytes) -> DocumentLines:
     """The paragraphs and headings of one LibreOffice help page."""
     from selectolax.lexbor import LexborHTMLParser
 
@@ -40,7 +40,7 @@ def libreoffice_help(page: bytes) -> Document:
     return [node.text() for node in tree.css("#DisplayArea p, #DisplayArea h1, #DisplayArea h2, #DisplayArea h3")]
 
 
-def html(page: bytes) -> Document:
+def html(page: bytes) -> DocumentLines:
     """The paragraphs, headings and list items of any HTML page. Program listings, navigation and indexes are
     left out."""
     from selectolax.lexbor import LexborHTMLParser
@@ -55,7 +55,7 @@ def html(page: bytes) -> Document:
     return [node.text() for node in tree.css(_BLOCKS) if len(node.css(_BLOCKS)) == 1]
 
 
-def mallard(page: bytes) -> Document:
+def mallard(page: bytes) -> DocumentLines:
     """The titles and paragraphs of one Mallard page (GNOME help); an empty document where the XML is broken."""
     try:
         root = ElementTree.fromstring(page)
@@ -78,7 +78,7 @@ _RST_ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)\s*(?:<[^`>]*>)?`")
 _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 
 
-def rst(page: bytes) -> Document:
+def rst(page: bytes) -> DocumentLines:
     """The unindented paragraphs and list items of a reStructuredText page; directives, listings and tables
     are left out."""
     lines = []
@@ -214,7 +214,7 @@ def json_messages(text: bytes) -> dict[str, str]:
     return {key: value for key, value in json.loads(text).items() if isinstance(value, str)}
 
 
-def group(messages: Sequence[str]) -> list[Document]:
+def group(messages: Sequence[str]) -> list[DocumentLines]:
     """Consecutive messages gathered into documents of MESSAGES_PER_DOCUMENT."""
     return [
         list(messages[start : start + MESSAGES_PER_DOCUMENT])

@@ -16,7 +16,7 @@ LANGUAGE_TAGS: dict[str, str] = {"C": "en", "en-US": "en", "en-GB": "en", "hi-in
 
 
 @dataclass(frozen=True)
-class Source:
+class PackageSource:
     """Some files of one package.
 
     Attributes:
@@ -50,8 +50,8 @@ class Collection:
       minimum_bytes: how much training text every language must reach for the corpus to be worth having.
     """
 
-    train: tuple[Source, ...]
-    aligned: Source
+    train: tuple[PackageSource, ...]
+    aligned: PackageSource
     minimum_bytes: int
 
     @property
@@ -60,26 +60,28 @@ class Collection:
         return tuple(dict.fromkeys(source.package for source in (*self.train, self.aligned)))
 
 
-def _libreoffice_help(tag: str) -> Source:
+def _libreoffice_help(tag: str) -> PackageSource:
     package = f"libreoffice-help-{tag}"
-    return Source(
+    return PackageSource(
         package, "libreoffice-help", r"usr/share/libreoffice/help/(?P<language>[\w-]+)/text/.*\.html", "MPL-2.0"
     )
 
 
-def _libreoffice_messages(language: str) -> Source:
+def _libreoffice_messages(language: str) -> PackageSource:
     pattern = r"usr/lib/libreoffice/program/resource/(?P<language>\w+)/LC_MESSAGES/.*\.mo"
-    return Source(f"libreoffice-l10n-{language}", "mo", pattern, "MPL-2.0", english_from="ja")
+    return PackageSource(f"libreoffice-l10n-{language}", "mo", pattern, "MPL-2.0", english_from="ja")
 
 
-def _firefox(tag: str) -> Source:
-    return Source(
+def _firefox(tag: str) -> PackageSource:
+    return PackageSource(
         f"firefox-esr-l10n-{tag}", "xpi", r"usr/lib/firefox-esr/.*\.xpi", "MPL-2.0", language=LANGUAGE_TAGS[tag]
     )
 
 
-def _gettext(package: str, license: str, english_from: str | None = None, prefix: str = r"usr/share/locale") -> Source:
-    return Source(
+def _gettext(
+    package: str, license: str, english_from: str | None = None, prefix: str = r"usr/share/locale"
+) -> PackageSource:
+    return PackageSource(
         package, "mo", prefix + r"/(?P<language>fi|hi|ja|vi)/LC_MESSAGES/.*\.mo", license, english_from=english_from
     )
 
@@ -89,55 +91,61 @@ DEBIAN = Collection(
         *(_libreoffice_help(tag) for tag in ("en-us", "fi", "hi", "ja", "vi")),
         *(_libreoffice_messages(language) for language in ("fi", "hi", "ja", "vi")),
         *(_firefox(tag) for tag in ("fi", "hi-in", "ja", "vi")),
-        Source("gnome-user-docs", "mallard", r"usr/share/help/(?P<language>C|fi|hi|ja|vi)/.*\.page", "CC-BY-SA-3.0"),
-        Source("evolution-common", "mallard", r"usr/share/help/(?P<language>C|fi|hi|ja|vi)/.*\.page", "CC-BY-SA-3.0"),
+        PackageSource(
+            "gnome-user-docs", "mallard", r"usr/share/help/(?P<language>C|fi|hi|ja|vi)/.*\.page", "CC-BY-SA-3.0"
+        ),
+        PackageSource(
+            "evolution-common", "mallard", r"usr/share/help/(?P<language>C|fi|hi|ja|vi)/.*\.page", "CC-BY-SA-3.0"
+        ),
         _gettext("evolution-common", "LGPL-2.0-only OR LGPL-3.0-only", english_from="fi"),
         _gettext("gnucash-common", "GPL-2.0-or-later", english_from="ja"),
         _gettext("libgtk-3-common", "LGPL-2.1-or-later"),
         _gettext("krita-l10n", "GPL-2.0-or-later", english_from="ja"),
-        Source(
+        PackageSource(
             "debian-reference-en",
             "html",
             r"usr/share/debian-reference/ch\d+\.en\.html",
             "GPL-2.0-or-later",
             language="en",
         ),
-        Source(
+        PackageSource(
             "developers-reference",
             "html",
             r"usr/share/developers-reference/(?!index)[a-z0-9-]+\.html",
             "GPL-2.0-or-later",
             language="en",
         ),
-        Source("maint-guide", "html", r"usr/share/doc/maint-guide/html/.*\.html", "GPL-2.0-or-later", language="en"),
-        Source(
+        PackageSource(
+            "maint-guide", "html", r"usr/share/doc/maint-guide/html/.*\.html", "GPL-2.0-or-later", language="en"
+        ),
+        PackageSource(
             "debian-policy",
             "html",
             r"usr/share/doc/debian-policy/policy\.html/ch-[a-z-]+\.html",
             "GPL-2.0-or-later",
             language="en",
         ),
-        Source(
+        PackageSource(
             "maint-guide-vi", "html", r"usr/share/doc/maint-guide-vi/html/.*\.html", "GPL-2.0-or-later", language="vi"
         ),
-        Source(
+        PackageSource(
             "aptitude-doc-fi", "html", r"usr/share/doc/aptitude/html/fi/.*\.html", "GPL-2.0-or-later", language="fi"
         ),
     ),
-    aligned=Source(
+    aligned=PackageSource(
         "chromium-l10n", "pak", r"usr/lib/chromium/locales/(?P<language>en-GB|fi|hi|ja|vi)\.pak", "BSD-3-Clause"
     ),
     minimum_bytes=500_000,
 )
 
-_PLONE = Source(
+_PLONE = PackageSource(
     "plone-app-locales",
     "po",
     r"plone/app/locales/locales/(?P<language>fi|hi|ja|vi)/LC_MESSAGES/plone\.po",
     "GPL-2.0-only",
     english_from="hi",
 )
-_HOME_ASSISTANT = Source(
+_HOME_ASSISTANT = PackageSource(
     "home-assistant-frontend",
     "json",
     r"hass_frontend/static/translations/.*?(?P<language>en|fi|hi|ja|vi)-[0-9a-f]+\.json",
@@ -146,7 +154,7 @@ _HOME_ASSISTANT = Source(
 
 PYPI = Collection(
     train=(
-        Source("django", "rst", r"django-[^/]+/docs/.*\.txt", "BSD-3-Clause", language="en"),
+        PackageSource("django", "rst", r"django-[^/]+/docs/.*\.txt", "BSD-3-Clause", language="en"),
         _gettext("django", "BSD-3-Clause", english_from="fi", prefix=r"django-[^/]+/django/.*locale"),
         _gettext("sphinx", "BSD-2-Clause", english_from="ja", prefix=r"sphinx/locale"),
         _PLONE,

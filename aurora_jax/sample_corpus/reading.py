@@ -11,7 +11,7 @@ from aurora_jax.sample_corpus import extract
 from aurora_jax.sample_corpus.clean import clean_line, is_language
 from aurora_jax.sample_corpus.heldout import aligned_segments
 from aurora_jax.sample_corpus.packages import read_members
-from aurora_jax.sample_corpus.packages_table import LANGUAGE_TAGS, Source
+from aurora_jax.sample_corpus.packages_table import LANGUAGE_TAGS, PackageSource
 
 _PAGES = {
     "libreoffice-help": extract.libreoffice_help,
@@ -23,13 +23,13 @@ _PAGES = {
 CATALOGUES = frozenset({"mo", "po", "xpi", "json"})
 
 
-def read_documents(path: Path, source: Source) -> dict[str, list[extract.Document]]:
+def read_documents(path: Path, source: PackageSource) -> dict[str, list[extract.DocumentLines]]:
     """Language -> documents of clean lines in that language, in the order of the files' names.
 
     A page is a document. All messages of a package in one language come as a single document, to be grouped
     when duplicates are gone.
     """
-    documents: dict[str, list[extract.Document]] = defaultdict(list)
+    documents: dict[str, list[extract.DocumentLines]] = defaultdict(list)
     for _, match, content in read_members(path, source.pattern):
         tag = source.language or LANGUAGE_TAGS.get(match["language"])
         if tag is None:
@@ -44,7 +44,7 @@ def read_documents(path: Path, source: Source) -> dict[str, list[extract.Documen
     return {language: [lines for lines in rows if lines] for language, rows in sorted(cleaned.items())}
 
 
-def read_aligned(path: Path, source: Source) -> list[dict[str, str]]:
+def read_aligned(path: Path, source: PackageSource) -> list[dict[str, str]]:
     """The segments of the source that qualify in every language: see `heldout.aligned_segments`.
 
     Raises:
@@ -62,7 +62,7 @@ def read_aligned(path: Path, source: Source) -> list[dict[str, str]]:
     return aligned_segments(messages)
 
 
-def _messages(content: bytes, source: Source, language: str) -> dict[str, list[str]]:
+def _messages(content: bytes, source: PackageSource, language: str) -> dict[str, list[str]]:
     if source.kind == "xpi":
         return {language: extract.firefox_messages(content)}
     if source.kind == "json":
@@ -77,6 +77,6 @@ def _messages(content: bytes, source: Source, language: str) -> dict[str, list[s
     return messages
 
 
-def _clean(lines: extract.Document, language: str, message: bool) -> extract.Document:
+def _clean(lines: extract.DocumentLines, language: str, message: bool) -> extract.DocumentLines:
     cleaned = (clean_line(line, message=message) for line in lines)
     return [line for line in cleaned if is_language(line, language)]

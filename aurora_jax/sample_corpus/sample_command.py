@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +17,10 @@ from rich.table import Table
 from aurora_jax.errors import InputError
 from aurora_jax.languages import LANGUAGES
 from aurora_jax.sample_corpus import code, debian, pypi
-from aurora_jax.sample_corpus.build import VERSION, Manifest, build
+from aurora_jax.sample_corpus.build import VERSION, CorpusManifest, build
 from aurora_jax.sample_corpus.packages import Package
 from aurora_jax.sample_corpus.packages_table import DEBIAN, PYPI, Collection
+from aurora_jax.storage.atomic import new_folder
 
 Registry = Literal["debian", "pypi", "auto"]
 
@@ -47,7 +47,7 @@ class SampleCommand:
 
 def build_sample_corpus(
     directory: Path | str, *, sources: Registry = "auto", cache: Path | None = None, force: bool = False
-) -> Manifest:
+) -> CorpusManifest:
     """Build the corpus into `directory`, which appears complete or not at all; a complete one of this
     builder's version is reused.
 
@@ -62,7 +62,7 @@ def build_sample_corpus(
     """
     console = Console()
     directory = Path(os.path.abspath(directory))
-    existing = Manifest.read(directory)
+    existing = CorpusManifest.read(directory)
     if existing is not None and not force:
         stale = existing.version != VERSION or sources not in ("auto", existing.registry)
         if stale or not all((directory / name).is_file() for name in existing.sha256):
@@ -78,21 +78,11 @@ def build_sample_corpus(
         raise InputError(f"{directory} exists and is not a sample corpus; choose another folder or remove it.")
 
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora-jax" / "packages"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _progress(console) as progress,
-        tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch,
-    ):
+    with _progress(console) as progress, new_folder(directory) as unfinished:
         registry, collection, packages = _fetch(sources, cache, progress)
-        unfinished = Path(scratch, "corpus")
-        unfinished.mkdir()
-        manifest = build(
+        return build(
             unfinished, registry, collection, packages, itertools.chain(code.standard_library(), code.npm()), progress
         )
-        if directory.exists():
-            directory.rename(Path(scratch, "replaced"))
-        unfinished.rename(directory)
-    return manifest
 
 
 def _fetch(sources: Registry, cache: Path, progress: Progress) -> tuple[str, Collection, list[Package]]:
@@ -150,7 +140,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-def _table(manifest: Manifest) -> Table:
+def _table(manifest: CorpusManifest) -> Table:
     table = Table(
         title=f"sample corpus from {manifest.registry}", caption="manifest.json lists the sources and their licences"
     )

@@ -7,8 +7,6 @@ tokenizer works with this one.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import tyro
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.atomic import new_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -153,17 +152,10 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with new_folder(out) as unfinished:
         tokenizer.save(str(unfinished / "tokenizer.json"), pretty=False)
         _write_json(unfinished / "tokenizer_config.json", config)
         _write_json(unfinished / "special_tokens_map.json", special)
-        unfinished.chmod(0o755)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _documents(path: Path) -> list[str]:

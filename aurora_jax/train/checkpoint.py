@@ -10,10 +10,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from aurora_jax.checkpoints import format
-from aurora_jax.checkpoints.carried_files import encode_files
 from aurora_jax.checkpoints.format import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.carried_files import encode_files
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.processes import is_first
@@ -212,9 +213,7 @@ class RunCheckpoints:
 
     def describe(self) -> None:
         """Writes OUTPUT/run.json, the facts for people, and for a start that finds no checkpoint."""
-        unfinished = self._output / "run.json.partial"
-        unfinished.write_text(json.dumps(self._facts, indent=1) + "\n")
-        unfinished.replace(self._output / "run.json")
+        write_file(self._output / "run.json", json.dumps(self._facts, indent=1) + "\n")
 
     def _require_own_stage(self, path: Path, step: int) -> None:
         """Was it written by this run, at this step? One of a version that did not name its run is compared by what it

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from aurora_jax.checkpoints import format
-from aurora_jax.data.batches.loader import Stage as DataStage
-from aurora_jax.data.batches.loader import window_count
+from aurora_jax.data.batches.loader import DataStage, window_count
 from aurora_jax.data.batches.mixture import NAMED
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError

@@ -3,7 +3,6 @@
 import secrets
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 
 from aurora_jax.checkpoints import format as checkpoint_format
 from aurora_jax.checkpoints.format import CheckpointMetadata
-from aurora_jax.data.batches.loader import Loader, stage_over
-from aurora_jax.data.batches.loader import Stage as DataStage
+from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore, store_directory
 from aurora_jax.data.build.opening import open_stores
@@ -21,8 +19,8 @@ from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.model.config import ModelConfig
-from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
+from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import run_facts
@@ -30,10 +28,9 @@ from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
+from aurora_jax.train.program import Program
 from aurora_jax.train.samples import Sampler
-from aurora_jax.train.stages import learning_rate_schedule
-from aurora_jax.train.state import TrainState, make_random_state, make_state_around, shardings_of, state_shapes
-from aurora_jax.train.step import train_step_on_mesh
+from aurora_jax.train.state import TrainState
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
 from aurora_jax.train.wandb_run import import_wandb
@@ -59,24 +56,26 @@ def train(config: TrainConfig) -> TrainState:
     """
     if config.wandb_project:
         import_wandb()
-    schedule = learning_rate_schedule(config.stages)
     checkpoint_format.require_plain(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
-    # ---------------------------------------------------------------- Start: own run, given checkpoint, or
-    # random weights
+    # ---------------------------------------------------------------- Start: own run, given checkpoint, random weights
     start = choose_start(config)
     model, files, metadata = _describe_start(config, start.path)
     print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
 
+    # ---------------------------------------------------------------- Mesh, and whether it can do what is asked
+    mesh = make_mesh(config.mesh)
+    program = Program(config, model, mesh)
+    program.check()
+    print(
+        f"mesh: {dict(mesh.shape)}; attention: {config.compute.attention}; products: {config.compute.compute_dtype}",
+        flush=True,
+    )
+
     # ---------------------------------------------------------------- Data
     stages, stores, held_out = _open_data(config, files)
-    if config.data.sequence_length > model.longest_sequence:
-        raise InputError(
-            f"data.sequence_length is {config.data.sequence_length}, but the model has learned "
-            f"{model.max_positions} positions only."
-        )
     _check_vocabulary(model, {**held_out, **stores})
     loader = Loader(
         stores,
@@ -88,45 +87,26 @@ def train(config: TrainConfig) -> TrainState:
     )
     fingerprints = {task: store.info.fingerprint for task, store in stores.items()}
 
-    # ---------------------------------------------------------------- Mesh
-    mesh = make_mesh(config.mesh)
-    place_here = partial(place, mesh)
     rows = rows_of_this_process(mesh, config.data.batch_size)
-
-    # ---------------------------------------------------------------- Model, optimizer, step
-    compute = config.compute
-    print(f"mesh: {dict(mesh.shape)}; attention: {compute.attention}; products: {compute.compute_dtype}", flush=True)
-    train_step = train_step_on_mesh(
-        model,
-        compute,
-        config.optimizer,
-        mesh,
-        schedule,
-        isolate_documents=not config.data.attend_across_documents,
-        gather=config.mesh.gather,
-        dropout=config.dropout,
-        seed=config.seed,
-        tasks=len(loader.tasks),
-    )
+    program = replace(program, tasks=len(loader.tasks))
 
     # ---------------------------------------------------------------- State
-    shapes = state_shapes(model, config.optimizer, mesh)
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
     facts = run_facts(config, stages, stores, held_out)
     eos_ids = end_of_text_ids(metadata, files.contents, files.tokenizer)
-    sampler = Sampler(config.evaluation, model, compute, mesh, files.tokenizer, eos_ids)
+    sampler = Sampler(config.evaluation, model, config.compute, mesh, files.tokenizer, eos_ids)
     if start.kind != "resume":
         require_no_earlier_run(config.output, facts)
     run = f"{of_first(secrets.randbits(31)):08x}"
     checkpoints = RunCheckpoints(config, metadata, files.contents, facts, run)
     if start.kind == "resume":
-        state = checkpoints.restore(shapes)
+        state = checkpoints.restore(program.shapes)
     elif start.path is not None:
-        shardings = shardings_of(shapes).parameters
+        shardings = parameter_shardings(model, mesh)
         parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
-        state = make_state_around(model, config.optimizer, mesh)(parameters)
+        state = program.state_around(parameters)
     else:
-        state = make_random_state(model, config.optimizer, mesh, config.seed)()
+        state = program.random_state()
     first_step = int(jax.device_get(state.step))
     wait_for_all("folder found to be this run's")
     if is_first():
@@ -134,14 +114,11 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Evaluation
     evaluator = Evaluator(
-        structure_of(model.with_dropout(0.0), compute),
-        compute,
+        program.likelihood,
         held_out,
         files.tokenizer,
         batch_size=config.evaluation.batch_size,
         sequence_length=config.data.sequence_length,
-        attend_across_documents=config.data.attend_across_documents,
-        place=place_here,
     )
     ends, quick = config.ends, config.evaluation.quick_windows
     last_step = min(config.steps, config.stop_after or config.steps)
@@ -155,7 +132,6 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Train loop
     with (
-        jax.set_mesh(mesh),
         MetricsLog(config, throughput, first_step=first_step) as log,
         StepTrace(config.output / "profile", config.profile_steps) as step_trace,
         stop_requested() as stops,
@@ -207,7 +183,7 @@ def train(config: TrainConfig) -> TrainState:
         for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows):
             stage = loader.position(step)["stage"]
             with step_trace.before(step):
-                state, metrics = train_step(state, place_here(batch, rows, config.data.batch_size))
+                state, metrics = program.step(state, place(mesh, batch, rows, config.data.batch_size))
             step_trace.after(step, metrics)
             # Metrics are read one step late: the devices are busy with this step while the host looks at the
             # one before.
@@ -265,15 +241,17 @@ def _open_data(
     from aurora_jax.data.registry.tasks import mixture_rates, register
     from aurora_jax.data.registry.vocabulary import Vocabulary
 
-    register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
+    registry = register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
     judged = judged_on(config.evaluation, tasks)
     for split, its_tasks in (("train", tasks), ("validation", judged)):
         directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)
-    stores = open_stores(tasks, "train", config.data.stores, skip_missing=config.data.skip_missing)
-    held_out = open_stores(judged, "validation", config.data.stores)
+    recipes = [registry.recipe(task, "train") for task in tasks]
+    stores = open_stores(recipes, config.data.stores, skip_missing=config.data.skip_missing)
+    recipes = [registry.recipe(task, "validation") for task in dict.fromkeys(judged)]
+    held_out = open_stores(recipes, config.data.stores)
     for store in (*stores.values(), *held_out.values()):  # those that were built just now
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, {store.info.task: store.directory})
     for mixture, its_rates in rates.items():

@@ -12,10 +12,11 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary import DirectoryOutput, Writer
 
 from aurora_jax.data.look.show_page import harmless
-from aurora_jax.evaluate.bits_per_byte import Settings
+from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
@@ -123,7 +124,7 @@ class MetricsLog:
         step: int,
         stage: str,
         scores: Mapping[str, Mapping[str, float]],
-        settings: Settings,
+        settings: EvaluationSettings,
         samples: Sequence[Mapping[str, str]] = (),
         *,
         seconds: float,
@@ -231,5 +232,5 @@ def drop_from(path: Path, first_step: int) -> list[dict]:
     evaluated = {row["step"] for row in rows if row.get("complete")}
     kept = [row for row in rows if row["step"] + ("loss" in row) <= first_step]
     kept = [row for row in kept if "samples" not in row or row["step"] in evaluated]
-    path.write_bytes(b"".join(map(json_lines.line_of, kept)))
+    write_file(path, b"".join(map(json_lines.line_of, kept)))
     return kept

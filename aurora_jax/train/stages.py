@@ -80,7 +80,7 @@ class Stage:
 
     name: str
     mixture: str
-    """Name of a registered SeqIO mixture or task."""
+    """Name of a registered SeqIO mixture or task, or tasks with their rates: sample_fi=0.5,sample_en=0.5."""
     steps: int
     learning_rate: LearningRate | None = None
     """None: the schedule of the stage before goes on, as Aurora-M's second stage did."""

@@ -5,77 +5,23 @@ B batch, L sequence, A micro-batches, T tasks.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from aurora_jax.data.batches.loader import Batch
-from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.model.decoder import merge, structure_of
-from aurora_jax.model.division import WHOLE, Division
-from aurora_jax.model.loss import cross_entropy
-from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, TENSOR_AXIS, TENSOR_PARTIAL, flatten, nest
+from aurora_jax.model.division import Division
+from aurora_jax.model.likelihood import EVERYWHERE, GRID, on_mesh
+from aurora_jax.model.sharding import TABLE, TENSOR_AXIS, TENSOR_PARTIAL, flatten, nest
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.optimizer import adamw, clip
-from aurora_jax.train.state import TrainState, shardings_of, state_shapes
+from aurora_jax.train.state import TrainState
 
 AVERAGE_DECAY = 0.99
 SPIKE_WARMUP = 50
 """Accepted updates before the average of gradient norms is trusted to call one a spike."""
-
-
-def make_loss(
-    structure: nnx.GraphDef,
-    compute: ComputeConfig,
-    *,
-    z_loss: float,
-    isolate_documents: bool,
-    division: Division = WHOLE,
-) -> Callable:
-    """`loss(parameters, batch, total_weight, dropout_key, gathered_layers) -> (loss, nll_BL)`; see
-    `cross_entropy`. The batch is traced.
-
-    With a division the function runs inside `shard_map`, on one device's part of the parameters and of the
-    batch, and its loss is that part of the whole.
-    """
-    product_dtype = jnp.dtype(compute.compute_dtype)
-
-    def loss(
-        parameters: dict,
-        batch: Any,
-        total_weight: jax.Array,
-        dropout_key: jax.Array | None,
-        gathered_layers: dict | None = None,
-    ):
-        if division.fsdp:
-            # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
-            outside = {name: tree for name, tree in parameters.items() if name != "layers"}
-            gathered = division.gather(outside, dtype=product_dtype)
-            parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
-        decoder = merge(structure, parameters)
-        hidden_BLD = decoder(
-            batch.tokens_BL,
-            dropout_key=dropout_key,
-            gathered_layers=gathered_layers,
-            **batch.isolation(isolate_documents),
-        )
-        return cross_entropy(
-            division.enter(hidden_BLD),
-            decoder.token_embedding.embedding[...],
-            batch.targets_BL,
-            batch.loss_weights_BL,
-            total_weight,
-            dtype=product_dtype,
-            z_loss=z_loss,
-            vocabulary_axis=division.tensor,
-            vocabulary_size=decoder.config.vocabulary_size,
-        )
-
-    return loss
 
 
 def gradient_of(
@@ -137,12 +83,9 @@ def make_gradient(
     if mesh is None or mesh.size == 1:
         return partial(gradient_of, loss, micro_batches=micro_batches)
     division = Division.of(mesh)
-    rows, grid = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
-    batch_spec = Batch._make(rows if name == "task_ids_B" else grid for name in Batch._fields)
-    everywhere = (*BATCH_AXES, SEQUENCE_AXIS)
 
     def local(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
-        total_weight = jnp.maximum(jax.lax.psum(batch.loss_weights_BL.sum(), everywhere), 1.0)
+        total_weight = jnp.maximum(jax.lax.psum(batch.loss_weights_BL.sum(), EVERYWHERE), 1.0)
         key = None if dropout_key is None else division.dropout_key(dropout_key)
         loss_here = loss
         if gathered_once is not None:
@@ -154,24 +97,16 @@ def make_gradient(
             loss_here, parameters, batch, key, micro_batches=micro_batches, total_weight=total_weight
         )
         flat = {path: jax.lax.psum(gradient, _summed_axes(path)) for path, gradient in flatten(gradients).items()}
-        return jax.lax.psum(value, everywhere), nll_BL, nest(flat)
+        return jax.lax.psum(value, EVERYWHERE), nll_BL, nest(flat)
 
-    def gradient(parameters: dict, batch: Batch, dropout_key: jax.Array | None):
-        parameters_spec = nest({path: TABLE[path].partition for path in flatten(parameters)})
-        specs = (parameters_spec, batch_spec, PartitionSpec())
-        divided = jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), grid, parameters_spec), check_vma=False
-        )
-        return divided(parameters, batch, dropout_key)
-
-    return gradient
+    return on_mesh(local, mesh, lambda parameters_spec: (PartitionSpec(), GRID, parameters_spec))
 
 
 def _summed_axes(path: str) -> tuple[str, ...]:
     """Mesh axes over which a parameter's gradient is still to be added up when its layer's backward pass is done."""
     entries = (entry if isinstance(entry, tuple) else (entry,) for entry in TABLE[path].partition)
     scattered = {axis for entry in entries for axis in entry}
-    axes = tuple(axis for axis in (*BATCH_AXES, SEQUENCE_AXIS) if axis not in scattered)
+    axes = tuple(axis for axis in EVERYWHERE if axis not in scattered)
     return (*axes, TENSOR_AXIS) if path in TENSOR_PARTIAL else axes
 
 
@@ -222,43 +157,3 @@ def make_train_step(
         return state, metrics
 
     return train_step
-
-
-def train_step_on_mesh(
-    model: ModelConfig,
-    compute: ComputeConfig,
-    optimizer: OptimizerConfig,
-    mesh: Mesh,
-    schedule: optax.Schedule,
-    *,
-    isolate_documents: bool,
-    gather: Literal["layer", "step"],
-    dropout: float = 0.0,
-    seed: int = 0,
-    tasks: int = 1,
-) -> jax.stages.Wrapped:
-    """`make_train_step` of a run, to be compiled for its mesh: what `train` runs and `plan` asks the TPU
-    compiler about.
-
-    The state comes out where it went in, so its memory is used again and the second step is the program of the first.
-
-    Args:
-        schedule: learning rate of a step.
-        isolate_documents: documents of a sequence do not attend to each other.
-        gather: as in `MeshConfig`.
-        dropout: rate, in place of the model's own.
-        seed: of dropout.
-        tasks: of the mixture, for the metrics (T).
-    """
-    division = Division.of(mesh)
-    structure = structure_of(model.with_dropout(dropout), compute, division)
-    loss = make_loss(
-        structure, compute, z_loss=optimizer.z_loss, isolate_documents=isolate_documents, division=division
-    )
-    gradient = make_gradient(loss, optimizer.micro_batches, mesh, compute.compute_dtype if gather == "step" else None)
-    return jax.jit(
-        make_train_step(gradient, optimizer, schedule, dropout=dropout > 0, seed=seed, tasks=tasks),
-        donate_argnums=0,
-        out_shardings=(shardings_of(state_shapes(model, optimizer, mesh)), NamedSharding(mesh, PartitionSpec())),
-        compiler_options=dict(compute.compiler_options),
-    )

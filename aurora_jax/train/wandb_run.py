@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
 
 
@@ -31,7 +32,7 @@ class WandbRun:
         wandb = import_wandb()
         kept = config.output / "wandb.json"
         identity = json.loads(kept.read_text())["id"] if kept.is_file() else secrets.token_hex(8)
-        kept.write_text(json.dumps({"project": project, "id": identity}) + "\n")
+        write_file(kept, json.dumps({"project": project, "id": identity}) + "\n")
         self._run = wandb.init(
             project=project,
             name=config.output.name,

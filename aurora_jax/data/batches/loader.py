@@ -25,7 +25,7 @@ from aurora_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Stage:
+class DataStage:
     """A row of the stage table, as far as data goes.
 
     Attributes:
@@ -41,13 +41,13 @@ class Stage:
     block_size: int = DEFAULT_BLOCK_SIZE
 
 
-def stage_over(stores: Container[str], name: str, rates: Sequence[tuple[str, float]], steps: int) -> Stage:
+def stage_over(stores: Container[str], name: str, rates: Sequence[tuple[str, float]], steps: int) -> DataStage:
     """A stage of those tasks that have a store, with blocks that hold its smallest rate. Raises InputError if
     none has."""
     there = tuple((task, rate) for task, rate in rates if task in stores)
     if not there:
         raise InputError(f"stage {name!r}: none of its tasks has a store: {', '.join(task for task, _ in rates)}")
-    return Stage(name, there, steps, block_size_for([rate for _, rate in there]))
+    return DataStage(name, there, steps, block_size_for([rate for _, rate in there]))
 
 
 class Place(NamedTuple):
@@ -116,7 +116,7 @@ class Loader:
     def __init__(
         self,
         stores: Mapping[str, TokenStore],
-        stages: Sequence[Stage],
+        stages: Sequence[DataStage],
         *,
         batch_size: int,
         sequence_length: int,
@@ -246,7 +246,7 @@ class _PlacedStage:
     stage] their places in `Loader.tasks`.
     """
 
-    stage: Stage
+    stage: DataStage
     first_step: int
     before: np.ndarray
     mixture: BlockMixture
@@ -347,7 +347,9 @@ def _fill(batch: Batch, rows: np.ndarray, store: TokenStore, starts: np.ndarray,
     )
 
 
-def _check(stores: Mapping[str, TokenStore], stages: Sequence[Stage], batch_size: int, sequence_length: int) -> None:
+def _check(
+    stores: Mapping[str, TokenStore], stages: Sequence[DataStage], batch_size: int, sequence_length: int
+) -> None:
     if batch_size < 1 or sequence_length < 1:
         raise InputError(f"batch_size ({batch_size}) and sequence_length ({sequence_length}) must be at least 1")
     if not stages:

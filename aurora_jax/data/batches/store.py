@@ -25,7 +25,6 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import numpy as np
 import tensorstore as ts
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage.kvstore import context, kvstore_at
 
 ARRAYS = ("tokens", "ends", "offsets")
 TYPES = {"ends": np.dtype(bool), "learn": np.dtype(bool), "offsets": np.dtype(np.uint64)}
@@ -40,7 +40,7 @@ SHARD_ELEMENTS = 1 << 22  # one object in the bucket
 CHUNK_ELEMENTS = 1 << 14  # what a read decodes at least
 FORMAT = 3
 """Of the arrays. 3: chunks of zeros are stored."""
-CACHE_BYTES = 32 << 20  # of TensorStore's own cache (shards' indices), and of the chunks that windows are cut from
+CACHE_BYTES = 32 << 20  # of the chunks that windows are cut from
 
 _COUNTER = itertools.count()
 
@@ -110,7 +110,7 @@ class TokenStore:
         strict = {"fill_missing_data_reads": info.format < FORMAT}
         with _damage_named(directory):
             pending = {
-                name: ts.open(_spec(kvstore, name) | strict, open=True, read=True, context=_context())
+                name: ts.open(_spec(kvstore, name) | strict, open=True, read=True, context=context())
                 for name in (*ARRAYS, *(["learn"] if info.masked else []))
             }
             store = cls(str(directory), info, {name: future.result() for name, future in pending.items()})
@@ -282,16 +282,16 @@ def create_arrays(directory: str | Path, vocab_size: int, tokens: int, documents
             "metadata": _metadata(token_type(vocab_size) if name == "tokens" else TYPES[name], length)
         }
         try:
-            ts.open(spec, create=True, open=True, context=_context()).result()
+            ts.open(spec, create=True, open=True, context=context()).result()
         except ValueError:  # left by a build of something else
-            ts.open(spec, create=True, delete_existing=True, context=_context()).result()
+            ts.open(spec, create=True, delete_existing=True, context=context()).result()
 
 
 def write_range(directory: str | Path, name: str, start: int, values: np.ndarray) -> None:
     """Writes values [n] into an array from `start`, which is a shard's beginning: shards may be written in
     any order, by many workers."""
     spec = _spec(kvstore_at(directory), name) | {"store_data_equal_to_fill_value": True}
-    array = ts.open(spec, open=True, write=True, context=_context()).result()
+    array = ts.open(spec, open=True, write=True, context=context()).result()
     array[start : start + len(values)].write(values).result()
 
 
@@ -336,22 +336,6 @@ def read_info(directory: str | Path) -> StoreInfo | None:
         raise InputError(
             f"{directory}: store.json is not a store's description: {error}; delete the folder and build it again"
         ) from error
-
-
-@cache
-def _context() -> ts.Context:
-    """One cache of decoded chunks and one `memory://` for the process."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-
-
-def kvstore_at(directory: str | Path) -> ts.KvStore:
-    """The files of a folder: a local path, or a URL. Raises InputError if TensorStore does not know such a place."""
-    directory = str(directory).rstrip("/")
-    spec: Any = f"{directory}/" if "://" in directory else {"driver": "file", "path": f"{Path(directory).absolute()}/"}
-    try:
-        return ts.KvStore.open(spec, context=_context()).result()
-    except ValueError as error:
-        raise InputError(f"{directory}: not a place that TensorStore can open: {error}") from error
 
 
 def _spec(kvstore: ts.KvStore, name: str) -> dict[str, Any]:

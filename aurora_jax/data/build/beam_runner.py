@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from apache_beam import Pipeline
@@ -27,7 +28,7 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     Args:
         add: adds transforms to an empty pipeline.
         runner: `direct` is this machine.
-        workers: processes of the direct runner; with 1, the pipeline runs in this process.
+        workers: processes of the direct runner.
         options: of the runner, such as "--project=P".
 
     Raises:
@@ -38,24 +39,33 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        if runner == "direct":
-            mode = "in_memory" if workers == 1 else "multi_processing"
-            direct = (
-                f"--direct_running_mode={mode}",
-                f"--direct_num_workers={workers}",
-                "--default_sdk_harness_log_level=CRITICAL",
-            )
-            # Each worker's tokenizer has its share of the cores; on their own they would all take every core.
-            os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-            # By its class: by the name DirectRunner it may be Prism, which fetches a program over the network.
-            with Pipeline(FnApiRunner(), options=PipelineOptions([*direct, *options])) as root:
+        with errors_named():
+            if runner == "direct":
+                direct = (
+                    "--direct_running_mode=multi_processing",
+                    f"--direct_num_workers={workers}",
+                    "--default_sdk_harness_log_level=CRITICAL",
+                )
+                # Each worker's tokenizer has its share of the cores; on their own they would all take every core.
+                os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+                # By its class: by the name DirectRunner it may be Prism, which fetches a program over the network.
+                with Pipeline(FnApiRunner(), options=PipelineOptions([*direct, *options])) as root:
+                    add(root)
+                return
+            with Pipeline(RUNNERS[runner], options=PipelineOptions(list(options))) as root:
                 add(root)
-            return
-        with Pipeline(RUNNERS[runner], options=PipelineOptions(list(options))) as root:
-            add(root)
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def errors_named() -> Iterator[None]:
+    """Errors of whatever kind a runner makes of a worker's. Raises InputError where it was one, or a write failed."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # of whatever kind the runner makes of a worker's
+    except Exception as error:
         if failed := WRITE_FAILED.search(str(error)):
             raise InputError(
                 f"{failed['path']}: cannot be written: {failed['why']}; what is done is kept: make room and "
@@ -64,5 +74,3 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
         if found := OF_A_WORKER.search(str(error)):
             raise InputError(found["message"]) from error
         raise
-    finally:
-        logger.setLevel(level)

@@ -29,18 +29,19 @@ from aurora_jax.data.batches.store import (
     StoreInfo,
     create_arrays,
     finish,
-    kvstore_at,
     read_info,
     store_directory,
     token_type,
     write_range,
 )
-from aurora_jax.data.build.opening import check_sources
+from aurora_jax.data.build.checks import check_sources
+from aurora_jax.data.text.readers import Part
 from aurora_jax.data.text.recipe import Dropped, Recipe, Tokenized
-from aurora_jax.data.text.sources import Bad, Part
+from aurora_jax.data.text.sources import Bad
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.files import File, patterns_text
+from aurora_jax.storage.kvstore import kvstore_at
 
 CHUNK_TOKENS = 1 << 22
 
@@ -70,7 +71,7 @@ class PartResult(NamedTuple):
 
 
 @dataclass
-class Manifest:
+class PartManifest:
     """What became of a part (`manifest.json` in its folder)."""
 
     chunks: list[tuple[int, int]] = field(default_factory=list)
@@ -129,15 +130,15 @@ class TokenizePart(beam.DoFn):
         try:
             manifest = tokenize_part(job.recipe, part, folder)
         except InputError as error:
-            yield number, PartResult(place, key, asdict(Manifest(failure=str(error))))
+            yield number, PartResult(place, key, asdict(PartManifest(failure=str(error))))
             return
         folder.write(b"manifest.json", json.dumps(asdict(manifest)).encode()).result()
         yield number, PartResult(place, key, asdict(manifest))
 
 
-def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
+def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> PartManifest:
     """Writes the tokens of a part into `folder`, chunk by chunk. Raises InputError if the file cannot be read."""
-    manifest = Manifest(weight=part.weight)
+    manifest = PartManifest(weight=part.weight)
     digest = hashlib.sha256()
     bad: list[Bad] = []
     chunk: list[Tokenized] = []
@@ -173,7 +174,7 @@ def tokenize_part(recipe: Recipe, part: Part, folder: ts.KvStore) -> Manifest:
     return manifest
 
 
-def _write_chunk(folder: ts.KvStore, manifest: Manifest, documents: Sequence[Tokenized], vocab_size: int) -> None:
+def _write_chunk(folder: ts.KvStore, manifest: PartManifest, documents: Sequence[Tokenized], vocab_size: int) -> None:
     arrays = {
         "tokens": np.concatenate([document.ids for document in documents]).astype(token_type(vocab_size)),
         "lengths": np.array([len(document.ids) for document in documents], dtype=np.int64),
@@ -215,7 +216,9 @@ class PlanStore(beam.DoFn):
     def process(self, element: tuple[int, Iterable[PartResult]]) -> Iterator[ShardJob]:
         number, results = element
         job = self.jobs[number]
-        parts = {result.key: Manifest(**result.manifest) for result in sorted(results, key=lambda result: result.place)}
+        parts = {
+            result.key: PartManifest(**result.manifest) for result in sorted(results, key=lambda result: result.place)
+        }
         report = make_report(job, list(parts.values()))
         folder = kvstore_at(job.directory)
         rejected = [
@@ -349,7 +352,7 @@ def delete_parts(directory: str) -> None:
     ).result()  # "0" is the character after "/"
 
 
-def make_report(job: StoreJob, manifests: Sequence[Manifest]) -> dict[str, Any]:
+def make_report(job: StoreJob, manifests: Sequence[PartManifest]) -> dict[str, Any]:
     """What was read, kept, dropped and bad; `refused` says why no store is made of it, if so."""
     kept: dict[str, list[int]] = {}
     dropped: Counter[str] = Counter()
@@ -396,12 +399,9 @@ def make_report(job: StoreJob, manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 def pipeline(root: beam.Pipeline, jobs: Sequence[StoreJob]) -> beam.PCollection:
     """Builds the stores of `jobs`; the result are the directories of those that are complete."""
-    work = [(number, file) for number, job in enumerate(jobs) for file in range(len(job.files))]
-    # The largest first: the last one running should be a small one.
-    work.sort(key=lambda element: -jobs[element[0]].files[element[1]].size)
     return (
         root
-        | "files" >> beam.Create(work)
+        | "files" >> beam.Create(_files_of(jobs))
         | "spread files" >> beam.Reshuffle()
         | "divide" >> beam.ParDo(Divide(jobs))
         | "spread parts" >> beam.Reshuffle()
@@ -413,6 +413,26 @@ def pipeline(root: beam.Pipeline, jobs: Sequence[StoreJob]) -> beam.PCollection:
         | "wait for shards" >> beam.GroupByKey()
         | "complete" >> beam.ParDo(Complete(jobs))
     )
+
+
+def run_here(jobs: Sequence[StoreJob]) -> None:
+    """The pipeline's steps one after the other in this process, without a runner: Beam's takes seconds for the smallest
+    corpus, and in a notebook looks for its own extras."""
+    results: dict[int, list[PartResult]] = {}
+    for element in _files_of(jobs):
+        for part in Divide(jobs).process(element):
+            for number, result in TokenizePart(jobs).process(part):
+                results.setdefault(number, []).append(result)
+    for number, parts in results.items():
+        shards = [shard for job in PlanStore(jobs).process((number, parts)) for shard in WriteShard(jobs).process(job)]
+        if shards:
+            list(Complete(jobs).process((number, [count for _, count in shards])))
+
+
+def _files_of(jobs: Sequence[StoreJob]) -> list[tuple[int, int]]:
+    """(store, file) numbers, the largest first: the last one running should be a small one."""
+    work = [(number, file) for number, job in enumerate(jobs) for file in range(len(job.files))]
+    return sorted(work, key=lambda element: -jobs[element[0]].files[element[1]].size)
 
 
 def jobs_for(

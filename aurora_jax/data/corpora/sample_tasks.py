@@ -4,9 +4,13 @@
     sample_clean_{language}   DIR/clean/{language}.jsonl; the same validation split
     nano_base, nano_cap, nano_cat   the mixtures of `MIXTURES`
 
+Any folder of that layout is such a corpus, and any name of a file in it a language: `sample_sw` reads
+DIR/train/sw.jsonl.
+
 Use them through the token store: SeqIO's packing would take token 0 for padding.
 """
 
+import re
 from collections.abc import Mapping
 
 from aurora_jax.data.text.sources import Source, TaskSpec
@@ -23,19 +27,33 @@ MIXTURES: Mapping[str, Mapping[str, float]] = {
 }
 
 
+PARTS = {"sample": "train", "sample_clean": "clean"}
+"""What tasks are called -> the folder in which their documents are."""
+
+
 def sample_tasks(root: str) -> list[TaskSpec]:
     """The tasks over the sample corpus in the folder `root`."""
-    return [
-        TaskSpec(
-            f"{prefix}_{language}",
-            Source(
-                {"train": (f"{root}/{part}/{language}.jsonl",), "validation": (f"{root}/heldout/{language}.jsonl",)},
-                "jsonl",
-                fields={"language": "language"},
-                language=language,
-                license="of the packages in manifest.json",
-            ),
-        )
-        for prefix, part in (("sample", "train"), ("sample_clean", "clean"))
-        for language in LANGUAGES
-    ]
+    return [_task(root, prefix, language) for prefix in PARTS for language in LANGUAGES]
+
+
+def sample_task(root: str, name: str) -> TaskSpec | None:
+    """The task of that name over a corpus in the folder `root`, of whatever language; None if the name is not of the
+    form `sample_...`."""
+    found = re.fullmatch(r"(sample_clean|sample)_([\w-]+)", name)
+    return found and _task(root, *found.groups())
+
+
+def _task(root: str, prefix: str, language: str) -> TaskSpec:
+    return TaskSpec(
+        f"{prefix}_{language}",
+        Source(
+            {
+                "train": (f"{root}/{PARTS[prefix]}/{language}.jsonl",),
+                "validation": (f"{root}/heldout/{language}.jsonl",),
+            },
+            "jsonl",
+            fields={"language": "language"},
+            language=language,
+            license="of the packages in manifest.json",
+        ),
+    )

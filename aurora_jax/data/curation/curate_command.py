@@ -18,7 +18,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from aurora_jax.data.batches.store import kvstore_at
 from aurora_jax.data.build import beam_runner
 from aurora_jax.data.build.beam_runner import Runner
 from aurora_jax.data.curation import pipeline, report
@@ -27,7 +26,9 @@ from aurora_jax.data.curation.hooks import load_word_lists, parse_classifier, pa
 from aurora_jax.data.curation.thresholds import load_thresholds
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.atomic import new_folder
 from aurora_jax.storage.files import File, below, find_each
+from aurora_jax.storage.kvstore import kvstore_at
 
 _INPUT = re.compile(r"(?P<name>[\w.-]+)=(?P<pattern>.+)")
 _POLL_SECONDS = 0.5
@@ -127,7 +128,7 @@ def curate(command: CurateCommand) -> report.Report:
     return curated
 
 
-def _settings(command: CurateCommand) -> pipeline.Settings:
+def _settings(command: CurateCommand) -> pipeline.CurationSettings:
     if not 0.1 <= command.similarity <= 1:
         raise InputError(f"--similarity {command.similarity}: must lie between 0.1 and 1.")
     for name, value in (("samples", command.samples), ("shards", command.shards), ("workers", command.workers)):
@@ -151,7 +152,7 @@ def _settings(command: CurateCommand) -> pipeline.Settings:
         raise InputError(
             f"{twice}: two evaluation files have this name; rename one, so that the report can tell them apart."
         )
-    return pipeline.Settings(
+    return pipeline.CurationSettings(
         thresholds, word_lists, hooks, tuple(evaluation), command.similarity, command.samples, command.shards
     )
 
@@ -197,15 +198,11 @@ def _destination(output: str) -> Iterator[str]:
     destination = Path(os.path.abspath(output))
     if destination.exists():
         raise InputError(f"{output} exists already; remove it or choose another folder.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
-        unfinished = Path(scratch, "curated")
-        unfinished.mkdir()
+    with new_folder(destination) as unfinished:
         yield str(unfinished)
-        unfinished.rename(destination)
 
 
-def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.Settings, output: str) -> None:
+def _run(command: CurateCommand, files: list[InputPart], settings: pipeline.CurationSettings, output: str) -> None:
     if command.runner != "direct":
         add = functools.partial(pipeline.build, files=files, settings=settings, output=output, progress=None)
         beam_runner.run(add, command.runner, command.workers, command.beam_options)
@@ -255,7 +252,7 @@ def _take(output: str, file: str) -> list[Any]:
     return lines
 
 
-def _described(settings: pipeline.Settings) -> dict[str, Any]:
+def _described(settings: pipeline.CurationSettings) -> dict[str, Any]:
     """The settings as JSON, without paths of this machine."""
     return {
         "thresholds": {

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part, Source
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.sources import Bad, Source
 
 JSON_LINES = Source({}, "jsonl")
 
@@ -26,7 +27,7 @@ class InputPart:
 
 
 @dataclass(frozen=True)
-class Document:
+class CuratedDocument:
     """A document on its way through the filters.
 
     Attributes:
@@ -51,7 +52,7 @@ class NotADocument(ValueError):
     """A record is not a document; the message says why."""
 
 
-def read_part(file: InputPart, languages: Collection[str]) -> Iterator[Document | Bad]:
+def read_part(file: InputPart, languages: Collection[str]) -> Iterator[CuratedDocument | Bad]:
     """The documents of a part, in order; records that are none come as what they are, named by their key."""
     for place, _, record in JSON_LINES.records(file.part):
         key = f"{file.input}/{file.name}:{place:015d}"
@@ -64,7 +65,7 @@ def read_part(file: InputPart, languages: Collection[str]) -> Iterator[Document 
             yield Bad(key, str(error), repr(record)[:EXCERPT])
 
 
-def parse(key: str, input: str, record: Mapping[str, Any], languages: Collection[str]) -> Document:
+def parse(key: str, input: str, record: Mapping[str, Any], languages: Collection[str]) -> CuratedDocument:
     """The document of a record. `source` is the input's name where the record has none.
 
     Raises:
@@ -79,4 +80,4 @@ def parse(key: str, input: str, record: Mapping[str, Any], languages: Collection
         raise NotADocument("not UTF-8") from None
     if record["language"] not in languages:
         raise NotADocument(f"there are no thresholds for language {record['language']!r}")
-    return Document(key, record["language"], record["text"], {"source": input} | dict(record))
+    return CuratedDocument(key, record["language"], record["text"], {"source": input} | dict(record))

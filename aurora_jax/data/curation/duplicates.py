@@ -35,7 +35,7 @@ _FALSE_POSITIVE_WEIGHT, _FALSE_NEGATIVE_WEIGHT = 0.01, 0.99
 
 
 @dataclass(frozen=True, order=True)
-class Node:
+class ClusterNode:
     """A document in the graph of duplicates; of several the first in this order is kept: the longest, then
     the first by key."""
 
@@ -105,7 +105,7 @@ def pairs(bucket: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield key, other
 
 
-def losers(edges: Sequence[tuple[Node, Node]]) -> Iterator[tuple[str, str]]:
+def losers(edges: Sequence[tuple[ClusterNode, ClusterNode]]) -> Iterator[tuple[str, str]]:
     """(key of a document that goes, key of the one that stays in its stead) for each component of the graph
     of duplicates."""
     from scipy.sparse import coo_array
@@ -118,7 +118,7 @@ def losers(edges: Sequence[tuple[Node, Node]]) -> Iterator[tuple[str, str]]:
     rows, columns = zip(*((numbers[node], numbers[other]) for node, other in edges), strict=True)
     graph = coo_array((np.ones(len(edges), dtype=np.int8), (rows, columns)), shape=(len(nodes), len(nodes)))
     _, component_of = connected_components(graph, directed=False)
-    kept: dict[int, Node] = {}
+    kept: dict[int, ClusterNode] = {}
     for node, component in zip(nodes, component_of.tolist(), strict=True):
         winner = kept.setdefault(component, node)
         if winner is not node:

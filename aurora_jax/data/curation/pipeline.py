@@ -22,10 +22,9 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 
-from aurora_jax.data.batches.store import kvstore_at
 from aurora_jax.data.curation import duplicates, pii
 from aurora_jax.data.curation.contamination import EvaluationIndex, read_items
-from aurora_jax.data.curation.documents import Document, InputPart, read_part
+from aurora_jax.data.curation.documents import CuratedDocument, InputPart, read_part
 from aurora_jax.data.curation.filters import LANGUAGE, language_rejection, measure
 from aurora_jax.data.curation.hooks import Hook
 from aurora_jax.data.curation.thresholds import Thresholds
@@ -33,6 +32,7 @@ from aurora_jax.data.curation.units import hash_units, normalize, split_units
 from aurora_jax.data.text.sources import Bad
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.files import open_stream
+from aurora_jax.storage.kvstore import kvstore_at
 
 CONTAMINATION = "contamination"
 EXACT_DUPLICATES = "exact_duplicates"
@@ -51,13 +51,13 @@ _SAMPLE_CHARACTERS = 2000
 BATCH_BYTES = 1 << 21
 
 # (file below the output, place in the file, line)
-Row = tuple[str, tuple[str, ...], str]
+OutputRow = tuple[str, tuple[str, ...], str]
 # What is counted: ("documents", language, filter) or ("redacted", language, kind) or ("quarantined", input, reason).
 Counted = tuple[tuple[str, str, str], tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class CurationSettings:
     """What decides which documents stay; workers get it whole.
 
     Attributes:
@@ -83,13 +83,13 @@ class Settings:
 class Rejection:
     """A document that a filter turned away, and why."""
 
-    document: Document
+    document: CuratedDocument
     filter: str
     why: str
 
 
 def build(
-    pipeline: beam.Pipeline, files: list[InputPart], settings: Settings, output: str, progress: str | None
+    pipeline: beam.Pipeline, files: list[InputPart], settings: CurationSettings, output: str, progress: str | None
 ) -> None:
     """Add the whole pipeline; running it writes all files below `output`.
 
@@ -154,7 +154,7 @@ def build(
 class _Split:
     """A document with its units and their hashes (uint64 [U]), which several filters look at."""
 
-    document: Document
+    document: CuratedDocument
     units: list[str]
     unit_U: np.ndarray
 
@@ -162,7 +162,7 @@ class _Split:
 class _Filter(beam.DoFn):
     """All that needs one document at a time. Documents go through the hooks some megabytes at a time."""
 
-    def __init__(self, settings: Settings, progress: str | None):
+    def __init__(self, settings: CurationSettings, progress: str | None):
         self._settings = settings
         self._progress = progress
 
@@ -196,7 +196,7 @@ class _Filter(beam.DoFn):
         for split in documents:
             yield from self._decontaminate_and_redact(split)
 
-    def _measure(self, document: Document) -> Generator[Any, None, list[_Split]]:
+    def _measure(self, document: CuratedDocument) -> Generator[Any, None, list[_Split]]:
         """Rejects a document by language or heuristics, or returns it; gives out its metrics."""
         thresholds = self._settings.thresholds[document.language]
         why = language_rejection(document.text, document.language, thresholds)
@@ -228,7 +228,7 @@ class _Filter(beam.DoFn):
         text, redacted = pii.redact(document.text, document.language)
         for kind, count in redacted.items():
             yield beam.pvalue.TaggedOutput("counts", (("redacted", document.language, kind), (count, 1)))
-        yield Document(document.key, document.language, text, document.record)
+        yield CuratedDocument(document.key, document.language, text, document.record)
 
 
 def _score(hook: Hook, documents: list[_Split]) -> Generator[Any, None, list[_Split]]:
@@ -271,7 +271,7 @@ def _without_exact_duplicates(documents: beam.PCollection) -> tuple[beam.PCollec
     return split.kept, split.rejected
 
 
-def _keep_one(_: bytes, equals: Iterable[Document]) -> Iterator[Any]:
+def _keep_one(_: bytes, equals: Iterable[CuratedDocument]) -> Iterator[Any]:
     first, *others = sorted(equals, key=_node)
     yield first
     for document in others:
@@ -320,7 +320,9 @@ def _without_near_duplicates(
     return split.kept, split.rejected
 
 
-def _send_to_second(_: str, joined: Mapping[str, Iterable[Any]]) -> Iterator[tuple[str, tuple[duplicates.Node, str]]]:
+def _send_to_second(
+    _: str, joined: Mapping[str, Iterable[Any]]
+) -> Iterator[tuple[str, tuple[duplicates.ClusterNode, str]]]:
     (document,) = joined["documents"]
     for other in joined["others"]:
         yield other, (_node(document), document.text)
@@ -328,7 +330,7 @@ def _send_to_second(_: str, joined: Mapping[str, Iterable[Any]]) -> Iterator[tup
 
 def _compare(
     _: str, joined: Mapping[str, Iterable[Any]], similarity: float
-) -> Iterator[tuple[duplicates.Node, duplicates.Node]]:
+) -> Iterator[tuple[duplicates.ClusterNode, duplicates.ClusterNode]]:
     (document,) = joined["documents"]
     shingle_G = None
     for node, text in joined["others"]:
@@ -343,15 +345,15 @@ def _drop_losers(_: str, joined: Mapping[str, Iterable[Any]]) -> Iterator[Any]:
     yield _rejected(document, NEAR_DUPLICATES, f"nearly equal to {stays[0]}") if stays else document
 
 
-def _node(document: Document) -> duplicates.Node:
-    return duplicates.Node(-len(document.text), document.key)
+def _node(document: CuratedDocument) -> duplicates.ClusterNode:
+    return duplicates.ClusterNode(-len(document.text), document.key)
 
 
-def _rejected(document: Document, filter: str, why: str) -> beam.pvalue.TaggedOutput:
+def _rejected(document: CuratedDocument, filter: str, why: str) -> beam.pvalue.TaggedOutput:
     return beam.pvalue.TaggedOutput("rejected", Rejection(document, filter, why))
 
 
-def _counted(document: Document, filter: str) -> Counted:
+def _counted(document: CuratedDocument, filter: str) -> Counted:
     return ("documents", document.language, filter), (1, document.size)
 
 
@@ -363,7 +365,7 @@ def _sum_pairs(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return documents, size
 
 
-def _draw(document: Document) -> str:
+def _draw(document: CuratedDocument) -> str:
     """A number drawn for a document, the same in every run and on every worker."""
     return hashlib.sha256(document.key.encode()).hexdigest()
 
@@ -372,11 +374,11 @@ def _draw_of(drawn: tuple[str, Rejection]) -> str:
     return drawn[0]
 
 
-def _count_row(key: tuple[str, str, str], count: tuple[int, int]) -> Row:
+def _count_row(key: tuple[str, str, str], count: tuple[int, int]) -> OutputRow:
     return COUNTS_FILE, key, _json([*key, *count])
 
 
-def _sample_row(rejection: Rejection) -> Row:
+def _sample_row(rejection: Rejection) -> OutputRow:
     """A rejected document for people to look at, without what must not be shown."""
     document = rejection.document
     text, _ = pii.redact(document.text[:_SAMPLE_CHARACTERS], document.language)
@@ -390,7 +392,7 @@ def _sample_row(rejection: Rejection) -> Row:
     return f"rejected/{rejection.filter}.jsonl", (document.language, document.key), _json(fields)
 
 
-def _document_row(document: Document, shards: int) -> Row:
+def _document_row(document: CuratedDocument, shards: int) -> OutputRow:
     """The record with its redacted text. With several shards a document's is drawn, so that each is a fair
     part of the whole."""
     name = document.language

@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from aurora_jax.data.look.describe import TaskRow, rate_text, shares
+from aurora_jax.data.look.inventory import TaskRow, rate_text, shares
 from aurora_jax.errors import InputError
 from aurora_jax.languages import colours_of
 

@@ -7,6 +7,7 @@ target, with loss or without.
 """
 
 import codecs
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.text import Text
 from aurora_jax.data.batches.loader import Loader, Place, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore
-from aurora_jax.data.look.describe import rates_of
+from aurora_jax.data.look.inventory import rates_of
 from aurora_jax.data.look.show_page import harmless, page
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_from
 from aurora_jax.errors import InputError
@@ -31,7 +32,7 @@ codecs.register_error(PARTIAL_BYTES, lambda error: (PARTIAL, error.end if isinst
 STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red")
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """Tokens that are shown together: one, or several that make up characters only together, or a special one.
 
     Attributes:
@@ -53,7 +54,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class ShownRow:
     """One row of a batch.
 
     Attributes:
@@ -61,7 +62,7 @@ class Row:
         number: of the row in the batch.
         place: where it comes from.
         language: of its task's store.
-        runs: its tokens.
+        spans: its tokens.
         targets: how many positions have a target.
         learnt: how many of the targets have loss.
         padding: positions after the end of the store.
@@ -71,16 +72,25 @@ class Row:
     number: int
     place: Place
     language: str
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
     targets: int
     learnt: int
     padding: int
+
+    def page(self, title: str) -> str:
+        """A page of HTML that shows it."""
+        return page(f"{title}, step {self.step}, row {self.number}", self.facts, self.spans)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        content = html.escape(self.page(self.place.task))
+        return f'<iframe srcdoc="{content}" width="100%" height="420"></iframe>'
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
         """What to say of it, as (name, value) pairs."""
         place = self.place
-        documents = len({run.document for run in self.runs})
+        documents = len({span.document for span in self.spans})
         epoch = place.epoch + place.turn / place.windows
         return (
             ("step", f"{self.step:,} (step {place.stage_step:,} of stage {place.stage})"),
@@ -136,8 +146,20 @@ class ShowCommand:
     """(name, mixture, steps) of a config's stages."""
 
     def run(self) -> None:
-        """Raises InputError: no such mixture, step or row, missing stores, or another tokenizer than that of
-        the stores."""
+        """Raises InputError as `read` does."""
+        console = Console()
+        row = self.read(console)
+        print_row(row, console)
+        if self.html is not None:
+            self.html.write_text(row.page(self.what))
+            console.print(f"page: {self.html}", highlight=False)
+
+    def read(self, console: Console) -> ShownRow:
+        """The row; what a mixture lacks is said on the console.
+
+        Raises:
+            InputError: no such mixture, step or row, missing stores, or another tokenizer than that of the stores.
+        """
         if self.tokenizer is None:
             raise InputError("give --tokenizer: the tokenizer.json that the stores were made with, or its folder")
         tokenizer = tokenizer_from(self.tokenizer)
@@ -146,7 +168,6 @@ class ShowCommand:
         stores = _open(
             self.stores, {task for its_rates in rates.values() for task, _ in its_rates}, tokenizer, self.skip_missing
         )
-        console = Console()
         for mixture, its_rates in rates.items():
             if absent := left_out(mixture, its_rates, stores):
                 console.print(absent, style="yellow", highlight=False, markup=False)
@@ -158,11 +179,7 @@ class ShowCommand:
             seed=self.seed,
             attend_across_documents=self.attend_across_documents,
         )
-        row = read_row(loader, stores, tokenizer, self.step, self.row)
-        print_row(row, console)
-        if self.html is not None:
-            self.html.write_text(page(f"{self.what}, step {self.step}, row {self.row}", row.facts, row.runs))
-            console.print(f"page: {self.html}", highlight=False)
+        return read_row(loader, stores, tokenizer, self.step, self.row)
 
 
 def _open(root: str, tasks: set[str], tokenizer: Tokenizer, skip_missing: bool) -> dict[str, TokenStore]:
@@ -187,7 +204,7 @@ def _open(root: str, tasks: set[str], tokenizer: Tokenizer, skip_missing: bool) 
     return stores
 
 
-def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokenizer, step: int, row: int) -> Row:
+def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokenizer, step: int, row: int) -> ShownRow:
     """A row of the loader's batch, decoded. Raises InputError: there is no such step or row."""
     try:
         place = loader.place(step, row)
@@ -201,38 +218,40 @@ def read_row(loader: Loader, stores: Mapping[str, TokenStore], tokenizer: Tokeni
     loss = np.concatenate([[False], batch.loss_weights_BL[0, :length] > 0])
     ends = store.window_ends(np.array([place.start]), length + 1)[0]
     documents = np.concatenate([[0], np.cumsum(ends)[:-1]])
-    runs = tuple(runs_of(ids.tolist(), loss.tolist(), documents.tolist(), tokenizer))
-    return Row(step, row, place, store.info.language, runs, length, int(loss.sum()), padding)
+    spans = tuple(spans_of(ids.tolist(), loss.tolist(), documents.tolist(), tokenizer))
+    return ShownRow(step, row, place, store.info.language, spans, length, int(loss.sum()), padding)
 
 
-def runs_of(ids: Sequence[int], loss: Sequence[bool], documents: Sequence[int], tokenizer: Tokenizer) -> Iterator[Run]:
-    """Tokens in the shortest runs that are whole characters."""
+def spans_of(
+    ids: Sequence[int], loss: Sequence[bool], documents: Sequence[int], tokenizer: Tokenizer
+) -> Iterator[Span]:
+    """Tokens in the shortest spans that are whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors=PARTIAL_BYTES)
-    first, text = 0, ""  # of the run that has begun
+    first, text = 0, ""  # of the span that has begun
 
-    def run(end: int, special: bool = False) -> Run:
-        return Run(text, tuple(ids[first:end]), first, documents[first], any(loss[first:end]), special)
+    def span(end: int, special: bool = False) -> Span:
+        return Span(text, tuple(ids[first:end]), first, documents[first], any(loss[first:end]), special)
 
     for place, i in enumerate(ids):
         name = tokenizer.special_name(i)
         if name is not None:
             text += decoder.decode(b"", final=True)
             if place > first:
-                yield run(place)
+                yield span(place)
             first, text = place, name
-            yield run(place + 1, special=True)
+            yield span(place + 1, special=True)
         else:
             text += decoder.decode(tokenizer.token_bytes(i))
             if decoder.getstate()[0]:  # bytes of a character that is not whole yet
                 continue
-            yield run(place + 1)
+            yield span(place + 1)
         first, text = place + 1, ""
     text += decoder.decode(b"", final=True)
     if first < len(ids):
-        yield run(len(ids))
+        yield span(len(ids))
 
 
-def print_row(row: Row, console: Console) -> None:
+def print_row(row: ShownRow, console: Console) -> None:
     """Prints a row: facts, then its tokens in colours."""
     for name, value in row.facts:
         console.print(f"[bold]{name:>9}[/bold]  ", end="")
@@ -244,11 +263,11 @@ def print_row(row: Row, console: Console) -> None:
     legend.append("… ").append("no loss", style="dim underline").append("  ").append("special token", style="reverse")
     console.print(legend)
     text = Text()
-    for run in row.runs:
+    for span in row.spans:
         style = (
-            STYLES[run.document % len(STYLES)]
-            + ("" if run.loss else " dim underline")
-            + (" reverse" if run.special else "")
+            STYLES[span.document % len(STYLES)]
+            + ("" if span.loss else " dim underline")
+            + (" reverse" if span.special else "")
         )
-        text.append(harmless(run.text), style=style)
+        text.append(harmless(span.text), style=style)
     console.print(text, soft_wrap=True)

@@ -16,17 +16,20 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, task_specs
+from aurora_jax.data.corpora.catalogue import MIXTURES, absolute, stated_rates, task_spec, task_specs
+from aurora_jax.data.corpora.sample_tasks import sample_task
 from aurora_jax.data.registry.vocabulary import Vocabulary
 from aurora_jax.data.text.documents import Document, DocumentStep, Piece
-from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, describe
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part, Source
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.recipe import Preparation, Recipe, Tokenized, class_name, describe
+from aurora_jax.data.text.sources import Bad, Source, TaskSpec
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File, find
 
@@ -152,11 +155,10 @@ class DatasetReader:
     def described(self) -> tuple[Any, ...]:
         """What the fingerprint holds of it."""
         source = self.source
-        what = (type(source).__module__, type(source).__qualname__)
         own: Any = (
             source.source.described() if isinstance(source, FileSource) else repr(getattr(source, "tfds_dataset", ""))
         )
-        return (*what, own, *map(describe, self.steps))
+        return (*class_name(source), own, *map(describe, self.steps))
 
 
 def _dataset(documents: Callable[[], Iterable[Document]]) -> tf.data.Dataset:
@@ -190,7 +192,7 @@ def _document(example: dict[str, Any], where: str = "") -> Document | Bad:
 
 
 def recipe_of(task_name: str, split: str) -> Recipe:
-    """The recipe of a registered task.
+    """The recipe of a task that stands in SeqIO's registry; `Registry.recipe` knows ours with its own tokenizer.
 
     Its preprocessors must be steps on datasets (with no argument but the dataset), then `Prepare`, or SeqIO's
     `tokenize` and, if wanted, `append_eos`.
@@ -198,12 +200,7 @@ def recipe_of(task_name: str, split: str) -> Recipe:
     Raises:
         InputError: no such task or split, other preprocessors, or a vocabulary that has no digest.
     """
-    if task_name not in seqio.TaskRegistry.names():
-        raise InputError(
-            f"no SeqIO task is named {task_name!r}; registered are: "
-            f"{', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}"
-        )
-    task = seqio.TaskRegistry.get(task_name)
+    task = _registered_task(task_name)
     if split not in task.splits:
         raise InputError(f"task {task_name} has no split {split!r}; it has: {', '.join(task.splits)}")
     feature = task.output_features["targets"]
@@ -243,64 +240,110 @@ def recipe_of(task_name: str, split: str) -> Recipe:
     return Recipe(task_name, split, reader, document_steps, feature.vocabulary.tokenizer, append_eos)
 
 
-def having_split(split: str, task_names: Iterable[str]) -> list[str]:
-    """Those of some registered tasks that have a split, in their order."""
-    return [name for name in task_names if split in seqio.TaskRegistry.get(name).splits]
+def having_split(split: str, tasks: Iterable[str]) -> list[str]:
+    """Those of some tasks that have a split, in their order; those over a corpus have it if its files are there."""
+    registered = seqio.TaskRegistry.names()
+    return [task for task in tasks if task not in registered or split in seqio.TaskRegistry.get(task).splits]
 
 
-def mixture_rates(mixture_name: str) -> tuple[tuple[str, float], ...]:
-    """(task name, rate) of every task of a registered mixture, sub-mixtures resolved, by name. For a task:
-    its own name at rate 1.
+def _registered_task(name: str) -> seqio.Task:
+    if name not in seqio.TaskRegistry.names():
+        raise InputError(
+            f"no SeqIO task is named {name!r}; registered are: "
+            f"{', '.join(sorted(seqio.TaskRegistry.names())) or 'none'}"
+        )
+    return seqio.TaskRegistry.get(name)
+
+
+def source_of(task: str) -> tuple[Source | None, str]:
+    """Where a registered task's documents come from, if that is a source of ours, and the name of its class."""
+    source = seqio.TaskRegistry.get(task).source
+    return source.source if isinstance(source, FileSource) else None, type(source).__name__
+
+
+def mixture_rates(mixture: str) -> tuple[tuple[str, float], ...]:
+    """(task name, rate) of every task of a registered mixture, sub-mixtures resolved, by name; of one that is written
+    out, `sample_fi=0.5,sample_en=0.25`, as it says. For a task: its own name at rate 1.
 
     Raises:
-        InputError: no mixture or task has that name.
+        InputError: no mixture or task has that name, or what is written out is malformed.
     """
+    if (stated := stated_rates(mixture)) is not None:
+        return stated
     try:
-        provider = seqio.get_mixture_or_task(mixture_name)
+        provider = seqio.get_mixture_or_task(mixture)
     except ValueError as error:
+        if sample_task("", mixture) is not None:  # of a language that the sample corpus does not have
+            return ((mixture, 1.0),)
         raise InputError(str(error)) from error
     if isinstance(provider, seqio.Task):
         return ((provider.name, 1.0),)
     return tuple(sorted((task.name, float(provider.get_rate(task))) for task in provider.tasks))
 
 
-_registered: tuple[str, str] | None = None  # root and tokenizer digest of our tasks in SeqIO's registry
+@dataclass(frozen=True)
+class Registry:
+    """All tasks, with one tokenizer and one folder of sources for ours: a value, of which any number may be alive."""
+
+    root: str
+    """Folder of a sample corpus or of Aurora-M's sources; local, gs:// or s3://."""
+    vocabulary: Vocabulary
+    """Of our tasks; those that modules register with SeqIO have the one that the module gives them."""
+
+    def recipe(self, task: str, split: str) -> Recipe:
+        """The recipe of a task: ours, or one that stands in SeqIO's registry.
+
+        Raises:
+            InputError: see `recipe_of`.
+        """
+        spec = self._ours(task)
+        if spec is None or split not in spec.source.splits:
+            return recipe_of(task, split)
+        return Recipe(task, split, spec.source, spec.steps, self.vocabulary.tokenizer, True)
+
+    def splits(self, task: str) -> tuple[str, ...]:
+        """The splits that a task has. Raises InputError if there is no such task."""
+        spec = self._ours(task)
+        return tuple(spec.source.splits) if spec is not None else tuple(_registered_task(task).splits)
+
+    def _ours(self, task: str) -> TaskSpec | None:
+        named_by_module = task in seqio.TaskRegistry.names() and task not in _in_seqio
+        return None if named_by_module else task_spec(self.root, task)
 
 
-def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = ()) -> None:
-    """Puts our tasks and mixtures into SeqIO's registry, their sources looked for under `root`, and imports
-    modules that add more.
+_in_seqio: dict[str, tuple[str, str]] = {}
+"""Our tasks in SeqIO's registry -> root and digest of the tokenizer with which they stand there."""
 
-    No file is touched: what is missing is said when a store is built. The same root and tokenizer again: nothing to do.
+
+def register(root: str | Path, vocabulary: Vocabulary, modules: Sequence[str] = ()) -> Registry:
+    """Our tasks with this tokenizer, and modules that register more with SeqIO, imported.
+
+    SeqIO's own registry has room for one task of a name: there ours stand under their plain names, for modules that
+    mix them with theirs and for SeqIO's own pipelines, as the newest call has them. What an earlier call has returned
+    stays as it was. No file is touched: what is missing is said when a store is built.
 
     Args:
         root: the folder of a sample corpus or of Aurora-M's sources; local, gs:// or s3://.
-        vocabulary: of all tasks.
+        vocabulary: of our tasks.
         modules: names of Python modules that register tasks and mixtures of their own.
 
     Raises:
-        InputError: our tasks are registered for another root or tokenizer, or a module cannot be imported.
+        InputError: a module cannot be imported.
     """
-    global _registered
-    wanted = (absolute(root), vocabulary.sha256)
-    if _registered not in (None, wanted):
-        raise InputError(
-            f"the tasks are already registered for {_registered[0]} with tokenizer {_registered[1][:12]}, not "
-            f"for {wanted[0]} with "
-            f"tokenizer {wanted[1][:12]}; a process works with one of them: unregister() first"
-        )
-    if _registered is None:
-        for spec in task_specs(wanted[0]):
+    registry = Registry(absolute(root), vocabulary)
+    wanted = (registry.root, vocabulary.sha256)
+    if wanted not in _in_seqio.values():
+        if _in_seqio:
+            for name in MIXTURES:
+                seqio.MixtureRegistry.remove(name)
+            for name in _in_seqio:
+                seqio.TaskRegistry.remove(name)
+        for spec in task_specs(registry.root):
             feature = seqio.Feature(vocabulary, add_eos=True, dtype=tf.int32)
             seqio.TaskRegistry.add(spec.name, FileSource(spec.source), {"targets": feature}, [Prepare(*spec.steps)])
+            _in_seqio[spec.name] = wanted
         for name, rates in MIXTURES.items():
             seqio.MixtureRegistry.add(name, list(rates.items()))
-        _registered = wanted
-    import_modules(modules)
-
-
-def import_modules(modules: Sequence[str]) -> None:
-    """Imports modules that register tasks and mixtures of their own. Raises InputError if one cannot be imported."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -308,20 +351,4 @@ def import_modules(modules: Sequence[str]) -> None:
             raise InputError(
                 f"{module}: the module with further tasks cannot be imported: {error}; is its folder on PYTHONPATH?"
             ) from error
-
-
-def is_registered() -> bool:
-    """Whether our tasks are in SeqIO's registry."""
-    return _registered is not None
-
-
-def unregister() -> None:
-    """Takes our tasks and mixtures out of SeqIO's registry again."""
-    global _registered
-    if _registered is None:
-        return
-    for name in MIXTURES:
-        seqio.MixtureRegistry.remove(name)
-    for spec in task_specs(_registered[0]):
-        seqio.TaskRegistry.remove(spec.name)
-    _registered = None
+    return registry

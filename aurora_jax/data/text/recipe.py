@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from aurora_jax.data.text.documents import Document, DocumentStep, Piece, Rejected
-from aurora_jax.data.text.sources import EXCERPT, Bad, Part
+from aurora_jax.data.text.readers import EXCERPT, Part
+from aurora_jax.data.text.sources import Bad
 from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.storage.files import File
@@ -23,6 +24,12 @@ READABLE_FORMATS = (3, 2)
 """Stores of these are opened."""
 PIECES = "pieces 2"
 """Part of it where a step cuts texts whose pieces the tokenizer cannot encode apart, which is what was done before."""
+MOVED = {
+    "aurora_jax.data.text.documents": "aurora_jax.data.documents",
+    "aurora_jax.data.text.reshaping": "aurora_jax.data.reshaping",
+    "aurora_jax.data.registry.tasks": "aurora_jax.data.tasks",
+}
+"""Where steps and sources are, and the name by which fingerprints know the place: stores outlive the layout of files."""
 BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
 EMPTY = "empty"
 """Why documents are dropped that hold nothing but white space: they would teach to end a text that has not begun."""
@@ -222,7 +229,7 @@ def _batches(
 def describe(step: Callable[..., Any]) -> tuple[Any, ...]:
     """Name, version and fields of a document step; name, code and bound arguments of any other function."""
     if isinstance(step, DocumentStep):
-        return (type(step).__module__, type(step).__qualname__, type(step).version, repr(step))
+        return (*class_name(step), type(step).version, repr(step))
     if isinstance(step, partial):
         return (*describe(step.func), step.args, sorted(step.keywords.items()))
     function = inspect.unwrap(step)
@@ -233,3 +240,9 @@ def describe(step: Callable[..., Any]) -> tuple[Any, ...]:
             f"preprocessor {step!r}: its source text cannot be read, so changes would pass unnoticed; make it "
             "a function in a file"
         ) from error
+
+
+def class_name(thing: object) -> tuple[str, str]:
+    """Module and name of an object's class, as fingerprints have them."""
+    module = type(thing).__module__
+    return MOVED.get(module, module), type(thing).__qualname__

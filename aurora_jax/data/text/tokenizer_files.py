@@ -21,9 +21,9 @@ from typing import Any, Literal, TypeAlias
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from aurora_jax.checkpoints.carried_files import decode_files
 from aurora_jax.data.batches.store import read_info
 from aurora_jax.errors import InputError
+from aurora_jax.storage.carried_files import decode_files
 
 Files: TypeAlias = dict[str, bytes]
 """Contents by name; a name in `additional_chat_templates/` has that folder before it."""

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from aurora_jax.kernels.flash_attention.backward import backward
 from aurora_jax.kernels.flash_attention.blocks import blocks_for, cores_of, current_generation
@@ -92,70 +91,6 @@ def flash_attention(
     context_BKGLC, lse_BKGL = _attend(static, queries_BKGLC, k_BKMC, v_BKMC, offset_1, segment_ids, slopes_KG)
     context_BHLC = context_BKGLC.reshape(B, H, L, C)
     return (context_BHLC, lse_BKGL.reshape(B, H, L)) if return_lse else context_BHLC
-
-
-def sharded_flash_attention(
-    q_BHLC: jax.Array,
-    k_BKMC: jax.Array,
-    v_BKMC: jax.Array,
-    *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-    segment_ids: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    batch_axes: tuple[str, ...] = ("data", "fsdp", "fsdp_inner"),
-    sequence_axis: str = "sequence",
-    head_axis: str = "tensor",
-    **options: Any,
-) -> jax.Array:
-    """`flash_attention` of global arrays on a mesh: the compiler cannot divide a kernel, so `shard_map` does.
-
-    The batch is divided over `batch_axes`, heads over `head_axis`, places over `sequence_axis`. The key/value
-    head of multi-query attention is replicated over `head_axis` (its gradient is summed there); along
-    `sequence_axis` keys and values are gathered.
-
-    Args:
-        mesh: has all the named axes.
-        segment_ids: [B, L].
-        alibi_slopes: [H].
-        options: `causal`, `scale`, `generation`, `blocks`, `interpret` of `flash_attention`.
-
-    Raises:
-        ValueError: heads, batch or length that the mesh does not divide.
-    """
-    B, H, L, _ = q_BHLC.shape
-    K = k_BKMC.shape[1]
-    batch_size, sequence_size, head_size = (
-        math.prod(mesh.shape[axis] for axis in axes) for axes in (batch_axes, (sequence_axis,), (head_axis,))
-    )
-    for what, number, axes, size in (
-        ("batch", B, batch_axes, batch_size),
-        ("query heads", H, head_axis, head_size),
-        ("sequence length", L, sequence_axis, sequence_size),
-    ):
-        if number % size:
-            raise ValueError(
-                f"flash attention: {what} {number} cannot be divided over mesh axis {axes} of size {size}."
-            )
-    if K > 1 and K % head_size:
-        raise ValueError(
-            f"flash attention: {K} key/value heads cannot be divided over mesh axis {head_axis} of size {head_size}."
-        )
-    queries = PartitionSpec(batch_axes, head_axis, sequence_axis)
-    keys = PartitionSpec(batch_axes, head_axis if K > 1 else None, sequence_axis)
-
-    def local(query, key, value, segments, slopes):
-        offset, multiple = 0, 1
-        if sequence_size > 1:
-            key, value = (jax.lax.all_gather(array, sequence_axis, axis=2, tiled=True) for array in (key, value))
-            if segments is not None:
-                segments = segments, jax.lax.all_gather(segments, sequence_axis, axis=1, tiled=True)
-            offset, multiple = jax.lax.axis_index(sequence_axis) * (L // sequence_size), L // sequence_size
-        facts = {"segment_ids": segments, "alibi_slopes": slopes, "q_offset": offset, "q_offset_multiple": multiple}
-        return flash_attention(query, key, value, **facts, **options)
-
-    in_specs = (queries, keys, keys, PartitionSpec(batch_axes, sequence_axis), PartitionSpec(head_axis))
-    shard = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)
-    return shard(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""The likelihood of a batch: one program for the loss of training, for evaluation, and for all that judge text.
+
+A batch is any tuple of arrays that has `tokens_BL`, `targets_BL`, `loss_weights_BL` and `isolation` as the
+loader's `Batch` has them. On a mesh everything happens in one `shard_map` (`on_mesh`): rows are divided over
+data and fsdp, places over `sequence`, and each device gathers the weights that it multiplies with, a layer at
+a time (`division.py`).
+
+B batch, L sequence, D model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from aurora_jax.errors import InputError
+from aurora_jax.model.config import ComputeConfig, ModelConfig
+from aurora_jax.model.decoder import merge, structure_of
+from aurora_jax.model.division import WHOLE, Division
+from aurora_jax.model.loss import cross_entropy
+from aurora_jax.model.mesh import batch_parts
+from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, flatten, nest, require_divisible
+
+ROWS, GRID = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, SEQUENCE_AXIS)
+"""How arrays [B] and [B, L] lie on a mesh."""
+EVERYWHERE = (*BATCH_AXES, SEQUENCE_AXIS)
+"""The axes along which a batch is divided."""
+
+
+def make_loss(
+    structure: nnx.GraphDef,
+    compute: ComputeConfig,
+    *,
+    z_loss: float,
+    isolate_documents: bool,
+    division: Division = WHOLE,
+) -> Callable:
+    """`loss(parameters, batch, total_weight, dropout_key, gathered_layers) -> (loss, nll_BL)`; see `cross_entropy`.
+    The batch is traced.
+
+    With a division the function runs inside `shard_map`, on one device's part of the parameters and of the
+    batch, and its loss is that part of the whole.
+    """
+    product_dtype = jnp.dtype(compute.compute_dtype)
+
+    def loss(
+        parameters: dict,
+        batch: Any,
+        total_weight: jax.Array,
+        dropout_key: jax.Array | None,
+        gathered_layers: dict | None = None,
+    ):
+        if division.fsdp:
+            # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
+            outside = {name: tree for name, tree in parameters.items() if name != "layers"}
+            gathered = division.gather(outside, dtype=product_dtype)
+            parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
+        decoder = merge(structure, parameters)
+        hidden_BLD = decoder(
+            batch.tokens_BL,
+            dropout_key=dropout_key,
+            gathered_layers=gathered_layers,
+            **batch.isolation(isolate_documents),
+        )
+        return cross_entropy(
+            division.enter(hidden_BLD),
+            decoder.token_embedding.embedding[...],
+            batch.targets_BL,
+            batch.loss_weights_BL,
+            total_weight,
+            dtype=product_dtype,
+            z_loss=z_loss,
+            vocabulary_axis=division.tensor,
+            vocabulary_size=decoder.config.vocabulary_size,
+        )
+
+    return loss
+
+
+def on_mesh(local: Callable, mesh: Mesh, out_specs: Callable[[dict], Any]) -> Callable:
+    """`divided(parameters, batch, *others)` of global arrays: `local` of each device's part of them, in one
+    `shard_map`.
+
+    Args:
+        local: gets parameters as the sharding table divides them, its rows and places of the batch, and all
+            of the others.
+        out_specs: where the results lie, given where the parameters do.
+    """
+
+    def divided(parameters: dict, batch: Any, *others: Any):
+        parameters_spec = nest({path: TABLE[path].partition for path in flatten(parameters)})
+        batch_spec = jax.tree.map(lambda array: GRID if array.ndim == 2 else ROWS, batch)
+        specs = (parameters_spec, batch_spec, *(PartitionSpec() for _ in others))
+        shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs(parameters_spec), check_vma=False)
+        return shard(parameters, batch, *others)
+
+    return divided
+
+
+class BatchNll(NamedTuple):
+    """Negative log-likelihoods of a batch, in nats, fp32."""
+
+    token_nll_BL: jax.Array
+    """Of every target, whatever its weight."""
+    nll: jax.Array
+    """Their weighted sum."""
+    weight: jax.Array
+    """The sum of the weights: the number of tokens that are asked for."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a model finds the targets of a batch: `likelihood(parameters, batch) -> BatchNll`, compiled
+    for the mesh.
+
+    The precision, the attention and the masks are those of the arguments, and there is no dropout. Example:
+
+        likelihood = Likelihood(model, ComputeConfig(), make_mesh(MeshConfig()), isolate_documents=False)
+        likelihood(parameters, place(likelihood.mesh, batch)).token_nll_BL
+    """
+
+    model: ModelConfig
+    compute: ComputeConfig
+    mesh: Mesh
+    isolate_documents: bool
+    """Documents of a sequence do not attend to each other."""
+
+    @cached_property
+    def program(self) -> jax.stages.Wrapped:
+        """What a call runs, to be lowered where nothing is to run."""
+        division = Division.of(self.mesh)
+        # Without a backward pass to keep them for, TPUs would compute activations again in each tile of the next product.
+        compute = replace(self.compute, separate_activation=True)
+        structure = structure_of(self.model.with_dropout(0.0), compute, division)
+        loss = make_loss(structure, compute, z_loss=0.0, isolate_documents=self.isolate_documents, division=division)
+
+        def local(parameters: dict, batch: Any) -> BatchNll:
+            nll, nll_BL = loss(parameters, batch, jnp.ones((), jnp.float32), None)
+            weight = batch.loss_weights_BL.sum()
+            if self.mesh.size > 1:
+                nll, weight = (jax.lax.psum(part, EVERYWHERE) for part in (nll, weight))
+            return BatchNll(nll_BL, nll, weight)
+
+        whole = PartitionSpec()
+        function = (
+            on_mesh(local, self.mesh, lambda _: BatchNll._make((GRID, whole, whole))) if self.mesh.size > 1 else local
+        )
+        return jax.jit(function, compiler_options=dict(self.compute.compiler_options))
+
+    def __call__(self, parameters: dict, batch: Any) -> BatchNll:
+        """Of parameters and a batch that lie on the mesh (`mesh.place`)."""
+        return self.program(parameters, batch)
+
+    def check(self, **sizes: int) -> None:
+        """Can batches of this shape be read?
+
+        Args:
+            sizes: sequences of a batch and tokens of a sequence, in this order, by the names that the user gives them.
+
+        Raises:
+            InputError: the mesh does not divide them or the model, or the model has learned fewer positions.
+        """
+        (batch_name, batch_size), (length_name, length) = sizes.items()
+        require_divisible(self.model, self.mesh)
+        parts, places = batch_parts(self.mesh), self.mesh.shape[SEQUENCE_AXIS]
+        if batch_size < 1 or batch_size % parts:
+            raise InputError(
+                f"{batch_name} {batch_size} cannot be divided over {parts} devices of data and fsdp: it must be a "
+                f"multiple of {parts}."
+            )
+        if length < 1 or length % places:
+            raise InputError(f"{length_name} {length} cannot be divided over mesh axis sequence of size {places}.")
+        if length > self.model.longest_sequence:
+            raise InputError(
+                f"{length_name} is {length}, but the model has learned {self.model.max_positions} positions only."
+            )

@@ -1,0 +1,38 @@
+"""Files and folders that are there whole or not at all: written beside their place, and renamed."""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a local file, whose folder is there; one of that name is replaced. After a crash it is the old or the new."""
+    unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the destination's name at the end, or goes if anything goes wrong.
+
+    Parents are made. A folder that is at the destination then is replaced; who calls has looked whether it may be.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
+        unfinished = Path(scratch, "unfinished")
+        unfinished.mkdir()
+        yield unfinished
+        if destination.exists():
+            destination.rename(Path(scratch, "replaced"))
+        unfinished.rename(destination)
