@@ -55,7 +55,8 @@ TRAIN_HELP = """usage: aurora train CONFIG.py [--field value ...]
 Trains what a config file describes. The same command again continues the run from its newest checkpoint.
 `aurora train CONFIG.py --help` lists every field, with its meaning and the config's value.
 
-Exit status: 0 when the run is done, 2 for input that you can mend, 143 when SIGTERM stopped it, with a checkpoint, before its end."""
+Exit status: 0 when the run is done, 2 for input that you can mend, 143 when SIGTERM stopped it, with a checkpoint,
+before its end."""
 STOPPED = 143
 """A shell's status of SIGTERM: what supervises a run (launch_tpu.sh, Kubernetes, Slurm) must not take it for done."""
 
@@ -79,12 +80,13 @@ def _train(arguments: Sequence[str]) -> None:
         raise SystemExit(STOPPED)
 
 
-PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] [--tokens 435e9] [--price USD] [--picture FILE]
-                             [--json FILE] [--search]
+PLAN_HELP = """usage: aurora plan CONFIG.py [--topology v5p:4x4x4] [--slices N] [--tokens 435e9] [--price USD]
+                             [--picture FILE] [--json FILE] [--search]
        aurora plan --list
 
-Compiles the step that `aurora train CONFIG.py` runs, and its evaluation, for a TPU topology, without a TPU, and says what they
-need: memory, time, collectives, cost. `aurora plan CONFIG.py --help` lists every option; the config's fields can be changed with --config.FIELD."""
+Compiles the step that `aurora train CONFIG.py` runs, and its evaluation, for a TPU topology, without a TPU, and says
+what they need: memory, time, collectives, cost. `aurora plan CONFIG.py --help` lists every option; the config's fields
+can be changed with --config.FIELD."""
 
 
 def _plan(arguments: Sequence[str]) -> None:

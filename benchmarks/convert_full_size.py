@@ -3,15 +3,15 @@ what a mesh reads of it.
 
     python benchmarks/convert_full_size.py --workdir /tmp --json convert_full_size.json
 
-size      a checkpoint of starcoderplus' shape in the layout of the hub (15,517,456,384 parameters, 14 fp32 shards; sparse files, in which
-          vectors and some rows of each matrix are random) becomes a bf16 checkpoint of ours and comes back,
-          and is compared, every tensor bit by bit. Peak memory is the kernel's, of each conversion's whole
-          process: below 3 GB.
-speed     3B, random bf16 numbers: `from-torch` and `to-torch` against `cp` of the same bytes on the same disk, in turns. Every time starts
-          with a cold source (its pages are evicted) and ends when all is on the disk (`sync`). At least 0.4
-          times as fast as `cp`.
-restore   that checkpoint onto eight CPU devices, fsdp 8 and fsdp 4 x tensor 2: bytes that the process reads, against those of the
-          parameters, and its peak memory beyond them, against the largest parameter.
+size      a checkpoint of starcoderplus' shape in the layout of the hub (15,517,456,384 parameters, 14 fp32 shards;
+          sparse files, in which vectors and some rows of each matrix are random) becomes a bf16 checkpoint of ours
+          and comes back, and is compared, every tensor bit by bit. Peak memory is the kernel's, of each
+          conversion's whole process: below 3 GB.
+speed     3B, random bf16 numbers: `from-torch` and `to-torch` against `cp` of the same bytes on the same disk, in
+          turns. Every time starts with a cold source (its pages are evicted) and ends when all is on the disk
+          (`sync`). At least 0.4 times as fast as `cp`.
+restore   that checkpoint onto eight CPU devices, fsdp 8 and fsdp 4 x tensor 2: bytes that the process reads,
+          against those of the parameters, and its peak memory beyond them, against the largest parameter.
 
 35 GB of disk; about 20 minutes.
 """

@@ -2,13 +2,15 @@
 
     python benchmarks/data.py [--corpus DIR] [--rounds 3] [--json FILE]
 
-    build    `aurora data build` of the sample corpus (several times over), tokenizer and files as in use, against the `tokenizers` library
-             encoding the same texts in batches on all cores: seconds of both from the first text to the last
-             token, workers started
-    load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on the way
+    build    `aurora data build` of the sample corpus (several times over), tokenizer and files as in use, against
+             the `tokenizers` library encoding the same texts in batches on all cores: seconds of both from the
+             first text to the last token, workers started
+    load     batches of 32 x 256 tokens out of the stores, against `seqio.get_dataset` that tokenizes and packs on
+             the way
     share    a batch, as the train loop gets it, against a step of configs/nano_aurora.py
     seek     opening the stores and making the batch of step 1,000,000
-    memory   peak of a process that reads 300 batches at random places of a store of 20 million tokens, and of one of 400 million
+    memory   peak of a process that reads 300 batches at random places of a store of 20 million tokens, and of one
+             of 400 million
 
 Each measurement is a process of its own, the two sides take turns, and the median counts.
 """
@@ -124,9 +126,14 @@ def load_peer(corpus: str, tokenizer: str, work: str) -> float:
         )
     seqio.MixtureRegistry.add("nano_cap", list(MIXTURES["nano_cap"].items()))
     dataset = seqio.get_dataset(
-        "nano_cap", {"targets": LENGTH}, dataset_split="train", shuffle=True, num_epochs=None, seed=0,
+        "nano_cap",
+        {"targets": LENGTH},
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
         feature_converter=seqio.LMFeatureConverter(pack=True),
-    )  # fmt: skip
+    )
     batches = iter(dataset.batch(BATCH).prefetch(2).as_numpy_iterator())
     next(batches)
     count, begun = 40, time.perf_counter()
@@ -309,9 +316,14 @@ def main(benchmark: Benchmark) -> None:
     )
     for each in figures:
         table.add_row(
-            each["name"], f"{each['ours']:,.4g}", f"{each['peer']:,.4g}", each["unit"], f"{each['ratio']:.3g}x", f"{each['target']}x",
+            each["name"],
+            f"{each['ours']:,.4g}",
+            f"{each['peer']:,.4g}",
+            each["unit"],
+            f"{each['ratio']:.3g}x",
+            f"{each['target']}x",
             "yes" if each["met"] else "no",
-        )  # fmt: skip
+        )
     console.print(table)
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(figures, indent=1) + "\n")

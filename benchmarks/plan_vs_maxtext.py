@@ -1,8 +1,9 @@
 """StarCoderPlus's training step on TPU pods, ours and MaxText's, as the real TPU compiler makes them: no TPU is needed.
 
-    python benchmarks/plan_vs_maxtext.py [--json FILE]                  # three pods, some 15 minutes on two cores
-    python benchmarks/plan_vs_maxtext.py --scaling [--picture FILE]     # the same batch on 64 to 1,024 v5p too: half an hour more
-    python benchmarks/plan_vs_maxtext.py --run-maxtext PYTHON           # MaxText compiled anew, not taken from the table
+    python benchmarks/plan_vs_maxtext.py [--json FILE]               # three pods, some 15 minutes on two cores
+    python benchmarks/plan_vs_maxtext.py --scaling [--picture FILE]  # the same batch on 64 to 1,024 v5p too: half an
+                                                                     # hour more
+    python benchmarks/plan_vs_maxtext.py --run-maxtext PYTHON        # MaxText compiled anew, not taken from the table
 
 4,194,304 tokens a step as 512 sequences of 8,192, 15.5B parameters. One estimator for both sides: the compiler's cycles
 with loop trip counts at the chip's clock, the attention kernels' scheduled cycles, both at least what their matrix
@@ -78,17 +79,31 @@ class MaxText:
 SCRATCH = "compile_xla_flags=--xla_tpu_scoped_vmem_limit_kib=98304"
 BEST = {
     "v5p:4x4x4": MaxText(
-        64, "4 micro-batches, products and context kept", 26.5e9, 486, 4, 1, 73.3, 380,
+        64,
+        "4 micro-batches, products and context kept",
+        26.5e9,
+        486,
+        4,
+        1,
+        73.3,
+        380,
         ("gradient_accumulation_steps=4", "remat_policy=minimal_with_context", SCRATCH),
     ),
     "v5e:16x16": MaxText(
-        256, "2 micro-batches, output projections kept", 16.2e9, 246, 2, 2, 13.2, 401,
+        256,
+        "2 micro-batches, output projections kept",
+        16.2e9,
+        246,
+        2,
+        2,
+        13.2,
+        401,
         ("gradient_accumulation_steps=2", "remat_policy=save_out_proj", SCRATCH),
     ),
     "v6e:16x16": MaxText(
         256, "products offloaded to the host", 5.32e9, 124, 1, 1, 25.2, 550, ("remat_policy=minimal_offloaded", SCRATCH)
     ),
-}  # fmt: skip
+}
 """The best of those that were tried, August 2026, jax 0.10.2, libtpu 0.0.42.1. An offloaded context counts as
 free of cost."""
 _KEPT = ("remat_policy=minimal_with_context", SCRATCH)
@@ -246,16 +261,30 @@ def main(benchmark: Benchmark) -> None:
         sent = sum(row["gigabytes"] for row in plan["collectives"])
         seconds = peer.seconds(generation)
         table.add_row(
-            topology, "ours", f"{plan['step_seconds']:.2f}", f"{plan['cycles'] / 1e9:.2f}e9", f"{plan['kernel_seconds']:.2f}",
-            f"{plan['exposed_seconds']:.2f}", f"{sent:.0f}", f"{plan['memory_peak'] / 1e9:.1f}", f"{plan['compile_seconds']:.0f}",
+            topology,
+            "ours",
+            f"{plan['step_seconds']:.2f}",
+            f"{plan['cycles'] / 1e9:.2f}e9",
+            f"{plan['kernel_seconds']:.2f}",
+            f"{plan['exposed_seconds']:.2f}",
+            f"{sent:.0f}",
+            f"{plan['memory_peak'] / 1e9:.1f}",
+            f"{plan['compile_seconds']:.0f}",
             f"{plan['mfu']:.1%}",
-        )  # fmt: skip
+        )
         sending = peer.gigabytes * 1e9 / chip.interconnect
         table.add_row(
-            "", f"MaxText: {peer.setting}", f"{seconds:.2f}", f"{peer.cycles / 1e9:.2f}e9",
-            f"{seconds - peer.cycles / chip.clock - sending:.2f}", f"{sending:.2f}", f"{peer.gigabytes:.0f}", f"{peer.peak:.1f}",
-            f"{peer.compile_seconds:.0f}", f"{mfu(seconds, generation, peer.chips):.1%}",
-        )  # fmt: skip
+            "",
+            f"MaxText: {peer.setting}",
+            f"{seconds:.2f}",
+            f"{peer.cycles / 1e9:.2f}e9",
+            f"{seconds - peer.cycles / chip.clock - sending:.2f}",
+            f"{sending:.2f}",
+            f"{peer.gigabytes:.0f}",
+            f"{peer.peak:.1f}",
+            f"{peer.compile_seconds:.0f}",
+            f"{mfu(seconds, generation, peer.chips):.1%}",
+        )
         table.add_section()
         figure(f"{topology} step time", plan["step_seconds"], seconds, "s", 0.95)
         figure(f"{topology} compute cycles", plan["cycles"], peer.cycles, "cycles", 1.0)

@@ -1,5 +1,5 @@
-"""What import contracts cannot say of the house: one meaning a name, no room too full, no lumber room, and a page that says
-where everything lives."""
+"""What import contracts cannot say of the house: one meaning a name, no room too full, no lumber room, and a page
+that says where everything lives."""
 
 import ast
 import re

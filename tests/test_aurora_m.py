@@ -26,11 +26,13 @@ from aurora_jax.data.text.sources import Bad, Source
 from aurora_jax.errors import InputError
 
 # The model card's 24 data set tags, as it has them.
-TAGS = """bigcode/the-stack-dedup, JeanKaddour/minipile, OpenAssistant/oasst1, bigscience/xP3, gorilla-llm/APIBench, laion/Anh,
-sander-wood/wikimusictext, tanmaylaud/scidcc-instructions, laion/OIG, maykcaldas/smiles-transformers, rvv-karma/English-Hinglish-TOP,
-timdettmers/openassistant-guanaco, HKBU-NLP/Code-Evol-Instruct-OSS, BEE-spoke-data/code_contests_instruct, HuggingFaceH4/ultrachat_200k,
-nvidia/HelpSteer, allenai/tulu-v2-sft-mixture, meta-math/MetaMathQA, meta-math/GSM8K_Backward, NeuroDragon/BuggedPythonLeetCode,
-nampdn-ai/tiny-bridgedict, allenai/lila, Muennighoff/natural-instructions, aurora-m/biden-harris-redteam"""
+TAGS = """bigcode/the-stack-dedup, JeanKaddour/minipile, OpenAssistant/oasst1, bigscience/xP3,
+gorilla-llm/APIBench, laion/Anh, sander-wood/wikimusictext, tanmaylaud/scidcc-instructions, laion/OIG,
+maykcaldas/smiles-transformers, rvv-karma/English-Hinglish-TOP, timdettmers/openassistant-guanaco,
+HKBU-NLP/Code-Evol-Instruct-OSS, BEE-spoke-data/code_contests_instruct, HuggingFaceH4/ultrachat_200k,
+nvidia/HelpSteer, allenai/tulu-v2-sft-mixture, meta-math/MetaMathQA, meta-math/GSM8K_Backward,
+NeuroDragon/BuggedPythonLeetCode, nampdn-ai/tiny-bridgedict, allenai/lila,
+Muennighoff/natural-instructions, aurora-m/biden-harris-redteam"""
 # What card and blog name besides, and by what it is to be recognised.
 NAMED = ["refinedweb", "redpajama", "pile", "pseudo-code", "apibench", "ultrachat", "wikipedia", "culturax"]
 DOMAINS = ["smiles", "finance", "legal", "debate", "scidcc", "music"]

@@ -155,7 +155,9 @@ from aurora_jax.data.registry.vocabulary import vocabulary_from
 features = {"targets": seqio.Feature(vocabulary_from("bytes"), add_eos=True, dtype=tf.int32)}
 source = Source({"train": ("FOLDER/*.jsonl",)}, "jsonl", language="et", license="CC0")
 seqio.TaskRegistry.add("theirs_files", FileSource(source), features, [Prepare()])
-function = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensors({"targets": "x"}), ["train"])
+def text(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensors({"targets": "x"})
+function = seqio.FunctionDataSource(text, ["train"])
 seqio.TaskRegistry.add("theirs_function", function, features, [Prepare()])
 seqio.MixtureRegistry.add("theirs", [("theirs_files", 3), ("theirs_function", 1), ("sample_en", 4)])
 """
@@ -397,16 +399,16 @@ CONFIG = """
 from pathlib import Path
 from aurora_jax.model.config import PRESETS
 from aurora_jax.train.config import DataConfig, TrainConfig
-from aurora_jax.train.stages import LearningRate, DataStage
+from aurora_jax.train.stages import LearningRate, Stage
 
 def config():
     return TrainConfig(
         output=Path("run"),
         model=PRESETS["tiny_starcoder_py"],
         seed=3,
-        stages=(DataStage("cap", "nano_cap", 10, LearningRate(1e-3)), DataStage("again", "nano_base", 5)),
-        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=48,
-                        attend_across_documents={across}),
+        stages=(Stage("cap", "nano_cap", 10, LearningRate(1e-3)), Stage("again", "nano_base", 5)),
+        data=DataConfig(corpus=Path("corpus"), tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8,
+                        sequence_length=48, attend_across_documents={across}),
     )
 """
 

@@ -297,15 +297,24 @@ def test_two_slices_add_up_gradients_over_the_network():
         make_plan(replace(CONFIG, mesh=MeshConfig(fsdp=4, fsdp_inner=2)), MODEL, "v5p:2x2x1", slices=2)
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would():
+def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch):
+    refusals = []
+
+    def watched(*arguments):
+        try:
+            return make_plan(*arguments)
+        except DoesNotFit as error:
+            refusals.append(error)
+            raise
+
+    monkeypatch.setattr("aurora_jax.plan.estimate.make_plan", watched)
     long = replace(
         CONFIG, data=replace(CONFIG.data, batch_size=64), compute=replace(CONFIG.compute, rematerialisation="nothing")
     )
-    with pytest.raises(DoesNotFit, match="does not fit: a chip would need") as error:
-        make_plan(long, MODEL, "v5e:2x2")
-    assert error.value.needed > error.value.available > 15 * GIB
-    with pytest.raises(InputError, match=r"Smallest change that fits: --compute\.rematerialisation"):
+    said = r"does not fit: a chip would need.*Smallest change that fits: --compute\.rematerialisation"
+    with pytest.raises(InputError, match=said):
         run(long, PlanOptions(topology="v5e:2x2"), Console(quiet=True))
+    assert refusals[0].needed > refusals[0].available > 15 * GIB
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def config():
         output=Path("run"),
         stages=(Stage("cap", "nano_cap", 60, LearningRate(peak=1e-2, decay_steps=60)),),
         model=ModelConfig(vocabulary_size=400, max_positions=32, width=16, layers=2, heads=2, mlp_width=24),
-        data=DataConfig(corpus={corpus!r}, tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8, sequence_length=32),
+        data=DataConfig(corpus={corpus!r}, tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8,
+                        sequence_length=32),
         compute=ComputeConfig("float32", "float32"),
         evaluation=EvaluationConfig(
             tasks=("sample_fi",), every=50, quick_windows=2, batch_size=2, prompts=(("fi", "Kaikki"),), max_new_tokens=8

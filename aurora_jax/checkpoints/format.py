@@ -5,7 +5,8 @@ params      the nested dictionary of the decoder, layers stacked (`TABLE` in `sh
 tokenizer   JSON, file name to text, or to {"base64": ...} where a file is not text: all files that travel with a model
 metadata    JSON, `CheckpointMetadata`
 optimizer   only in checkpoints of a training run (written by `aurora_jax/train/checkpoint.py`)
-run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its stages' ends
+run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its checkpoints, and in those of its
+            stages' ends
 """
 
 import os

@@ -137,9 +137,16 @@ def _finish(axes: Axes, boundaries: Mapping[str, int], *, legend: bool = True) -
             axes.axvline(end, color="#999999", linestyle="--", linewidth=1)
         start = list(boundaries.values())[number - 1] if number else 0
         axes.annotate(
-            f"stage {stage}", ((start + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset " "points",
-            ha="center", va="bottom", fontsize=9, color="#666666",
-        )  # fmt: skip
+            f"stage {stage}",
+            ((start + end) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#666666",
+        )
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 

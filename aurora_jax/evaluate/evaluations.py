@@ -1,8 +1,8 @@
 """The evaluations in a run's metrics.jsonl: which may be compared, and with what.
 
-A row has {"step", "stage", "complete", "settings", "evaluation"}; `settings` are those of `bits_per_byte.EvaluationSettings`, and
-rows of versions before 2026-11-25 have none. Those versions always let documents attend to each other, and their quick
-evaluations read the first windows.
+A row has {"step", "stage", "complete", "settings", "evaluation"}; `settings` are those of
+`bits_per_byte.EvaluationSettings`, and rows of versions before 2026-11-25 have none. Those versions always let
+documents attend to each other, and their quick evaluations read the first windows.
 """
 
 from collections.abc import Mapping, Sequence

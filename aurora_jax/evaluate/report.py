@@ -31,7 +31,8 @@ CSS = """
 :root { color-scheme: light dark; --text: #1c2024; --faint: #60646c; --line: #e0e1e6; --good: #18794e; --bad: #c62a2f;
   --page: #fff; --soft: #f6f7f9 }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #edeef0; --faint: #b0b4ba; --line: #363a3f; --good: #4cc38a; --bad: #ff8589; --page: #18191b; --soft: #212225 }
+  :root { --text: #edeef0; --faint: #b0b4ba; --line: #363a3f; --good: #4cc38a; --bad: #ff8589;
+    --page: #18191b; --soft: #212225 }
 }
 body { font: 16px/1.55 system-ui, "Noto Sans", "Noto Sans Devanagari", "Noto Sans CJK JP", sans-serif;
   color: var(--text); background: var(--page); max-width: 54rem; margin: 0 auto; padding: 1.5rem 1rem 4rem }

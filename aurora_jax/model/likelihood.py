@@ -134,7 +134,8 @@ class Likelihood:
     def program(self) -> jax.stages.Wrapped:
         """What a call runs, to be lowered where nothing is to run."""
         division = Division.of(self.mesh)
-        # Without a backward pass to keep them for, TPUs would compute activations again in each tile of the next product.
+        # Without a backward pass to keep them for, TPUs would compute activations again in each tile of the next
+        # product.
         compute = replace(self.compute, separate_activation=True)
         structure = structure_of(self.model.with_dropout(0.0), compute, division)
         loss = make_loss(structure, compute, z_loss=0.0, isolate_documents=self.isolate_documents, division=division)

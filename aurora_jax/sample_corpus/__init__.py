@@ -1,7 +1,8 @@
 """A real corpus in five languages and code, from packages that registries carry: fetched, cleaned, checked,
 and split.
 
-The room can be called, since the library's face has a function of its name: `aurora_jax.sample_corpus("corpus")` is `make`.
+The room can be called, since the library's face has a function of its name: `aurora_jax.sample_corpus("corpus")` is
+`make`.
 """
 
 import sys

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a local file, whose folder is there; one of that name is replaced. After a crash it is the old or the new."""
+    """Writes a local file, whose folder is there; one of that name is replaced. A crash leaves the old or the new."""
     unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with unfinished.open("xb") as file:

@@ -19,8 +19,8 @@ DISTRIBUTED, HEARTBEAT = "AURORA_DISTRIBUTED", "AURORA_HEARTBEAT_SECONDS"
 HELP = f"""Several hosts train one model when each starts this command with, in its environment,
   {ADDRESS}=HOST:PORT  {COUNT}=N  {INDEX}=0..N-1   (HOST is the machine of process 0), or
   {DISTRIBUTED}=auto   where JAX finds them itself: TPU pods and slices, GKE, Slurm, Open MPI.
-`launch_tpu.sh run` sets them. --output must then be storage that all hosts share. When one of them dies the others end with an error within
-{HEARTBEAT} (100), so that all can be started again."""
+`launch_tpu.sh run` sets them. --output must then be storage that all hosts share. When one of them dies the others end
+with an error within {HEARTBEAT} (100), so that all can be started again."""
 VISIBLE_SECONDS = 60.0
 """How long the other hosts look for a file that process 0 has just written; network file systems cache what
 is not there."""

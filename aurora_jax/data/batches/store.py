@@ -2,11 +2,12 @@
 
 A store is a folder: a local path, or a URL of a TensorStore key-value store (`file://`, `gs://`, `memory://`).
 
-    tokens      uint16 (vocabularies up to 65,536) or uint32 [tokens]: the documents one after the other, each with its EOS if the task
-                appends one
-    ends        bool [tokens]: true on the last token of each document. A window knows its documents from this alone, whatever the token
-                values are
-    learn       bool [tokens]: true on tokens that are to be predicted; only where a task leaves some out (the questions of instructions)
+    tokens      uint16 (vocabularies up to 65,536) or uint32 [tokens]: the documents one after the other, each with
+                its EOS if the task appends one
+    ends        bool [tokens]: true on the last token of each document. A window knows its documents from this
+                alone, whatever the token values are
+    learn       bool [tokens]: true on tokens that are to be predicted; only where a task leaves some out (the
+                questions of instructions)
     offsets     uint64 [documents + 1]: where each document begins, and the end of the last
     report.json what the build read, kept and left out; see `build/pipeline.py`
     store.json  `StoreInfo`; written last, so that its presence means: complete

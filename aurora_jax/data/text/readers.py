@@ -1,4 +1,5 @@
-"""Formats of files: how each is divided into parts, and what a part's records are. Without TensorFlow, but for TFRecord."""
+"""Formats of files: how each is divided into parts, and what a part's records are. Without TensorFlow, but
+for TFRecord."""
 
 import io
 import os

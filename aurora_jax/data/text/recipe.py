@@ -29,7 +29,8 @@ MOVED = {
     "aurora_jax.data.text.reshaping": "aurora_jax.data.reshaping",
     "aurora_jax.data.registry.tasks": "aurora_jax.data.tasks",
 }
-"""Where steps and sources are, and the name by which fingerprints know the place: stores outlive the layout of files."""
+"""Where steps and sources are, and the name by which fingerprints know the place: stores outlive the layout
+of files."""
 BATCH_BYTES = 2 << 20  # of text, into the tokenizer at once
 EMPTY = "empty"
 """Why documents are dropped that hold nothing but white space: they would teach to end a text that has not begun."""

@@ -1,4 +1,5 @@
-"""TFRecord files and tf.train.Example, by TensorFlow, which takes seconds to import: imported where such a file is read."""
+"""TFRecord files and tf.train.Example, by TensorFlow, which takes seconds to import: imported where such a
+file is read."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -11,11 +11,13 @@ STACK_FIELDS = {"repository": "max_stars_repo_name", "path": "max_stars_repo_pat
 STACK_LICENSE = "permissive, file by file (field max_stars_repo_licenses); the Stack's terms of use"
 # StarCoder's languages (memory), as folders of the Stack; Python and markdown are entries of their own.
 CODE_FOLDERS = """
-    ada agda alloy antlr applescript assembly augeas awk batchfile bluespec c c++ c-sharp clojure cmake coffeescript common-lisp css cuda
-    dart dockerfile elixir elm emacs-lisp erlang f-sharp fortran glsl go groovy haskell html idris isabelle java java-server-pages
-    javascript julia kotlin lean literate-agda literate-coffeescript literate-haskell lua makefile maple mathematica matlab ocaml pascal
-    perl php powershell prolog protocol-buffer r racket restructuredtext rmarkdown ruby rust sas scala scheme shell smalltalk solidity
-    sparql sql stan standard-ml stata systemverilog tcl tcsh tex thrift typescript verilog vhdl visual-basic xslt yacc zig
+    ada agda alloy antlr applescript assembly augeas awk batchfile bluespec c c++ c-sharp clojure cmake
+    coffeescript common-lisp css cuda dart dockerfile elixir elm emacs-lisp erlang f-sharp fortran glsl go
+    groovy haskell html idris isabelle java java-server-pages javascript julia kotlin lean literate-agda
+    literate-coffeescript literate-haskell lua makefile maple mathematica matlab ocaml pascal perl php
+    powershell prolog protocol-buffer r racket restructuredtext rmarkdown ruby rust sas scala scheme shell
+    smalltalk solidity sparql sql stan standard-ml stata systemverilog tcl tcsh tex thrift typescript verilog
+    vhdl visual-basic xslt yacc zig
 """
 
 
