@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aurora_jax.cli import load_config, main
-from aurora_jax.data.registry.tasks import register, unregister
+from aurora_jax.data.registry.tasks import register
 from aurora_jax.data.registry.vocabulary import vocabulary_from
 from aurora_jax.errors import InputError
 from aurora_jax.train.config import DataConfig, EvaluationConfig, TrainConfig
@@ -19,22 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def registered(tmp_path):
-    register(tmp_path, vocabulary_from("bytes"))
-    yield
-    unregister()
+    return register(tmp_path, vocabulary_from("bytes"))
 
 
 def test_a_run_that_does_not_say_it_is_told_which_of_its_tasks_have_a_held_out_part(registered):
     trained = ["aurora_web_fi", "sample_fi", "aurora_pile", "aurora_stack_python"]
     with pytest.raises(InputError, match=r"--evaluation\.tasks sample_fi aurora_pile or .*nothing behind it\."):
-        judged_on(EvaluationConfig(), trained)
+        judged_on(EvaluationConfig(), trained, registered.splits)
     with pytest.raises(InputError, match=r"--evaluation\.tasks TASK \.\.\. or .*No task of its mixtures has one"):
-        judged_on(EvaluationConfig(), ["aurora_web_fi"])
-    assert judged_on(EvaluationConfig(tasks=("sample_ja",)), trained) == ("sample_ja",)
+        judged_on(EvaluationConfig(), ["aurora_web_fi"], registered.splits)
+    assert judged_on(EvaluationConfig(tasks=("sample_ja",)), trained, registered.splits) == ("sample_ja",)
 
 
 def test_a_run_that_is_judged_on_nothing_says_so(capsys):
-    assert judged_on(EvaluationConfig(tasks=()), []) == ()
+    assert judged_on(EvaluationConfig(tasks=()), [], {}.get) == ()
     assert "not judged on any text" in capsys.readouterr().out
 
 

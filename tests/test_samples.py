@@ -18,7 +18,6 @@ from eight_devices import run_on_eight_devices
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from aurora_jax.checkpoints import format as checkpoint
-from aurora_jax.data.registry.tasks import unregister
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
@@ -44,7 +43,7 @@ PROMPTS = (("fi", "Kaikki ihmiset"), ("code", "def clamp(\n"), ("fi", "ja <b>"))
 @pytest.fixture(scope="module")
 def base(mini_corpus, mini_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
-    yield TrainConfig(
+    return TrainConfig(
         output=folder / "run",
         stages=(Stage("cap", "nano_cap", 4, LearningRate(peak=1e-2, decay_steps=10)), Stage("cat", "nano_cat", 2)),
         model=ModelConfig(vocabulary_size=400, max_positions=48, width=16, layers=2, heads=2, mlp_width=24),
@@ -62,7 +61,6 @@ def base(mini_corpus, mini_tokenizer, tmp_path_factory):
         checkpoint=CheckpointConfig(every=2),
         log_format="lines",
     )
-    unregister()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What a run is judged on: it must be said, or be said to be nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 
 from aurora_jax.errors import InputError
 from aurora_jax.train.config import EvaluationConfig
@@ -8,12 +8,15 @@ from aurora_jax.train.config import EvaluationConfig
 MOST_NAMED = 12
 
 
-def judged_on(evaluation: EvaluationConfig, trained: Iterable[str]) -> tuple[str, ...]:
+def judged_on(
+    evaluation: EvaluationConfig, trained: Iterable[str], splits: Callable[[str], Container[str]]
+) -> tuple[str, ...]:
     """The run's held-out tasks; prints a line where there are to be none.
 
     Args:
         evaluation: the run's.
-        trained: registered tasks of its mixtures, to name those that have a held-out part.
+        trained: tasks of its mixtures, to name those that have a held-out part.
+        splits: of a task.
 
     Raises:
         InputError: the run does not say what it is judged on.
@@ -22,9 +25,7 @@ def judged_on(evaluation: EvaluationConfig, trained: Iterable[str]) -> tuple[str
         if not evaluation.tasks:
             print("evaluation: none; the run is not judged on any text (evaluation.tasks is empty)", flush=True)
         return evaluation.tasks
-    from aurora_jax.data.registry.tasks import having_split
-
-    candidates = having_split("validation", trained)
+    candidates = [task for task in trained if "validation" in splits(task)]
     named = " ".join(candidates[:MOST_NAMED]) + (" ..." if len(candidates) > MOST_NAMED else "")
     raise InputError(
         "The run does not say what it is judged on: give the tasks whose validation split it is measured on, "

@@ -244,7 +244,7 @@ def _open_data(
     registry = register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
-    judged = judged_on(config.evaluation, tasks)
+    judged = judged_on(config.evaluation, tasks, registry.splits)
     for split, its_tasks in (("train", tasks), ("validation", judged)):
         directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)

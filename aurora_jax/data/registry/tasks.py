@@ -240,12 +240,6 @@ def recipe_of(task_name: str, split: str) -> Recipe:
     return Recipe(task_name, split, reader, document_steps, feature.vocabulary.tokenizer, append_eos)
 
 
-def having_split(split: str, tasks: Iterable[str]) -> list[str]:
-    """Those of some tasks that have a split, in their order; those over a corpus have it if its files are there."""
-    registered = seqio.TaskRegistry.names()
-    return [task for task in tasks if task not in registered or split in seqio.TaskRegistry.get(task).splits]
-
-
 def _registered_task(name: str) -> seqio.Task:
     if name not in seqio.TaskRegistry.names():
         raise InputError(
