@@ -44,6 +44,7 @@ from aurora_jax.evaluate.report import (
     training_loss_curves,
     write_report,
 )
+from aurora_jax.evaluate.run_record import read_run_record
 from aurora_jax.generate import prompts as prompts_of
 from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.text import TextGenerator, TextSettings
@@ -554,7 +555,7 @@ class TrainingRun:
             >>> {change.language: change.after < change.before for change in run.changes}["fi"]
             True
         """
-        return before_after(self.metrics)
+        return before_after(self.metrics, read_run_record(self.output))
 
     def curves(self, what: Literal["bits_per_byte", "loss"] | None = None) -> "Figure":
         """A chart over the steps, by language: bits per byte of held-out text where it was measured, else the loss.
@@ -571,14 +572,14 @@ class TrainingRun:
         """
         from aurora_jax.evaluate.charts import bits_per_byte_curves, loss_curves
 
-        rows = self.metrics
+        rows, record = self.metrics, read_run_record(self.output)
         steps = [row for row in rows if "loss" in row]
-        evaluations = next(iter(evaluation_curves(rows).values()), None)
+        evaluations = next(iter(evaluation_curves(rows, record).values()), None)
         if what == "bits_per_byte" and evaluations is None:
             raise InputError(f"{self.output}: nothing was measured; give held_out= to model.train.")
         if evaluations is not None and what != "loss":
             return bits_per_byte_curves(evaluations, stage_ends(steps))
-        return loss_curves(training_loss_curves(steps), stage_ends(steps))
+        return loss_curves(training_loss_curves(steps, record), stage_ends(steps))
 
     def row(self, step: int = 0, row: int = 0) -> "ShownRow":
         """One row of the batch of a step, as the model reads it; a notebook shows it in colours.

@@ -49,6 +49,8 @@ class Chip:
     """US dollars a chip-hour, on demand."""
     sizes: tuple[str, ...]
     """Topologies that can be rented, smallest first."""
+    device_kinds: tuple[str, ...]
+    """What JAX calls it (`jax.Device.device_kind`): on a machine, or by the TPU compiler."""
 
     @property
     def flops_per_cycle(self) -> float:
@@ -72,20 +74,34 @@ CHIPS = {
         hbm=32 * GIB, hbm_bandwidth=1200 * GB, peak=275e12, clock=1.05e9, cores=2,
         matrix_units=4, matrix_columns=128, vmem=16 * MIB,
         interconnect=300 * GB, torus_dimensions=3, network=6.25 * GB, price=3.22, sizes=_CUBES,
+        device_kinds=("TPU v4",),
     ),
     "v5e": Chip(
         hbm=16 * GIB, hbm_bandwidth=819 * GB, peak=197e12, clock=1.5e9, cores=1,
         matrix_units=4, matrix_columns=128, vmem=128 * MIB,
         interconnect=200 * GB, torus_dimensions=2, network=3.125 * GB, price=1.20, sizes=_SQUARES,
+        device_kinds=("TPU v5 lite", "TPU v5e"),
     ),
     "v5p": Chip(
         hbm=95 * GIB, hbm_bandwidth=2765 * GB, peak=459e12, clock=1.75e9, cores=2,
         matrix_units=4, matrix_columns=128, vmem=64 * MIB,
         interconnect=600 * GB, torus_dimensions=3, network=6.25 * GB, price=4.20, sizes=_CUBES,
+        device_kinds=("TPU v5", "TPU v5p"),
     ),
     "v6e": Chip(
         hbm=32 * GIB, hbm_bandwidth=1638 * GB, peak=918e12, clock=1.75e9, cores=1,
         matrix_units=2, matrix_columns=256, vmem=128 * MIB,
         interconnect=400 * GB, torus_dimensions=2, network=12.5 * GB, price=2.70, sizes=_SQUARES,
+        device_kinds=("TPU v6 lite", "TPU v6e"),
     ),
 }  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None for what is no TPU that we know."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
+
+
+def smallest_topology(generation: str) -> str:
+    """The smallest slice of a generation, such as v5e:2x2, for what one chip of it tells."""
+    return f"{generation}:{CHIPS[generation].sizes[0]}"

@@ -32,10 +32,11 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from aurora_jax.languages import LANGUAGES  # noqa: E402
+
 COPIES = 4
 """Of the sample corpus, each with other words in front: a hundred megabytes."""
 BATCH, LENGTH = 32, 256
-LANGUAGES = ("en", "fi", "hi", "ja", "vi", "code")
 STORE_TOKENS = (20_000_000, 400_000_000)
 
 

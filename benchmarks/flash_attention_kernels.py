@@ -19,7 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 HEADS, HEAD_DIM = 48, 128
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ def program(job: Job):
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from aurora_jax.chips import smallest_topology
     from aurora_jax.plan.topology import tpu_topology
 
-    mesh = Mesh(np.array(tpu_topology(TOPOLOGIES[job.generation]).devices)[:1], ("x",))
+    mesh = Mesh(np.array(tpu_topology(smallest_topology(job.generation)).devices)[:1], ("x",))
     L, C = job.length, HEAD_DIM
 
     def struct(*shape):

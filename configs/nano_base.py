@@ -1,10 +1,10 @@
 """The base model of `examples/nano`: 3.4M parameters, English and code alone. It stands for StarCoderPlus in
 the quickstart.
 
-aurora data sample corpus
-aurora data tokenizer corpus tokenizer --vocabulary-size 4096
-aurora train configs/nano_base.py --data.corpus corpus --data.tokenizer tokenizer --output runs/nano_base
-python -m convert to-torch runs/nano_base examples/nano --dtype bfloat16
+    aurora data sample corpus
+    aurora data tokenizer corpus tokenizer --vocabulary-size 4096
+    aurora train configs/nano_base.py --data.corpus corpus --data.tokenizer tokenizer --output runs/nano_base
+    python -m convert to-torch runs/nano_base examples/nano --dtype bfloat16
 """
 
 from pathlib import Path
@@ -25,6 +25,8 @@ def config() -> TrainConfig:
         ),
         data=DataConfig(corpus="corpus", tokenizer=Path("tokenizer"), batch_size=32, sequence_length=256),
         compute=ComputeConfig(activation_dtype="float32", unroll_layers=True),
-        evaluation=EvaluationConfig(every=200),
+        evaluation=EvaluationConfig(
+            tasks=("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi"), every=200
+        ),
         checkpoint=CheckpointConfig(every=200),
     )

@@ -2,8 +2,8 @@
 sequences of 8,192.
 
     aurora plan configs/starcoderplus_two_v5p_128.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
-    aurora train configs/starcoderplus_two_v5p_128.py --initial-checkpoint /mnt/BUCKET/starcoderplus --output
-    /mnt/BUCKET/cap
+    aurora train configs/starcoderplus_two_v5p_128.py --initial-checkpoint /mnt/BUCKET/starcoderplus \
+        --output /mnt/BUCKET/cap
 
 Planned (an estimate of the TPU compiler, 2026-11-25): 65.2 of 95 GiB a chip, 8.65 s a step (7.34 s compute,
 1.04 s attention, 0.27 s of collectives that nothing hides), MFU at most 86.8%, 10.4 days for 435B tokens.

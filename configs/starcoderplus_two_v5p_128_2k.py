@@ -2,12 +2,12 @@
 sequences of 2,048.
 
     aurora plan configs/starcoderplus_two_v5p_128_2k.py --topology v5p:4x4x4 --slices 2 --model starcoderplus
-    aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint /mnt/BUCKET/starcoderplus
-    --output /mnt/BUCKET/cap
+    aurora train configs/starcoderplus_two_v5p_128_2k.py --initial-checkpoint /mnt/BUCKET/starcoderplus \
+        --output /mnt/BUCKET/cap
 
-Planned (an estimate of the TPU compiler, 2026-11-23, its attention 2026-11-25): 65.2 of 95 GiB a chip, 7.81 s
-a step (7.25 s compute, 0.29 s attention, 0.27 s of collectives that nothing hides), MFU at most 87.9%, 9.4
-days for 435B tokens.
+Planned (an estimate of the TPU compiler, 2026-11-23, its attention 2026-11-25): 65.2 of 95 GiB a chip,
+7.81 s a step (7.25 s compute, 0.29 s attention, 0.27 s of collectives that nothing hides), MFU at most 87.9%,
+9.4 days for 435B tokens.
 """
 
 from aurora_jax.train.config import TrainConfig

@@ -24,6 +24,7 @@ from rich.table import Table
 import aurora_jax as aurora
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.report import check_expectations
+from aurora_jax.evaluate.run_record import read_run_record
 from aurora_jax.storage import json_lines
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def main() -> int:
         f'[dim]$ python -m aurora_jax generate {run.output} "Helsinki on" --temperature 0.7[/dim]   lets it write.',
         soft_wrap=True,
     )
-    missed = check_expectations(run.changes)
+    record = read_run_record(run.output)
+    missed = check_expectations(run.changes, learnt=record.learnt, kept=record.kept)
     for sentence in missed:
         console.print(f"[red]not as promised:[/red] {sentence}", soft_wrap=True)
     return 1 if missed else 0

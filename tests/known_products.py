@@ -22,14 +22,14 @@ def main(cases: list[dict]) -> None:
         from jax.experimental import pallas as pl
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        from aurora_jax.plan.attention_cycles import SMALLEST
+        from aurora_jax.chips import smallest_topology
         from aurora_jax.plan.schedule import dumped_kernels
         from aurora_jax.plan.topology import tpu_topology
 
         found = []
         for place, case in enumerate(cases):
             M, K, N, times = case["M"], case["K"], case["N"], case["times"]
-            mesh = Mesh(np.array(tpu_topology(SMALLEST[case["generation"]]).devices)[:1], ("x",))
+            mesh = Mesh(np.array(tpu_topology(smallest_topology(case["generation"])).devices)[:1], ("x",))
             here = NamedSharding(mesh, PartitionSpec())
             precision = jax.lax.Precision.HIGHEST if case["dtype"] == "float32" else jax.lax.Precision.DEFAULT
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from aurora_jax.chips import CHIPS, GIB
+from aurora_jax.chips import CHIPS, GIB, chip_of
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,17 @@ def test_facts_agree_with_jax(name):
     assert chip.cores == pltpu.ChipVersion(name).num_physical_tensor_cores_per_chip
     assert chip.peak == pytest.approx(jax_has.bf16_ops_per_second * chip.cores, rel=5e-3)
     assert chip.hbm == pytest.approx(jax_has.hbm_capacity_bytes * chip.cores, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_a_chip_goes_by_its_names_and_no_other_chip_does(name):
+    """The TPU compiler's own name is tested in test_observability.py."""
+    assert all(chip_of(kind) is CHIPS[name] for kind in CHIPS[name].device_kinds)
+    assert sum(len(chip.device_kinds) for chip in CHIPS.values()) == len(
+        {kind for chip in CHIPS.values() for kind in chip.device_kinds}
+    )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 80GB HBM3", "TPU v2", ""])
+def test_other_devices_are_no_chip_of_ours(kind):
+    assert chip_of(kind) is None

@@ -52,17 +52,11 @@ class Parsed(Exception):
 def commands(path: Path) -> list[str]:
     """Commands of the fenced blocks without a language (of configs: their docstrings' lines), continuation
     lines joined."""
-    text = path.read_text()
+    text = re.sub(r"[ \t]*\\\n\s*", " ", path.read_text())
     if path.suffix == ".py":
         return re.findall(r"^ *((?:aurora|python -m) .*)$", text.split('"""')[1], flags=re.M)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M)
-    return [
-        line
-        for language, block in blocks
-        if not language
-        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()
-        if line.strip()
-    ]
+    return [line for language, block in blocks if not language for line in block.splitlines() if line.strip()]
 
 
 def checked(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,8 @@ def test_a_host_is_cut_off_and_the_losses_are_those_of_an_undisturbed_run(mini_c
         "--evaluation.tasks",
         "sample_en",
         "sample_fi",
+        "--evaluation.keep",
+        "sample_en",
         "--checkpoint.every",
         "20",
     ]

@@ -2,11 +2,13 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from aurora_jax.errors import InputError
+from aurora_jax.evaluate.charts import before_after_bars, bits_per_byte_curves
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.report import (
     LanguageChange,
@@ -17,6 +19,8 @@ from aurora_jax.evaluate.report import (
     summary,
     write_report,
 )
+from aurora_jax.evaluate.run_record import RunRecord, read_run_record, record_of
+from aurora_jax.languages import TABLE
 
 LANGUAGES = ("en", "code", "fi", "hi", "ja", "vi")
 BEFORE = dict(zip(LANGUAGES, (2.0, 1.5, 6.0, 4.0, 9.0, 8.0), strict=True))
@@ -69,7 +73,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_before_and_after_are_the_complete_evaluations(run):
-    changes = {change.language: change for change in before_after(read_metrics(run / "metrics.jsonl"))}
+    changes = {change.subject: change for change in before_after(read_metrics(run / "metrics.jsonl"))}
     assert {language: change.before for language, change in changes.items()} == BEFORE
     assert {language: change.after for language, change in changes.items()} == AFTER
     assert changes["fi"].stages == {"cap": 3.5, "cat": 3.0}
@@ -102,9 +106,9 @@ def test_the_end_of_a_stage_does_not_stand_for_the_start(run):
     assert said in page
     assert "<table>" not in page
     assert not (run / "before_after.png").exists()
-    assert "Finnish was not evaluated before and after." in check_expectations(
-        before_after(read_metrics(run / "metrics.jsonl"))
-    )
+    assert check_expectations(
+        before_after(read_metrics(run / "metrics.jsonl")), learnt=["sample_fi"], kept=["sample_en"]
+    ) == ["sample_fi was not evaluated before and after.", "sample_en was not evaluated before and after."]
 
 
 def test_steps_that_are_gone_are_missed(run):
@@ -149,7 +153,7 @@ def test_figures_of_other_settings_are_not_compared(run, changed, said):
         return rows
 
     rewritten(run, change)
-    found = {change.language: change.stages for change in before_after(read_metrics(run / "metrics.jsonl"))}
+    found = {change.subject: change.stages for change in before_after(read_metrics(run / "metrics.jsonl"))}
     alone = ("fi",) if "texts" in changed else LANGUAGES
     assert all(("cat" in stages) == (language not in alone) for language, stages in found.items())
     missing = not_compared(read_metrics(run / "metrics.jsonl"))
@@ -166,7 +170,7 @@ def test_a_curve_has_figures_of_equal_settings_only(run):
         return quick[:1] + [row for row in rows if row.get("complete", True)] + quick[1:] + later
 
     rewritten(run, change)
-    curves = evaluation_curves(read_metrics(run / "metrics.jsonl"))
+    curves = evaluation_curves(read_metrics(run / "metrics.jsonl"), RunRecord())
     assert [steps for chart in curves.values() for steps, _ in [chart["fi"]]] == [[0, 2], [7, 8]]
     assert ["2 windows" in curves_of[0] or "4 windows" in curves_of[0] for curves_of in curves.items()] == [True, True]
     write_report(run, run / "report.html")
@@ -224,20 +228,134 @@ def test_samples_that_are_not_samples_are_refused(run, tmp_path):
 
 
 def change(language: str, relative: float) -> LanguageChange:
-    return LanguageChange(language, 1.0, {"cat": 1.0 + relative})
+    return LanguageChange(f"sample_{language}", language, 1.0, {"cat": 1.0 + relative})
 
 
 def test_promises_are_checked_at_their_bounds():
     kept = [change("en", 0.03), change("code", -0.1)]
     learnt = [change(language, -0.25) for language in ("fi", "hi", "ja", "vi")]
-    assert check_expectations(kept + learnt) == []
-    assert len(check_expectations([change("en", 0.0301), *kept[1:], *learnt])) == 1
-    assert "Vietnamese" in check_expectations([*kept, *learnt[:3], change("vi", -0.2499)])[0]
-    assert "Finnish" in check_expectations([*kept, *learnt[1:]])[0]
-    assert len(check_expectations([*kept, change("fi", float("nan")), *learnt[1:]])) == 1
+    check = partial(check_expectations, learnt=[each.task for each in learnt], kept=[each.task for each in kept])
+    assert check(kept + learnt) == []
+    assert len(check([change("en", 0.0301), *kept[1:], *learnt])) == 1
+    assert "Vietnamese" in check([*kept, *learnt[:3], change("vi", -0.2499)])[0]
+    assert "sample_fi" in check([*kept, *learnt[1:]])[0]
+    assert len(check([*kept, change("fi", float("nan")), *learnt[1:]])) == 1
+    assert check_expectations([change("fi", 9.0)], learnt=[], kept=[]) == []
 
 
 def test_summary_is_a_sentence(run):
     said = summary(before_after(read_metrics(run / "metrics.jsonl")))
     assert said.startswith("Finnish, Hindi, Japanese and Vietnamese fell by 50 to 75%")
     assert said.endswith("English changed by +2.0% and Code changed by −2.0%.")
+
+
+def facts(keep: list[str], languages: dict[str, str], trained: list[str], held_out: list[str]) -> dict:
+    rates = {task: 1 / len(trained) for task in trained}
+    stages = [{"name": "cap", "rates": {}}, {"name": "cat", "rates": rates}]
+    return {
+        "keep": keep,
+        "languages": languages,
+        "stages": stages,
+        "held_out": {task: {"windows": 1} for task in held_out},
+    }
+
+
+def test_what_was_to_be_learnt_and_kept_follows_from_the_run():
+    """Kept is what it names; learnt, what else it is judged on in a language of its stage table."""
+    languages = {"swahili": "sw", "my_web": "sw", "sample_en": "en", "pile": "en", "sample_ja": "ja"}
+    judged = ["sample_en", "swahili", "pile", "sample_ja"]
+    record = record_of(facts(["sample_en"], languages, ["my_web", "sample_en"], judged))
+    assert (record.learnt, record.kept) == (("swahili",), ("sample_en",))
+    nothing_named = record_of(facts([], languages, ["my_web", "sample_en"], judged))
+    assert (nothing_named.learnt, nothing_named.kept) == ((), ())
+    assert nothing_named.languages == languages
+
+
+def test_texts_of_one_language_are_told_apart():
+    record = RunRecord({"wiki_sw": "sw", "web_sw": "sw", "sample_clean_fi": "fi", "notes": "und"})
+    tasks = ["wiki_sw", "web_sw", "sample_clean_fi", "notes", "sample_en"]
+    assert list(record.subjects(tasks).values()) == ["sw/wiki_sw", "sw/web_sw", "fi", "notes", "en"]
+    figure = bits_per_byte_curves({subject: ([0, 1], [2.0, 1.0]) for subject in record.subjects(tasks).values()}, {})
+    lines = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == [
+        "Swahili (wiki_sw)",
+        "Swahili (web_sw)",
+        "Finnish",
+        "notes",
+        "English",
+    ]
+    assert lines[0].get_color() == lines[1].get_color()
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    assert len({line.get_color() for line in lines}) == 4
+    assert [lines[place].get_color() for place in (2, 4)] == [TABLE["fi"].colour, TABLE["en"].colour]
+
+
+def test_a_language_that_nobody_foresaw_is_in_every_chart_and_table(run):
+    """Swahili, by a task of somebody's module, beside English; the groups are those that the run names."""
+
+    def change(rows):
+        text = json.dumps(rows).replace("sample_clean_fi", "my_swahili").replace("sample_fi", "my_swahili")
+        return json.loads(text)
+
+    rewritten(run, change)
+    languages = {"my_swahili": "sw"}
+    trained = [f"sample_{language}" for language in LANGUAGES if language != "fi"]
+    held_out = ["my_swahili", *trained]
+    said = facts(["sample_en", "sample_code"], languages, ["my_swahili", *trained[:3]], held_out)
+    (run / "run.json").write_text(json.dumps(said))
+    assert write_report(run, run / "report.html") == []
+    page = (run / "report.html").read_text()
+    groups = re.split(r"<tr><th colspan=[^>]*>([^<]*)</th></tr>", page)
+    assert groups[1::2] == ["to be kept", "to be learnt", "measured"]
+    names = [re.findall(r"<tr><td>([^<]*)</td>", group) for group in groups[2::2]]
+    assert names == [["English", "Code"], ["Swahili", "Hindi"], ["Japanese", "Vietnamese"]]
+    assert "does not say what it was to keep" not in page
+    changes = before_after(read_metrics(run / "metrics.jsonl"), read_run_record(run))
+    bars = before_after_bars(*({each.subject: getattr(each, when) for each in changes} for when in ("before", "after")))
+    assert "Swahili" in [label.get_text() for label in bars.axes[0].get_xticklabels()]
+
+
+def test_a_learnt_language_that_did_not_fall_is_marked(run):
+    (run / "run.json").write_text(
+        json.dumps(facts(["sample_en"], {}, ["sample_code", "sample_en"], ["sample_en", "sample_code"]))
+    )
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text()
+    assert re.search(r"<td>Code</td>.*?<td class=\"bad\">−2.0%</td>", page)
+    assert re.search(r"<td>English</td>.*?<td class=\"kept\">\+2.0%</td>", page)
+
+
+@pytest.mark.parametrize("content", [None, "{}", json.dumps({"stages": [], "held_out": {}})])
+def test_runs_of_earlier_versions_have_a_report(run, content):
+    if content is not None:
+        (run / "run.json").write_text(content)
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "does not say what it was to keep" in page
+    assert "<td>Finnish</td>" in page
+    assert "colspan" not in page
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"keep": ["sample_en"]}', '{"keep": 3}'])
+def test_facts_that_are_none_are_refused(run, content):
+    (run / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json"):
+        write_report(run, run / "report.html")
+
+
+def test_continuations_of_a_run_stand_side_by_side(run):
+    def change(rows):
+        samples = {
+            step: [{"language": "fi", "prompt": "Hei <b>", "continuation": f"text {step} &"}] for step in (0, 6, 9)
+        }
+        for row in [row for row in rows if row.get("complete")]:
+            place = rows.index(row)
+            rows.insert(place, {"step": row["step"], "stage": row["stage"], "samples": samples[row["step"]]})
+        return rows
+
+    rewritten(run, change)
+    write_report(run, run / "report.html")
+    page = (run / "report.html").read_text()
+    assert page.count("Hei &lt;b&gt;") == 1
+    found = re.findall(r"<b>(before|after \w+)</b>(text \d) &amp;", page)
+    assert found == [("before", "text 0"), ("after cap", "text 6"), ("after cat", "text 9")]

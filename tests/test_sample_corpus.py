@@ -17,12 +17,13 @@ import pytest
 from rich.progress import Progress
 
 from aurora_jax.errors import InputError
+from aurora_jax.languages import LANGUAGES, NATURAL
 from aurora_jax.sample_corpus import build_sample_corpus, extract, heldout
 from aurora_jax.sample_corpus.build import CorpusManifest, build
 from aurora_jax.sample_corpus.clean import Deduplicator, clean_line, fingerprint, is_language, prose
 from aurora_jax.sample_corpus.code import CodeFile, is_well_documented, npm, standard_library
 from aurora_jax.sample_corpus.packages import Package, read_members
-from aurora_jax.sample_corpus.packages_table import LANGUAGES, PARTS, Collection, PackageSource
+from aurora_jax.sample_corpus.packages_table import Collection, PackageSource
 
 SENTENCES = {
     "en": "The document number {} was saved before the window was closed.",
@@ -182,9 +183,9 @@ def test_hindi_joiners_survive_cleaning() -> None:
     assert clean_line("क्\u200dष") == "क्\u200dष"
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", NATURAL)
 def test_each_language_is_told_from_the_others(language: str) -> None:
-    accepted = [other for other in LANGUAGES if is_language(SENTENCES[other].format(7), language)]
+    accepted = [other for other in NATURAL if is_language(SENTENCES[other].format(7), language)]
     assert accepted == [language]
 
 
@@ -283,7 +284,7 @@ def packages(tmp_path: Path) -> list[Package]:
     """Packages with real formats: sentences 0-99 are aligned and so held out; the guide repeats 90-109 of
     them, the program 110-199."""
     files: dict[str, dict[str, bytes]] = {"browser": {}, "guide": {}, "program": {}}
-    for language in LANGUAGES:
+    for language in NATURAL:
         pak = write_pak({number: numbered(language, number).encode() for number in range(100)}, aliases={})
         files["browser"][f"{'en-GB' if language == 'en' else language}.pak"] = pak
         page = "".join(f"<p>{numbered(language, number).upper()}</p>" for number in range(60, 130))
@@ -325,7 +326,7 @@ def test_a_built_corpus_keeps_its_promises(tmp_path: Path, packages: list[Packag
     corpus = tmp_path / "corpus"
     manifest = build_mini(corpus, packages)
 
-    for part in PARTS:
+    for part in LANGUAGES:
         for split in ("train", "heldout", "clean"):
             content = (corpus / split / f"{part}.jsonl").read_bytes()
             assert hashlib.sha256(content).hexdigest() == manifest.sha256[f"{split}/{part}.jsonl"]
@@ -337,15 +338,15 @@ def test_a_built_corpus_keeps_its_promises(tmp_path: Path, packages: list[Packag
             }
     assert CorpusManifest.read(corpus) == manifest
 
-    held_out = {language: [text.split("\n") for text in texts(corpus, "heldout", language)] for language in LANGUAGES}
+    held_out = {language: [text.split("\n") for text in texts(corpus, "heldout", language)] for language in NATURAL}
     train = {
         language: [line for text in texts(corpus, "train", language) for line in text.split("\n")]
-        for language in LANGUAGES
+        for language in NATURAL
     }
-    numbers = {numbered(language, number): number for language in LANGUAGES for number in range(100)}
+    numbers = {numbered(language, number): number for language in NATURAL for number in range(100)}
     order = [[numbers[line] for line in document] for document in held_out["en"]]
     assert [len(document) for document in order] == [40, 40]
-    for language in LANGUAGES:
+    for language in NATURAL:
         # The same segments in the same order in every language.
         assert [[numbers[line] for line in document] for document in held_out[language]] == order
         # None of them is trained on, however it is written.
@@ -383,7 +384,7 @@ def test_a_damaged_package_is_named(tmp_path: Path, packages: list[Package]) -> 
 
 
 def test_segments_with_placeholders_or_untranslated_are_not_held_out() -> None:
-    messages = {language: {key: numbered(language, key) for key in range(3)} for language in LANGUAGES}
+    messages = {language: {key: numbered(language, key) for key in range(3)} for language in NATURAL}
     messages["fi"][0] = messages["en"][0]
     messages["hi"][1] += " $1"
     assert [segment["en"] for segment in heldout.aligned_segments(messages)] == [numbered("en", 2)]
@@ -409,7 +410,7 @@ def test_a_complete_corpus_is_reused_and_a_damaged_one_is_not(tmp_path: Path, pa
 @pytest.mark.full
 def test_the_real_corpus(tmp_path: Path) -> None:
     manifest = build_sample_corpus(tmp_path / "corpus", sources="debian", cache=tmp_path / "cache")
-    for language in LANGUAGES:
+    for language in NATURAL:
         assert manifest.totals["train"][language]["bytes"] > 1_500_000
         assert manifest.totals["heldout"][language]["lines"] == manifest.totals["heldout"]["en"]["lines"]
         train = {

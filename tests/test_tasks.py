@@ -18,13 +18,14 @@ import tokenizers
 from aurora_jax.data.batches.store import TokenStore, read_info
 from aurora_jax.data.build.opening import open_stores
 from aurora_jax.data.build.stores import build_stores
-from aurora_jax.data.corpora.sample_tasks import LANGUAGES, MIXTURES
+from aurora_jax.data.corpora.sample_tasks import MIXTURES
 from aurora_jax.data.registry.tasks import FileSource, Prepare, mixture_rates, recipe_of, register
 from aurora_jax.data.registry.vocabulary import Vocabulary, vocabulary_from
 from aurora_jax.data.text.documents import FillInTheMiddle, Instruction
 from aurora_jax.data.text.recipe import Recipe
 from aurora_jax.data.text.sources import Source
 from aurora_jax.errors import InputError
+from aurora_jax.languages import LANGUAGES
 
 DOCUMENTS = {
     "en": ["The quick brown fox.", "", "one<|endoftext|>two", "<|endoftext|>", "nul\0byte\0", "line\r\nline\u2028line"],

@@ -30,7 +30,9 @@ def config():
         data=DataConfig(corpus={corpus!r}, tokenizer=Path({tokenizer!r}), stores={stores!r}, batch_size=8,
                         sequence_length=32),
         compute=ComputeConfig("float32", "float32"),
-        evaluation=EvaluationConfig(tasks=("sample_fi",), every=50, quick_windows=2, batch_size=2),
+        evaluation=EvaluationConfig(
+            tasks=("sample_fi",), every=50, quick_windows=2, batch_size=2, prompts=(("fi", "Kaikki"),), max_new_tokens=8
+        ),
         checkpoint=CheckpointConfig(every=20),
     )
 """
@@ -82,6 +84,11 @@ def losses(output: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows if "loss" in row]
 
 
+def samples(output: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["samples"]) for row in rows if "samples" in row]
+
+
 @pytest.mark.full
 def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mini_corpus, mini_tokenizer, tmp_path):
     config = tmp_path / "config.py"
@@ -122,3 +129,5 @@ def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mi
         assert statuses[1 - victim] not in (0, 2)
     assert run(config, disturbed) == [0, 0]
     assert losses(disturbed) == losses(tmp_path / "undisturbed")
+    assert samples(disturbed) == samples(tmp_path / "undisturbed")
+    assert [step for step, _ in samples(disturbed)] == [0, 60]

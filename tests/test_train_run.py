@@ -186,9 +186,9 @@ def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
     assert len(found) == 12
     assert found[11][0] < found[0][0] - 0.5
 
-    # `aurora eval` reads the windows and masks of the run, from a stage as from a step, and finds the run's
+    # `aurora eval` reads the tasks, windows and masks of the run, from a stage as from a step, and finds the run's
     # own figures.
-    stores = {"corpus": base.data.corpus, "stores": base.data.stores, "tasks": base.evaluation.tasks}
+    stores = {"corpus": base.data.corpus, "stores": base.data.stores}
     for where in ("run", "run/stages/cat"):
         EvalCommand(tmp_path / where, **stores, json=tmp_path / "eval.json", compute=base.compute).run()
         found = json.loads((tmp_path / "eval.json").read_text())
@@ -196,6 +196,7 @@ def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
             row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("complete") and row["step"] == 12
         ]
         assert found["settings"] == row["settings"]
+        assert tuple(found["evaluation"]) == base.evaluation.tasks
         assert (row["settings"]["sequence_length"], row["settings"]["attend_across_documents"]) == (32, False)
         for task, score in row["evaluation"].items():
             assert found["evaluation"][task] == pytest.approx(score, rel=1e-5)

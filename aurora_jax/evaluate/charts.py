@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -10,9 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# One colour a language in every chart: Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = {"en": "#0072B2", "code": "#555555", "fi": "#56B4E9", "hi": "#E69F00", "ja": "#CC79A7", "vi": "#009E73"}
-NAMES = {"en": "English", "code": "Code", "fi": "Finnish", "hi": "Hindi", "ja": "Japanese", "vi": "Vietnamese"}
+from aurora_jax.languages import colours_of, name_of
+
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -24,8 +24,28 @@ STYLE: Any = {
     "figure.facecolor": "white",
     "svg.hashsalt": "aurora",
 }
+LINES = ("-", "--", ":", "-.")
+"""Of several texts of one language, which have its colour."""
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Language to steps and values."""
+"""Subject to steps and values. A subject is a language, or, where several texts are of one, LANGUAGE/TASK."""
+
+
+def name_of_subject(subject: str) -> str:
+    """What people read: Finnish, or Finnish (wikipedia_fi)."""
+    language, _, task = subject.partition("/")
+    return f"{name_of(language)} ({task})" if task else name_of(language)
+
+
+def looks_of(subjects: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and kind of line of each subject of a chart."""
+    languages = {subject: subject.partition("/")[0] for subject in subjects}
+    colours = colours_of(languages.values())
+    drawn: Counter[str] = Counter()
+    looks = {}
+    for subject, language in languages.items():
+        looks[subject] = (colours[language], LINES[drawn[language] % len(LINES)])
+        drawn[language] += 1
+    return looks
 
 
 class Chart(Figure):
@@ -38,27 +58,25 @@ class Chart(Figure):
 
 
 def before_after_bars(before: Mapping[str, float], after: Mapping[str, float]) -> Figure:
-    """Bits per byte of every language before and after, with the change written above."""
+    """Bits per byte of every subject (see `Curves`) before and after, with the change written above."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _chart(8, 3.8)
+        width = max(8, 1.2 * len(before))  # room for names
+        figure, axes = _chart(width, 3.8)
         place = np.arange(len(before))
         axes.bar(place - 0.2, list(before.values()), 0.38, color="#C9CDD2", label="before")
-        axes.bar(
-            place + 0.2, list(after.values()), 0.38, color=[_colour(language) for language in after], label="after"
-        )
-        for x, language in zip(place, before, strict=True):
-            if language not in after:
-                continue
-            change = after[language] / before[language] - 1
+        colours = [colour for colour, _ in looks_of(after).values()]
+        axes.bar(place + 0.2, list(after.values()), 0.38, color=colours, label="after")
+        for x, subject in zip(place, before, strict=True):
+            change = after[subject] / before[subject] - 1
             axes.annotate(
                 f"{change:+.1%}".replace("-", "−"),
-                (x + 0.2, after[language]),
+                (x + 0.2, after[subject]),
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
                 fontsize=9,
             )
-        axes.set_xticks(place, [NAMES.get(language, language) for language in before])
+        axes.set_xticks(place, [name_of_subject(subject).replace(" (", "\n(") for subject in before])
         axes.set_ylabel("bits per byte (lower is better)")
         axes.grid(axis="x", visible=False)
         axes.set_title(
@@ -71,24 +89,24 @@ def bits_per_byte_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figur
     """Bits per byte by language over steps; `boundaries` are the last steps of the stages."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _chart(8, 3.8)
-        for language, (steps, values) in curves.items():
-            axes.plot(
-                steps, values, color=_colour(language), marker="o", markersize=3, label=NAMES.get(language, language)
-            )
+        looks = looks_of(curves)
+        for subject, (steps, values) in curves.items():
+            colour, line = looks[subject]
+            axes.plot(steps, values, line, color=colour, marker="o", markersize=3, label=name_of_subject(subject))
         axes.set_ylabel("bits per byte of held-out text")
         _finish(axes, boundaries)
     return figure
 
 
 def loss_curves(curves: Curves, boundaries: Mapping[str, int]) -> Figure:
-    """Training loss by language over steps: raw faint, smoothed strong."""
+    """Training loss by language over steps, the mean of its tasks: raw faint, smoothed strong."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _chart(8, 3.8)
-        for language, (steps, values) in curves.items():
-            axes.plot(steps, values, color=_colour(language), alpha=0.2, linewidth=0.8)
-            axes.plot(
-                steps, _smoothed(values), color=_colour(language), linewidth=1.6, label=NAMES.get(language, language)
-            )
+        looks = looks_of(curves)
+        for subject, (steps, values) in curves.items():
+            colour, line = looks[subject]
+            axes.plot(steps, values, line, color=colour, alpha=0.2, linewidth=0.8)
+            axes.plot(steps, _smoothed(values), line, color=colour, linewidth=1.6, label=name_of_subject(subject))
         axes.set_ylabel("training loss (nats per token)")
         _finish(axes, boundaries)
     return figure
@@ -141,7 +159,3 @@ def _smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
             total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(total / weight if weight else float("nan"))
     return smooth
-
-
-def _colour(language: str) -> str:
-    return COLOURS.get(language, "#000000")

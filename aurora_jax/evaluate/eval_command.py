@@ -17,7 +17,8 @@ from aurora_jax.model.mesh import MeshConfig
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Prints loss and bits per byte of the held-out text of every language of a sample corpus.
+    """Prints loss and bits per byte of held-out text, task by task: of what the run that wrote the checkpoint is judged
+    on, or of --tasks.
 
     The text is read as the run that wrote the checkpoint reads it: windows of its length, documents that attend to each
     other or do not. A checkpoint that was not written by a run is read in windows of its longest sequence, at most
@@ -27,13 +28,15 @@ class EvalCommand:
     checkpoint: tyro.conf.Positional[Path]
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
     corpus: str = "corpus"
-    """Corpus folder, as `aurora data sample` writes it."""
+    """Folder of the sources, as for `aurora data build`; not needed where the stores are."""
     stores: str = "stores"
     """Folder of the token stores; those that are missing are built."""
     modules: tuple[str, ...] = ()
     """Python modules that register further tasks with SeqIO."""
-    tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
+    tasks: tuple[str, ...] = ()
+    """Tasks whose validation split is read, in place of those that the run is judged on."""
     batch_size: int = 16
+    """Sequences that are read at once."""
     sequence_length: int | None = None
     """Tokens a window, in place of the run's."""
     attend_across_documents: bool | None = None

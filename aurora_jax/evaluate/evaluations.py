@@ -89,7 +89,9 @@ def require_one_run(rows: Sequence[Mapping], path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         kind = (
             "step"
-            if "evaluation" not in row
+            if "loss" in row
+            else "samples after step"
+            if "samples" in row
             else "complete evaluation after step"
             if row["complete"]
             else "quick evaluation after step"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from aurora_jax.checkpoints import format as checkpoint_format
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
+from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.likelihood import Likelihood
@@ -27,7 +28,7 @@ def evaluate_checkpoint(
     *,
     corpus: str,
     stores: str,
-    tasks: Sequence[str],
+    tasks: Sequence[str] = (),
     modules: Sequence[str] = (),
     batch_size: int = 16,
     sequence_length: int | None = None,
@@ -41,7 +42,7 @@ def evaluate_checkpoint(
         checkpoint: a converted checkpoint, a stage of a run, or a run (its newest step).
         corpus: folder of the sources.
         stores: folder of the token stores; those that are missing are built.
-        tasks: their split `validation` is read.
+        tasks: their split `validation` is read; without them what the run is judged on that wrote the checkpoint.
         modules: Python modules that register further tasks with SeqIO.
         batch_size: windows that are read at once.
         sequence_length: tokens a window; that of the run which wrote the checkpoint, or the model's longest sequence
@@ -65,6 +66,13 @@ def evaluate_checkpoint(
         across = run.get("attend_across_documents", True)
     likelihood = Likelihood(model, compute, make_mesh(mesh), isolate_documents=not across)
     likelihood.check(**{"--batch-size": batch_size, "--sequence-length": length})
+
+    tasks = tuple(tasks) or tuple(run.get("held_out", ()))
+    if not tasks:
+        raise InputError(
+            f"{checkpoint} does not say what it is judged on: name tasks that have a validation split, such as --tasks "
+            "sample_en sample_code of a sample corpus, or those of your --modules."
+        )
 
     # SeqIO brings TensorFlow, which takes seconds to import: after what may be refused at once.
     from aurora_jax.data.batches.store import store_directory

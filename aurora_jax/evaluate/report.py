@@ -12,12 +12,20 @@ import tyro
 from matplotlib.figure import Figure
 
 from aurora_jax.errors import InputError
-from aurora_jax.evaluate.charts import NAMES, before_after_bars, bits_per_byte_curves, learning_rate_curve, loss_curves
+from aurora_jax.evaluate.charts import (
+    before_after_bars,
+    bits_per_byte_curves,
+    learning_rate_curve,
+    loss_curves,
+    name_of_subject,
+)
 from aurora_jax.evaluate.evaluations import described, differing_settings, require_one_run, settings_groups, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.evaluate.run_record import RunRecord, read_run_record
+from aurora_jax.languages import CODE, in_order, name_of
 from aurora_jax.storage.atomic import write_file
 
-LEARNT, KEPT = ("fi", "hi", "ja", "vi"), ("en", "code")
+UNKNOWN_RUN = RunRecord()
 
 CSS = """
 :root { color-scheme: light dark; --text: #1c2024; --faint: #60646c; --line: #e0e1e6; --good: #18794e; --bad: #c62a2f;
@@ -38,11 +46,11 @@ th:first-child, td:first-child { text-align: left } th { color: var(--faint); fo
 img { width: 100%; height: auto; background: #fff; border-radius: 8px; margin: .5rem 0 }
 .sample { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; margin: .7rem 0 }
 .sample .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .5rem }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; margin-top: .5rem }
 .pair div { white-space: pre-wrap; overflow-wrap: anywhere }
 .pair b { display: block; color: var(--faint); font-size: .8rem; font-weight: 600 }
 pre { background: var(--soft); padding: .8rem; border-radius: 8px; overflow-x: auto; font-size: .85rem }
-@media (max-width: 40rem) { .pair { grid-template-columns: 1fr } th, td { padding: .35rem .4rem } }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem } }
 @media print { body { max-width: none } img { break-inside: avoid } }
 """
 
@@ -51,14 +59,21 @@ pre { background: var(--soft); padding: .8rem; border-radius: 8px; overflow-x: a
 class LanguageChange:
     """Bits per byte of one language's held-out text over a run."""
 
-    language: str
+    task: str
+    subject: str
+    """The language, and the task where several are of one: see `charts.Curves`."""
     before: float
     stages: dict[str, float]
     """At the end of each stage, in order."""
 
     @property
+    def language(self) -> str:
+        """Its tag."""
+        return self.subject.partition("/")[0]
+
+    @property
     def name(self) -> str:
-        return NAMES.get(self.language, self.language)
+        return name_of_subject(self.subject)
 
     @property
     def after(self) -> float:
@@ -89,19 +104,25 @@ class ReportCommand:
         print(f"wrote {output}")
 
 
-def before_after(rows: Sequence[Mapping]) -> list[LanguageChange]:
+def before_after(rows: Sequence[Mapping], record: RunRecord = UNKNOWN_RUN) -> list[LanguageChange]:
     """What complete evaluations say, language by language: that of the start against those at the stages' ends,
     measured alike.
 
     Languages without such a pair are left out, all of them where the start is missing; `not_compared` has the reasons.
+
+    Args:
+        rows: of metrics.jsonl.
+        record: of the run, which knows the languages of its tasks.
     """
     start = start_of(rows, complete=True)
     if start is None:
         return []
     ends = _ends(rows)
+    subjects = record.subjects(start["evaluation"])
     changes = [
         LanguageChange(
-            language=_language(task),
+            task=task,
+            subject=subjects[task],
             before=score["bits_per_byte"],
             stages={
                 row["stage"]: row["evaluation"][task]["bits_per_byte"]
@@ -149,31 +170,22 @@ def _ends(rows: Sequence[Mapping]) -> list[Mapping]:
 def check_expectations(
     changes: Sequence[LanguageChange],
     *,
-    learnt: Sequence[str] = LEARNT,
-    kept: Sequence[str] = KEPT,
+    learnt: Sequence[str],
+    kept: Sequence[str],
     least_fall: float = 0.25,
     largest_rise: float = 0.03,
 ) -> list[str]:
-    """A sentence for every language that did not do as expected: `learnt` ones fall at least so much, `kept`
-    ones rise at most so much."""
-    found = {change.language: change for change in changes}
-    missed = [
-        f"{NAMES.get(language, language)} was not evaluated before and after."
-        for language in (*learnt, *kept)
-        if language not in found
-    ]
-    for language in learnt:
-        if language in found and not found[language].after <= found[language].before * (1 - least_fall):
-            missed.append(
-                f"{found[language].name} changed by {found[language].change:+.1%}; a fall of at least "
-                f"{least_fall:.0%} was expected."
-            )
-    for language in kept:
-        if language in found and not found[language].after <= found[language].before * (1 + largest_rise):
-            missed.append(
-                f"{found[language].name} changed by {found[language].change:+.1%}; a rise of at most "
-                f"{largest_rise:.0%} was expected."
-            )
+    """A sentence for every task that did not do as expected: `learnt` ones fall at least so much, `kept` ones rise at
+    most so much. Both are those of the run's record."""
+    found = {change.task: change for change in changes}
+    missed = [f"{task} was not evaluated before and after." for task in (*learnt, *kept) if task not in found]
+    for tasks, most, expected in (
+        (learnt, 1 - least_fall, f"a fall of at least {least_fall:.0%}"),
+        (kept, 1 + largest_rise, f"a rise of at most {largest_rise:.0%}"),
+    ):
+        for change in (found[task] for task in tasks if task in found):
+            if not change.after <= change.before * most:
+                missed.append(f"{change.name} changed by {change.change:+.1%}; {expected} was expected.")
     return missed
 
 
@@ -199,17 +211,20 @@ def write_report(
         raise InputError(
             f"{run_directory / 'metrics.jsonl'}: no training step has been recorded yet; let the run go on a little."
         )
-    changes = before_after(rows)
+    record = read_run_record(run_directory)
+    changes = before_after(rows, record)
     boundaries = stage_ends(steps)
     name = run_directory.resolve().name
     parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
     charts: dict[str, Figure] = {}
     if changes:
         charts["before_after"] = before_after_bars(
-            {change.language: change.before for change in changes},
-            {change.language: change.after for change in changes},
+            {change.subject: change.before for change in changes},
+            {change.subject: change.after for change in changes},
         )
-        parts += [f'<p class="lead">{html.escape(summary(changes))}</p>', _table(changes)]
+        parts += [f'<p class="lead">{html.escape(summary(changes))}</p>', _table(changes, record)]
+        if not record.kept:
+            parts.append('<p class="faint">The run does not say what it was to keep (evaluation.keep).</p>')
         parts.append(
             '<p class="faint">Bits per byte: how many bits the model needs to encode one byte of text that it '
             "has never been trained on. "
@@ -218,7 +233,7 @@ def write_report(
         parts.append(_image(charts["before_after"], "Bits per byte before and after, by language"))
     missing = not_compared(rows)
     parts += [f'<p class="bad">{html.escape(sentence)}</p>' for sentence in missing]
-    for number, (measured, curves) in enumerate(evaluation_curves(rows).items(), start=1):
+    for number, (measured, curves) in enumerate(evaluation_curves(rows, record).items(), start=1):
         name_of_chart = "bits_per_byte" if number == 1 else f"bits_per_byte_{number}"
         charts[name_of_chart] = bits_per_byte_curves(curves, boundaries)
         parts += ["<h2>While it learnt</h2>"] if number == 1 else []
@@ -226,7 +241,7 @@ def write_report(
             f'<p class="faint">{html.escape(measured)}</p>',
             _image(charts[name_of_chart], f"Bits per byte over steps: {measured}"),
         ]
-    charts["loss"] = loss_curves(training_loss_curves(steps), boundaries)
+    charts["loss"] = loss_curves(training_loss_curves(steps, record), boundaries)
     charts["learning_rate"] = learning_rate_curve(
         [row["step"] for row in steps], [row["learning_rate"] for row in steps], boundaries
     )
@@ -236,6 +251,8 @@ def write_report(
         _image(charts["learning_rate"], "Learning rate"),
     ]
     parts.append(_facts(steps))
+    if written := _samples_of_run(rows):
+        parts += ["<h2>What it wrote on the way</h2>", *written]
     if samples is not None:
         parts += ["<h2>How it goes on with a text</h2>", *_samples(samples)]
     if commands:
@@ -278,20 +295,29 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _table(changes: Sequence[LanguageChange]) -> str:
+def _table(changes: Sequence[LanguageChange], record: RunRecord) -> str:
     stages = list(dict.fromkeys(stage for change in changes for stage in change.stages))
     head = "".join(
         f"<th>{html.escape(title)}</th>" for title in ("", "before", *(f"after {stage}" for stage in stages), "change")
     )
+    groups = {
+        "to be kept": [change for change in changes if change.task in record.kept],
+        "to be learnt": [change for change in changes if change.task in record.learnt],
+        "measured": [change for change in changes if change.task not in (*record.kept, *record.learnt)],
+    }
     body = ""
-    for change in changes:
-        quality = "good" if change.change <= -0.1 else "kept" if change.change <= 0.03 else "bad"
-        cells = [
-            f"{change.before:.3f}",
-            *(f"{change.stages[stage]:.3f}" if stage in change.stages else "" for stage in stages),
-        ]
-        body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
-        body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
+    for title, group in groups.items():
+        if group and record.kept:
+            body += f'<tr><th colspan="{len(stages) + 3}">{title}</th></tr>'
+        for change in group:
+            fell, stayed = change.change <= -0.1, change.change <= 0.03 and title != "to be learnt"
+            quality = "good" if fell else "kept" if stayed else "bad"
+            cells = [
+                f"{change.before:.3f}",
+                *(f"{change.stages[stage]:.3f}" if stage in change.stages else "" for stage in stages),
+            ]
+            body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+            body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -312,34 +338,49 @@ def _facts(steps: Sequence[Mapping]) -> str:
 def _samples(path: Path) -> list[str]:
     try:
         samples = json.loads(path.read_text(encoding="utf-8-sig"))
-        return [_sample(**sample) for sample in samples]
-    except (OSError, ValueError, TypeError) as error:
+        return [
+            _sample(each["language"], each["prompt"], {title: each[title] for title in ("before", "after")})
+            for each in samples
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f'{path}: not a list of {{"language", "prompt", "before", "after"}}: {error}') from error
 
 
-def _sample(language: str, prompt: str, before: str, after: str) -> str:
-    code = language == "code"
+def _samples_of_run(rows: Sequence[Mapping]) -> list[str]:
+    """The continuations of a run's own prompts (`evaluation.prompts`), beside each other from the start to the end."""
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        for each in row.get("samples", ()):
+            title = f"after {row['stage']}" if row["step"] else "before"
+            texts.setdefault((each["language"], each["prompt"]), {})[title] = each["continuation"]
+    return [_sample(language, prompt, written) for (language, prompt), written in texts.items()]
+
+
+def _sample(language: str, prompt: str, texts: Mapping[str, str]) -> str:
+    """A prompt, and its continuations side by side under their titles."""
+    code = language == CODE
     attributes = ' style="font-family: ui-monospace, monospace"' if code else f' lang="{html.escape(language)}"'
     pair = "".join(
-        f"<div{attributes}><b>{title}</b>{html.escape(text)}</div>"
-        for title, text in (("before", before), ("after", after))
+        f"<div{attributes}><b>{html.escape(title)}</b>{html.escape(text)}</div>" for title, text in texts.items()
     )
-    name = html.escape(NAMES.get(language, language))
+    name = html.escape(name_of(language))
     shown = f'<div class="prompt"{attributes}>{html.escape(prompt)}</div><div class="pair">{pair}</div>'
     return f'<div class="sample"><span class="faint">{name}</span>{shown}</div>'
 
 
-def evaluation_curves(rows: Sequence[Mapping]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """How it was measured -> language -> steps and values: of quick evaluations only, if there are some, which read
+def evaluation_curves(
+    rows: Sequence[Mapping], record: RunRecord
+) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """How it was measured -> subject -> steps and values: of quick evaluations only, if there are some, which read
     less text than complete ones. What was measured otherwise is on another chart."""
     evaluations = [row for row in rows if "evaluation" in row]
     drawn = [row for row in evaluations if not row["complete"]] or evaluations
     charts: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for task in dict.fromkeys(task for row in drawn for task in row["evaluation"]):
+    for task, subject in record.subjects(dict.fromkeys(task for row in drawn for task in row["evaluation"])).items():
         for number, group in enumerate(settings_groups(drawn, task), start=1):
             measured = described(group[0]) if number == 1 else f"{described(group[0])} (settings {number})"
             steps, values = [row["step"] for row in group], [row["evaluation"][task]["bits_per_byte"] for row in group]
-            charts.setdefault(measured, {})[_language(task)] = (steps, values)
+            charts.setdefault(measured, {})[subject] = (steps, values)
     return charts
 
 
@@ -349,20 +390,17 @@ def stage_ends(steps: Sequence[Mapping]) -> dict[str, int]:
     return {stage: max(row["step"] for row in steps if row["stage"] == stage) + 1 for stage in stages}
 
 
-def training_loss_curves(steps: Sequence[Mapping]) -> dict[str, tuple[list[float], list[float]]]:
-    """Language -> steps and training loss, of the rows of training steps."""
-    curves: dict[str, tuple[list[float], list[float]]] = {language: ([], []) for language in NAMES}
+def training_loss_curves(steps: Sequence[Mapping], record: RunRecord) -> dict[str, tuple[list[float], list[float]]]:
+    """Language -> steps and training loss, the mean of those of its tasks that the batch had, of the rows of training
+    steps."""
+    found: dict[str, dict[int, list[float]]] = {}
     for row in steps:
         for task, loss in row["task_loss"].items():
-            at, values = curves.setdefault(_language(task), ([], []))
-            at.append(row["step"])
-            values.append(loss)
-    return {language: curve for language, curve in curves.items() if curve[0]}
-
-
-def _language(task: str) -> str:
-    """`sample_clean_fi` and `sample_fi` are both Finnish."""
-    return task.removeprefix("sample_").removeprefix("clean_")
+            found.setdefault(record.language(task), {}).setdefault(row["step"], []).append(loss)
+    return {
+        language: (list(found[language]), [sum(losses) / len(losses) for losses in found[language].values()])
+        for language in in_order(found)
+    }
 
 
 def _image(figure: Figure, description: str) -> str:

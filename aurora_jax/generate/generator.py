@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import stages
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.checkpoints import format as checkpoint
@@ -85,16 +86,26 @@ class Generator:
 
     Args:
         config: the model.
-        parameters: its nested dictionary, layers stacked; they are taken apart by layer, and their arrays deleted.
+        parameters: its nested dictionary, layers stacked; they are taken apart by layer, and their arrays deleted. Or
+            layers as a list: they stay as they are.
         compute: precision and attention implementation. Parameters keep theirs.
         mesh: from `make_inference_mesh`, with parameters sharded by `shardings`; None for one device.
+        programs: those of an earlier generator of the same model, compute and mesh, to compile nothing twice.
     """
 
-    def __init__(self, config: ModelConfig, parameters: dict, compute: ComputeConfig, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: dict,
+        compute: ComputeConfig,
+        mesh: Mesh | None = None,
+        programs: "Programs | None" = None,
+    ):
         self.config = config
         self.mesh = mesh if mesh is not None and mesh.size > 1 else None
-        self._parameters = decoding.unstacked(parameters)
-        self._programs = Programs(config, compute, self.mesh)
+        taken_apart = isinstance(parameters["layers"], list)
+        self._parameters = parameters if taken_apart else decoding.unstacked(parameters)
+        self._programs = programs or Programs(config, compute, self.mesh)
         self._parts = 1 if self.mesh is None else self.mesh.shape[ROWS_AXIS]
         self._fewest = ROWS_ON_TPU * self._parts if jax.default_backend() == "tpu" else 1
 
@@ -175,9 +186,9 @@ class Generator:
         heard: np.ndarray = np.zeros(len(prompts), np.int32)
         stopped = np.zeros(B, bool)
         while True:
-            drawn, lengths_B, ended_B = jax.device_get((state.drawn, state.lengths_B, state.finished_B))
+            drawn, lengths_B, ended_B = _fetched((state.drawn, state.lengths_B, state.finished_B))
             if listener is not None:
-                tokens_BT = np.asarray(state.tokens_BT)
+                tokens_BT = _fetched(state.tokens_BT)
                 before = stopped.copy()
                 for row in map(int, np.flatnonzero((lengths_B[: len(prompts)] > heard) & ~stopped[: len(prompts)])):
                     stopped[row] = listener(row, tokens_BT[row, heard[row] : lengths_B[row]].tolist())
@@ -187,7 +198,7 @@ class Generator:
             if drawn == T or (ended_B | stopped).all():
                 break
             state = decode(self._parameters, state, jnp.int32(every or T))
-        tokens_BT, lengths_B = jax.device_get((state.tokens_BT, state.lengths_B))
+        tokens_BT, lengths_B = _fetched((state.tokens_BT, state.lengths_B))
         reasons: list[FinishReason] = [
             "stop" if stop else "length" if full else "eos"
             for stop, full in zip(stopped, lengths_B == limits_B, strict=True)
@@ -261,6 +272,13 @@ def _partitions(config: ModelConfig) -> dict[str, PartitionSpec]:
     return {path: PartitionSpec(*map(_tensor_only, row.partition)) for path, row in rows_of(config).items()}
 
 
+def _fetched(arrays: Any) -> Any:
+    """Arrays as numpy ones on every process, rows of other processes' devices included."""
+    if all(array.is_fully_addressable for array in jax.tree.leaves(arrays)):
+        return jax.device_get(arrays)
+    return multihost_utils.process_allgather(arrays, tiled=True)
+
+
 def _tensor_only(entry: Any) -> str | None:
     return TENSOR_AXIS if TENSOR_AXIS in (entry if isinstance(entry, tuple) else (entry,)) else None
 
@@ -286,6 +304,7 @@ class Programs:
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None):
         self.config = config
+        self.compute = compute
         self.mesh = mesh
         division = Division() if mesh is None else Division(tensor=TENSOR_AXIS if mesh.shape[TENSOR_AXIS] > 1 else None)
         self._structure = structure_of(config, compute, division)

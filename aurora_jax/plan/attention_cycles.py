@@ -18,12 +18,10 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+from aurora_jax.chips import smallest_topology
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention.tiles import Blocks
 from aurora_jax.plan.schedule import BasicBlock, dumped_kernels
-
-SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-
 
 Measure = Callable[[BasicBlock], int]
 """What is added up: `BasicBlock.cycles`, or its products alone, or its bundles alone."""
@@ -118,7 +116,7 @@ def main(generation: str, heads: int, kv_heads: int, head_dim: int, length: int,
         from aurora_jax.kernels.flash_attention.blocks import blocks_for
         from aurora_jax.plan.topology import tpu_topology
 
-        mesh = Mesh(np.array(tpu_topology(SMALLEST[generation]).devices)[:1], ("x",))
+        mesh = Mesh(np.array(tpu_topology(smallest_topology(generation)).devices)[:1], ("x",))
 
         def struct(heads):
             return jax.ShapeDtypeStruct(

@@ -4,6 +4,7 @@ import os
 
 from jax.experimental import topologies
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
 
 # libtpu otherwise asks the cloud's metadata server which TPU it is on, and refuses a second process.
@@ -33,7 +34,7 @@ def tpu_topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
         os.environ.setdefault(variable, value)
     generation, _, sizes = name.partition(":")
     options: dict = {"num_slices": slices}
-    if generation in ("v4", "v5p"):
+    if generation in CHIPS and CHIPS[generation].torus_dimensions == 3:
         options |= {
             "chip_config_name": "megacore" if generation == "v4" else "default",
             "chips_per_host_bounds": (2, 2, 1),

@@ -23,12 +23,13 @@ from typing import TypeVar
 from rich.progress import Progress
 
 from aurora_jax.errors import InputError
+from aurora_jax.languages import LANGUAGES, NATURAL
 from aurora_jax.sample_corpus import extract
 from aurora_jax.sample_corpus.clean import Deduplicator, prose
 from aurora_jax.sample_corpus.code import CodeFile, is_well_documented
 from aurora_jax.sample_corpus.heldout import RULE, select
 from aurora_jax.sample_corpus.packages import Package
-from aurora_jax.sample_corpus.packages_table import LANGUAGES, PARTS, Collection
+from aurora_jax.sample_corpus.packages_table import Collection
 from aurora_jax.sample_corpus.reading import CATALOGUES, read_aligned, read_documents
 from aurora_jax.storage import json_lines
 
@@ -134,15 +135,15 @@ def build(
     held_out = select(segments, HELD_OUT_ENGLISH_BYTES)
     if not held_out:
         raise InputError(
-            f"{collection.aligned.package}: no messages found that are aligned across {', '.join(LANGUAGES)}; "
+            f"{collection.aligned.package}: no messages found that are aligned across {', '.join(NATURAL)}; "
             "use another --sources."
         )
 
     splits: dict[str, dict[str, list[CorpusRecord]]] = {
-        split: {part: [] for part in PARTS} for split in ("train", "heldout", "clean")
+        split: {part: [] for part in LANGUAGES} for split in ("train", "heldout", "clean")
     }
     held_out_lines = []
-    for language in LANGUAGES:
+    for language in NATURAL:
         for document in held_out:
             lines = [segment[language] for segment in document]
             held_out_lines += lines
@@ -151,7 +152,7 @@ def build(
             )
 
     english_lines: list[str] = []
-    for language in LANGUAGES:  # English first: what is equal to it elsewhere was left untranslated
+    for language in NATURAL:  # English first: what is equal to it elsewhere was left untranslated
         duplicates = Deduplicator(barred=[*held_out_lines, *english_lines])
         for source, by_language in zip(sources, documents, strict=True):
             for lines in _unique(by_language.get(language, []), duplicates, grouped=source.kind in CATALOGUES):
@@ -168,7 +169,7 @@ def build(
                 )
 
     projects = _add_code(splits, code)
-    for language in LANGUAGES:
+    for language in NATURAL:
         size = sum(len(record["text"].encode()) for record in splits["train"][language])
         if size < collection.minimum_bytes:
             absent = sorted(set(collection.packages) - set(by_name))

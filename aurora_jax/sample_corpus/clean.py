@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from aurora_jax.sample_corpus.packages_table import LANGUAGES
+from aurora_jax.languages import LETTERS, NATURAL
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -28,8 +28,8 @@ _INVISIBLE = re.compile(
 _SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W\d_]+")
 
-_DEVANAGARI = re.compile("[\u0900-\u0963\u0970-\u097f]")
-_JAPANESE = re.compile("[\u3041-\u3096\u30a1-\u30fa\u30fc\u3400-\u4dbf\u4e00-\u9fff]")
+_DEVANAGARI = re.compile(f"[{LETTERS['Deva']}]")
+_JAPANESE = re.compile(f"[{LETTERS['Jpan']}]")
 _VIETNAMESE = re.compile("[ăâđêôơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹàáãèéìíòóõùúýĩũ]", re.IGNORECASE)
 _BEYOND_LATIN = re.compile("[\u0370-\u1dff\u2e80-\uffdc]")
 _ENGLISH_WORDS = frozenset(
@@ -135,7 +135,7 @@ def _identifier() -> LanguageIdentifier:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    identifier.set_languages(list(LANGUAGES))
+    identifier.set_languages(list(NATURAL))
     return identifier
 
 

@@ -10,13 +10,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aurora_jax.languages import NATURAL
 from aurora_jax.sample_corpus.clean import clean_line, fingerprint, is_language
 from aurora_jax.sample_corpus.code import HELD_OUT_MODULUS
 from aurora_jax.sample_corpus.extract import MESSAGES_PER_DOCUMENT
-from aurora_jax.sample_corpus.packages_table import LANGUAGES
 
 RULE = (
-    f"Natural language: messages of one package that exist in all of {', '.join(LANGUAGES)}, are whole clean "
+    f"Natural language: messages of one package that exist in all of {', '.join(NATURAL)}, are whole clean "
     "text of the language in each, "
     f"and differ between languages; {MESSAGES_PER_DOCUMENT} consecutive ones are a document; documents are "
     "taken in the order of the "
@@ -36,11 +36,11 @@ _UNWHOLE = frozenset("${}<>%…|\n\\")
 def aligned_segments(messages: Mapping[str, Mapping[Any, str]]) -> list[dict[str, str]]:
     """Language -> message for each key that qualifies in every language, in the order of the English
     catalogue's keys."""
-    common = [key for key in messages["en"] if all(key in messages[language] for language in LANGUAGES)]
+    common = [key for key in messages["en"] if all(key in messages[language] for language in NATURAL)]
     segments = []
     seen: set[str] = set()
     for key in common:
-        raw = {language: messages[language][key] for language in LANGUAGES}
+        raw = {language: messages[language][key] for language in NATURAL}
         if len(raw["en"]) < _MINIMUM_ENGLISH_CHARACTERS or len(raw["en"].split()) < _MINIMUM_ENGLISH_WORDS:
             continue
         if any(_UNWHOLE & set(text) for text in raw.values()):
@@ -48,7 +48,7 @@ def aligned_segments(messages: Mapping[str, Mapping[Any, str]]) -> list[dict[str
         segment = {language: clean_line(text) for language, text in raw.items()}
         marks = {fingerprint(text) for text in segment.values()}
         if (
-            len(marks) < len(LANGUAGES)
+            len(marks) < len(NATURAL)
             or marks & seen
             or not all(is_language(text, language) for language, text in segment.items())
         ):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-LANGUAGES: tuple[str, ...] = ("en", "fi", "hi", "ja", "vi")
-PARTS: tuple[str, ...] = (*LANGUAGES, "code")
+from aurora_jax.languages import NATURAL
 
 Kind = Literal["libreoffice-help", "html", "mallard", "rst", "mo", "po", "xpi", "json", "pak"]
 
 # How packages spell our languages in their paths.
 LANGUAGE_TAGS: dict[str, str] = {"C": "en", "en-US": "en", "en-GB": "en", "hi-in": "hi", "hi-IN": "hi"} | {
-    language: language for language in LANGUAGES
+    language: language for language in NATURAL
 }
 
 

@@ -6,11 +6,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from aurora_jax.languages import NATURAL
 from aurora_jax.sample_corpus import extract
 from aurora_jax.sample_corpus.clean import clean_line, is_language
 from aurora_jax.sample_corpus.heldout import aligned_segments
 from aurora_jax.sample_corpus.packages import read_members
-from aurora_jax.sample_corpus.packages_table import LANGUAGE_TAGS, LANGUAGES, PackageSource
+from aurora_jax.sample_corpus.packages_table import LANGUAGE_TAGS, PackageSource
 
 _PAGES = {
     "libreoffice-help": extract.libreoffice_help,
@@ -49,7 +50,7 @@ def read_aligned(path: Path, source: PackageSource) -> list[dict[str, str]]:
     Raises:
       ValueError: a catalogue is malformed.
     """
-    messages: dict[str, dict[Any, str]] = {language: {} for language in LANGUAGES}
+    messages: dict[str, dict[Any, str]] = {language: {} for language in NATURAL}
     for _, match, content in read_members(path, source.pattern):
         language = LANGUAGE_TAGS[match["language"]]
         if source.kind == "pak":

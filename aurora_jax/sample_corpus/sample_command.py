@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from aurora_jax.errors import InputError
+from aurora_jax.languages import LANGUAGES
 from aurora_jax.sample_corpus import code, debian, pypi
 from aurora_jax.sample_corpus.build import VERSION, CorpusManifest, build
 from aurora_jax.sample_corpus.packages import Package
-from aurora_jax.sample_corpus.packages_table import DEBIAN, PARTS, PYPI, Collection
+from aurora_jax.sample_corpus.packages_table import DEBIAN, PYPI, Collection
 from aurora_jax.storage.atomic import new_folder
 
 Registry = Literal["debian", "pypi", "auto"]
@@ -146,7 +147,7 @@ def _table(manifest: CorpusManifest) -> Table:
     table.add_column("language")
     for name in ("documents", "lines", "train MB", "held-out MB", "clean MB", "sources"):
         table.add_column(name, justify="right")
-    for part in PARTS:
+    for part in LANGUAGES:
         train = manifest.totals["train"][part]
         megabytes = (f"{manifest.totals[split][part]['bytes'] / 1e6:.2f}" for split in ("train", "heldout", "clean"))
         sources = {entry.package for entry in manifest.sources if entry.split == "train" and part in entry.languages}

@@ -77,9 +77,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Bits per byte of the held-out text of every language, in the loop."""
+    """What a run is judged on, in the loop: bits per byte of held-out text, and continuations to read."""
 
-    tasks: tuple[str, ...] = ("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi")
+    tasks: tuple[str, ...] | None = None
+    """Tasks whose validation split the run is judged on. A run must say it: without them it does not start, and with
+    none (--evaluation.tasks and nothing behind it) it trains unmeasured."""
+    keep: tuple[str, ...] = ()
+    """Those of `tasks` that the model could do before and is not to forget: the report tells them from what was
+    learnt."""
     every: int = 100
     """Steps between quick evaluations; the whole held-out text, too, is evaluated before the first step and at the end
     of each stage."""
@@ -87,9 +92,25 @@ class EvaluationConfig:
     """Sequences a task in a quick evaluation, evenly drawn from its held-out text, the same ones each time."""
     batch_size: int = 16
     """Sequences that are read at once."""
+    prompts: tuple[tuple[str, str], ...] = ()
+    """(language, text) pairs that the model goes on with before the first step and at the end of each stage; to the
+    console, TensorBoard, metrics.jsonl and the report."""
+    max_new_tokens: int = 48
+    """Most tokens of such a continuation."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "quick_windows", "batch_size"):
+        unmeasured = [task for task in self.keep if self.tasks is not None and task not in self.tasks]
+        if unmeasured:
+            raise InputError(
+                f"evaluation.keep names {', '.join(unmeasured)}, which the run is not judged on: give its names to "
+                "evaluation.tasks too, or others to evaluation.keep (--evaluation.keep and nothing behind it for none)."
+            )
+        if self.prompts and self.tasks == ():
+            raise InputError(
+                "evaluation.prompts are gone on with where all held-out text is read, and the run is judged on none: "
+                "give evaluation.tasks, or no prompts."
+            )
+        for name in ("every", "quick_windows", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"evaluation.{name} is {getattr(self, name)}: give at least 1.")
 

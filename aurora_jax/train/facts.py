@@ -8,6 +8,8 @@ stages      the stage table, with each mixture's rates and block size as they we
 stores      by task: fingerprint of the recipe, digest of the records, tokens, windows
 held_out    the same of the text that the run is measured on
 initial     where the first weights came from
+languages   of the text of every task, trained on or held out; with `keep`, the held-out tasks that are not to be
+            forgotten, for those who judge the run: not compared
 layout      micro-batches, mesh and attention: others give the same updates up to rounding; said, not refused
 """
 
@@ -62,6 +64,8 @@ def run_facts(
         "stores": _described(stores, config.data.sequence_length),
         "held_out": _described(held_out, config.data.sequence_length),
         "initial": _initial(config.initial_checkpoint),
+        "languages": {task: store.info.language for task, store in {**stores, **held_out}.items()},
+        "keep": config.evaluation.keep,
         "layout": {"micro_batches": micro_batches, "attention": config.compute.attention, "mesh": asdict(config.mesh)},
     }
     return json.loads(json.dumps(facts))

@@ -17,16 +17,19 @@ from aurora_jax.data.build.opening import open_stores
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.bits_per_byte import Evaluator
+from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import run_facts
+from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.program import Program
+from aurora_jax.train.samples import Sampler
 from aurora_jax.train.state import TrainState
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
@@ -90,6 +93,8 @@ def train(config: TrainConfig) -> TrainState:
     # ---------------------------------------------------------------- State
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
     facts = run_facts(config, stages, stores, held_out)
+    eos_ids = end_of_text_ids(metadata, files.contents, files.tokenizer)
+    sampler = Sampler(config.evaluation, model, config.compute, mesh, files.tokenizer, eos_ids)
     if start.kind != "resume":
         require_no_earlier_run(config.output, facts)
     run = f"{of_first(secrets.randbits(31)):08x}"
@@ -146,7 +151,9 @@ def train(config: TrainConfig) -> TrainState:
         def evaluate(step: int, stage: str, windows: int | None) -> None:
             begun = time.monotonic()
             scores = {task: asdict(score) for task, score in evaluator(state.parameters, windows).items()}
-            log.evaluation(step, stage, scores, evaluator.settings(windows), seconds=time.monotonic() - begun)
+            samples = sampler(state.parameters) if windows is None else []
+            seconds = time.monotonic() - begun
+            log.evaluation(step, stage, scores, evaluator.settings(windows), samples, seconds=seconds)
 
         # What comes after a checkpoint, a stop may have cut off.
         if first_step in ends:
@@ -237,12 +244,13 @@ def _open_data(
     registry = register(config.data.corpus, Vocabulary(files.tokenizer), config.data.modules)
     rates = {stage.mixture: mixture_rates(stage.mixture) for stage in config.stages}
     tasks = dict.fromkeys(task for mixture in rates.values() for task, _ in mixture)
-    for split, its_tasks in (("train", tasks), ("validation", config.evaluation.tasks)):
+    judged = judged_on(config.evaluation, tasks, registry.splits)
+    for split, its_tasks in (("train", tasks), ("validation", judged)):
         directories = {task: store_directory(config.data.stores, task, split) for task in its_tasks}
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, directories)
     recipes = [registry.recipe(task, "train") for task in tasks]
     stores = open_stores(recipes, config.data.stores, skip_missing=config.data.skip_missing)
-    recipes = [registry.recipe(task, "validation") for task in dict.fromkeys(config.evaluation.tasks)]
+    recipes = [registry.recipe(task, "validation") for task in dict.fromkeys(judged)]
     held_out = open_stores(recipes, config.data.stores)
     for store in (*stores.values(), *held_out.values()):  # those that were built just now
         require_tokenizer_of_stores(files.tokenizer.sha256, files.tokenizer_from, {store.info.task: store.directory})

@@ -1,15 +1,17 @@
 """What a run tells people: a progress bar, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary import DirectoryOutput, Writer
 
+from aurora_jax.data.look.show_page import harmless
 from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
@@ -22,11 +24,13 @@ from aurora_jax.train.wandb_run import WandbRun
 
 LINE_SECONDS = 10.0
 """Where there is no terminal: seconds between two lines of progress."""
+ARROW = "⟶"
+"""Between a prompt and what the model makes of it."""
 
 
 class MetricsLog:
-    """Writes one JSON object a step (or an evaluation) to OUTPUT/metrics.jsonl, the same to TensorBoard (and
-    Weights & Biases, if a project is named), and shows progress.
+    """Writes one JSON object a step (or an evaluation, or its samples) to OUTPUT/metrics.jsonl, the same to TensorBoard
+    (and Weights & Biases, if a project is named, but for samples), and shows progress.
 
     Lines at and beyond the step that a resumed run starts from are dropped first, and TensorBoard is told to forget
     them: each step is there once, however often it was done. Of several processes the first writes and shows; the
@@ -41,14 +45,16 @@ class MetricsLog:
         self._first = is_first()
         self.console = Console(quiet=not self._first)
         self._path = output / "metrics.jsonl"
-        kept = _drop_from(self._path, first_step) if self._first else []
+        kept = drop_from(self._path, first_step) if self._first else []
         self._evaluations = [row for row in kept if "evaluation" in row]
         self.evaluated = {(row["step"], row["complete"]) for row in self._evaluations}
         self._file = self._path.open("ab") if self._first else None
-        self._tensorboard = Writer(_EventFiles(str(output / "tensorboard"), first_step)) if self._first else None
-        for row in self._evaluations:
+        self._events = _EventFiles(str(output / "tensorboard"), first_step) if self._first else None
+        self._tensorboard = Writer(self._events) if self._events else None
+        for row in kept:
             if row["step"] == first_step:  # it is done, and forgotten with the steps that are to be done again
                 self._draw(_curves_of(row), first_step)
+                self._draw_samples(row)
         self._wandb = WandbRun(config, config.wandb_project) if self._first and config.wandb_project else None
         self._lines = config.log_format == "lines" or not self.console.is_terminal or not self._first
         self._throughput, self._steps, self._first_step = throughput, config.steps, first_step
@@ -119,11 +125,17 @@ class MetricsLog:
         stage: str,
         scores: Mapping[str, Mapping[str, float]],
         settings: EvaluationSettings,
+        samples: Sequence[Mapping[str, str]] = (),
         *,
         seconds: float,
     ) -> None:
         """Records scores by task (`Score` as dictionaries) after `step` steps, and how they were measured; shows their
-        change since the start, where the same was measured there."""
+        change since the start, where the same was measured there.
+
+        Args:
+            samples: what the model wrote then, as `samples.Sampler` gives it. They are a row of their own, before that
+                of the scores: where these are, the samples are.
+        """
         self._paused += seconds
         complete = settings.windows is None
         row = {
@@ -133,6 +145,8 @@ class MetricsLog:
             "settings": settings.to_json(),
             "evaluation": dict(scores),
         }
+        if samples:
+            self._samples({"step": step, "stage": stage, "samples": [dict(sample) for sample in samples]})
         if not self._evaluations:
             self.console.print(f"evaluation: {described(row)}", highlight=False)
         self._evaluations.append(row)
@@ -151,12 +165,27 @@ class MetricsLog:
             highlight=False,
         )
 
+    def _samples(self, row: Mapping) -> None:
+        self._write(row, {})
+        self._draw_samples(row)
+        for sample in row["samples"]:
+            text = harmless(f"{sample['prompt']}{ARROW}{sample['continuation']}").replace("\n", "\n    ")
+            said = f"{row['stage']} step {row['step']}  {sample['language']}: {text}"
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+    def _draw_samples(self, row: Mapping) -> None:
+        if not self._events:
+            return
+        for number, sample in enumerate(row.get("samples", ()), start=1):
+            text = f"{sample['prompt']}{ARROW}{sample['continuation']}"
+            self._events.add_text(f"samples/{number}_{sample['language']}", text, row["step"])
+
     def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
         if self._file:
             self._file.write(json_lines.line_of(row))
             self._file.flush()
         self._draw(scalars, row["step"])
-        if self._wandb:
+        if self._wandb and scalars:
             self._wandb.log(scalars, row["step"])
 
     def _draw(self, scalars: Mapping[str, float], step: int) -> None:
@@ -175,10 +204,17 @@ class _EventFiles(DirectoryOutput):
             Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
         )
 
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """A text as it is: TensorBoard reads Markdown, in which indented lines are left alone."""
+        as_it_is = "\n".join(f"    {line}" for line in text.splitlines())
+        self._ev_writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, as_it_is)))
+
 
 def _curves_of(row: Mapping) -> dict[str, float]:
     """Curves of an evaluation by name: quick ones of another number of windows are others. An earlier version did not
-    say how many."""
+    say how many. Other rows have none."""
+    if "evaluation" not in row:
+        return {}
     read = (
         "bits_per_byte"
         if row["complete"]
@@ -187,11 +223,14 @@ def _curves_of(row: Mapping) -> dict[str, float]:
     return {f"{read}/{task}": score["bits_per_byte"] for task, score in row["evaluation"].items()}
 
 
-def _drop_from(path: Path, first_step: int) -> list[dict]:
-    """Keeps the rows of the steps before `first_step`, and the evaluations up to it; returns them. A run from
-    step 0 starts a new file."""
+def drop_from(path: Path, first_step: int) -> list[dict]:
+    """Keeps the rows of the steps before `first_step`, and the evaluations up to it with their samples; returns them.
+    A run from step 0 starts a new file."""
     if not path.exists():
         return []
-    kept = [row for row in read_metrics(path) if first_step and row["step"] + ("evaluation" not in row) <= first_step]
+    rows = read_metrics(path) if first_step else []
+    evaluated = {row["step"] for row in rows if row.get("complete")}
+    kept = [row for row in rows if row["step"] + ("loss" in row) <= first_step]
+    kept = [row for row in kept if "samples" not in row or row["step"] in evaluated]
     write_file(path, b"".join(map(json_lines.line_of, kept)))
     return kept

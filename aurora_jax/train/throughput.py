@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from aurora_jax.chips import CHIPS
-from aurora_jax.kernels.flash_attention.blocks import DEVICE_KINDS
+from aurora_jax.chips import chip_of
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.flops import flops_per_token
 
@@ -27,7 +26,7 @@ class Throughput:
         cls, model: ModelConfig, *, batch_size: int, sequence_length: int, chips: int, device_kind: str
     ) -> "Throughput":
         """For a model on chips of one kind; `device_kind` as `jax.Device.device_kind` says it."""
-        chip = CHIPS.get(DEVICE_KINDS.get(device_kind, ""))
+        chip = chip_of(device_kind)
         return cls(
             batch_size * sequence_length, chips, flops_per_token(model, sequence_length), chip.peak if chip else None
         )

@@ -14,8 +14,7 @@ import re
 from collections.abc import Mapping
 
 from aurora_jax.data.text.sources import Source, TaskSpec
-
-LANGUAGES = ("en", "fi", "hi", "ja", "vi", "code")
+from aurora_jax.languages import LANGUAGES
 
 # Rates are shares of the sequences. In CAP and CAT half of what is read is English and code, replayed so that
 # they are not forgotten while the four new languages are learnt; at a sixth each, both rose by 4 % in bits

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import regex
 
-from aurora_jax.data.curation.thresholds import CODE, Thresholds
+from aurora_jax.data.curation.thresholds import Thresholds
 from aurora_jax.data.curation.units import hash_characters, hash_ngrams, is_unspaced
+from aurora_jax.languages import CODE
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier

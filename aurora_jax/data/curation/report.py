@@ -13,6 +13,7 @@ from rich.table import Table
 
 from aurora_jax.data.curation.filters import LANGUAGE, Metrics
 from aurora_jax.data.curation.pii import KINDS
+from aurora_jax.languages import in_order
 
 # Where half of the documents lie, and the tails that limits cut.
 PERCENTILES = (1, 5, 50, 95, 99)
@@ -154,8 +155,7 @@ def compose(
         for group, language, name, n, size in counts
         if group == "documents"
     }
-    languages = [language for language in ("en", "fi", "hi", "ja", "vi", "code") if ("read", language) in documents]
-    languages += sorted({language for name, language in documents if name == "read"} - set(languages))
+    languages = in_order(language for name, language in documents if name == "read")
     redacted = {(kind, language): n for group, language, kind, n, _ in counts if group == "redacted"}
     quarantined: dict[str, dict[str, int]] = {}
     for input, reason, n in sorted(

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aurora_jax.errors import InputError
-
-CODE = "code"
+from aurora_jax.languages import CODE
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ import unicodedata
 import numpy as np
 import regex
 
-# Scripts that write no spaces between words: each character is a unit. ー (U+30FC) and 々 belong to no script
-# of their own in Unicode.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー々〆"
+from aurora_jax.languages import UNSPACED
+
 # `regex`, not `re`: the \w of `re` breaks Devanagari words at every vowel sign.
-_UNIT = regex.compile(rf"[{_UNSPACED}]|[\w--[{_UNSPACED}]]+", regex.V1)
-_UNSPACED_CHARACTER = regex.compile(rf"[{_UNSPACED}]", regex.V1)
+_UNIT = regex.compile(rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+", regex.V1)
+_UNSPACED_CHARACTER = regex.compile(rf"[{UNSPACED}]", regex.V1)
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))

@@ -11,17 +11,9 @@ from matplotlib.axes import Axes
 
 from aurora_jax.data.look.inventory import TaskRow, rate_text, shares
 from aurora_jax.errors import InputError
+from aurora_jax.languages import colours_of
 
-# Okabe and Ito's palette, as in the charts of a report: a language has the same colour everywhere.
-LANGUAGE_COLOURS = {
-    "en": "#0072B2",
-    "code": "#555555",
-    "fi": "#56B4E9",
-    "hi": "#E69F00",
-    "ja": "#CC79A7",
-    "vi": "#009E73",
-}
-OTHER = "#D55E00"
+OTHER_KIND = "#D55E00"
 KIND_COLOURS = {
     "web": "#4C72B0",
     "code": "#8C8C8C",
@@ -44,9 +36,11 @@ def draw(mixture: str, rows: Sequence[TaskRow], path: Path) -> None:
     figure, (by_language, by_kind, by_task) = pyplot.subplots(
         3, 1, figsize=(10, height), height_ratios=[0.55, 0.55, 0.24 * len(rows)], layout="constrained"
     )
-    _stacked(by_language, "language", shares(rows, "language"), LANGUAGE_COLOURS)
-    _stacked(by_kind, "kind", shares(rows, "kind"), KIND_COLOURS)
-    _tasks(by_task, rows)
+    colours = colours_of(row.language for row in rows)
+    kinds = shares(rows, "kind")
+    _stacked(by_language, "language", shares(rows, "language"), colours)
+    _stacked(by_kind, "kind", kinds, {kind: KIND_COLOURS.get(kind, OTHER_KIND) for kind in kinds})
+    _tasks(by_task, rows, colours)
     figure.suptitle(f"{mixture}: {len(rows)} tasks", fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -55,7 +49,7 @@ def draw(mixture: str, rows: Sequence[TaskRow], path: Path) -> None:
 def _stacked(axes: Axes, title: str, parts: Mapping[str, float], colours: Mapping[str, str]) -> None:
     left = 0.0
     for name, share in parts.items():
-        axes.barh([0], [share], left=left, color=colours.get(name, OTHER), edgecolor="white", height=0.7)
+        axes.barh([0], [share], left=left, color=colours[name], edgecolor="white", height=0.7)
         if share >= _room(name):
             axes.text(left + share / 2, 0, f"{name}\n{share:.1%}", ha="center", va="center", color="white", fontsize=8)
         left += share
@@ -69,11 +63,11 @@ def _room(name: str) -> float:
     return LETTER * max(5, len(name))
 
 
-def _tasks(axes: Axes, rows: Sequence[TaskRow]) -> None:
+def _tasks(axes: Axes, rows: Sequence[TaskRow], colours: Mapping[str, str]) -> None:
     """A bar a task on a logarithmic scale; solid where there are files or a store."""
     for number, row in enumerate(rows):
         there = bool(row.found) or row.store is not None
-        colour = LANGUAGE_COLOURS.get(row.language, OTHER)
+        colour = colours[row.language]
         axes.barh(
             [number],
             [row.rate],

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from aurora_jax.data.text.documents import DocumentStep
 from aurora_jax.data.text.sources import Format, Kind
 
-LANGUAGES = {"en": "English", "fi": "Finnish", "hi": "Hindi", "ja": "Japanese", "vi": "Vietnamese"}
 CAP, CAT = ("cap",), ("cat",)
 BOTH = CAP + CAT
 

@@ -1,8 +1,9 @@
 """Instructions of both stages, and the safety data."""
 
-from aurora_jax.data.corpora.aurora_m.entry import BOTH, CAP, CAT, LANGUAGES, Entry
+from aurora_jax.data.corpora.aurora_m.entry import BOTH, CAP, CAT, Entry
 from aurora_jax.data.text.documents import Instruction
 from aurora_jax.data.text.reshaping import AtLeast, BestReplies, Compose, OneOf, Transcript
+from aurora_jax.languages import NATURAL
 
 CHAT = Instruction(conversation="conversation")
 
@@ -52,7 +53,7 @@ INSTRUCTIONS: tuple[Entry, ...] = (
         0.005,
         text=None,
         fields={"tree": "prompt", "language": "prompt.lang"},
-        steps=(OneOf("language", tuple(LANGUAGES)), BestReplies(), CHAT),
+        steps=(OneOf("language", NATURAL), BestReplies(), CHAT),
         note="the best ranked thread of each tree, in the five languages: our choice",
     ),
     Entry(
