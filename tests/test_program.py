@@ -21,6 +21,18 @@ CASES = [
     (["--mesh.sequence", "2", "--data.sequence-length", "15"], {}, "data.sequence_length 15 cannot be divided"),
     (["--data.sequence-length", "17"], {}, "data.sequence_length is 17, but the model has learned 16 positions"),
     (["--mesh.fsdp", "3"], {}, "does not fit 8 devices"),
+    (["--optimizer.micro-batches", "0"], {}, "optimizer.micro_batches is 0"),
+    (["--data.batch-size", "0"], {}, "data.batch_size 0"),
+    (
+        ["--compute.attention", "flash"],
+        {},
+        "compute.attention flash runs on TPU v4, v5e, v5p, v6e, and the devices here",
+    ),
+    (
+        ["--compute.attention", "flash_interpreted"],
+        {"width": 1056},
+        "heads of up to 256 dimensions, and the model's have",
+    ),
     (["--compute.attention", "flash", "--dropout", "0.1"], {}, "flash has no dropout"),
     (["--stages.0.learning-rate.warmup-steps", "9"], {}, "warmup"),
 ]

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aurora_jax.chips import CHIPS
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
+from aurora_jax.kernels.flash_attention.blocks import DEVICE_KINDS
+from aurora_jax.kernels.flash_attention.ops import LARGEST_HEAD
 
 IMPLEMENTATIONS = ("xla", "flash", "flash_interpreted")
 QUERY_BLOCK = 128
@@ -88,6 +91,20 @@ def attention(
     dropout = (dropout_rate, dropout_key) if dropout_key is not None and dropout_rate else None
     context_ZRC = _xla(query_ZRC, key_ZMC, value_ZMC, segment_ids_ZM, slopes_ZG, dropout, product_dtype)
     return jnp.moveaxis(context_ZRC.reshape(B, K, L, G, C), 1, 2).reshape(B, L, H, C)
+
+
+def require_implementation(implementation: str, head_dim: int, device_kind: str) -> None:
+    """Raises InputError if the devices, or heads of this dimension, are not what an implementation is made for."""
+    if implementation == "flash" and device_kind not in DEVICE_KINDS:
+        raise InputError(
+            f"compute.attention flash runs on TPU {', '.join(CHIPS)}, and the devices here are {device_kind!r}: choose "
+            "xla."
+        )
+    if implementation != "xla" and head_dim > LARGEST_HEAD:
+        raise InputError(
+            f"compute.attention {implementation} has heads of up to {LARGEST_HEAD} dimensions, and the model's have "
+            f"{head_dim}: choose xla."
+        )
 
 
 def alibi_slopes(heads: int) -> np.ndarray:

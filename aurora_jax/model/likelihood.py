@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from aurora_jax.errors import InputError
+from aurora_jax.model.attention import require_implementation
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import merge, structure_of
 from aurora_jax.model.division import WHOLE, Division
@@ -146,9 +147,12 @@ class Likelihood:
             sizes: sequences of a batch and tokens of a sequence, in this order, by the names that the user gives them.
 
         Raises:
-            InputError: the mesh does not divide them or the model, or the model has learned fewer positions.
+            InputError: the mesh does not divide them or the model, its devices have no such attention, or the model has
+                learned fewer positions.
         """
         (batch_name, batch_size), (length_name, length) = sizes.items()
+        device_kind = self.mesh.devices.flat[0].device_kind
+        require_implementation(self.compute.attention, self.model.head_dim, device_kind)
         require_divisible(self.model, self.mesh)
         parts, places = batch_parts(self.mesh), self.mesh.shape[SEQUENCE_AXIS]
         if batch_size < 1 or batch_size % parts:

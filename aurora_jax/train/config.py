@@ -67,6 +67,8 @@ class OptimizerConfig:
     always skipped."""
 
     def __post_init__(self) -> None:
+        if self.micro_batches < 1:
+            raise InputError(f"optimizer.micro_batches is {self.micro_batches}: give at least 1.")
         if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
             raise InputError(
                 f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step "

@@ -18,6 +18,8 @@ from aurora_jax.kernels.flash_attention.forward import forward
 from aurora_jax.kernels.flash_attention.tiles import LANES, LOG2_E, Blocks, Call, Segments
 
 DTYPES = (jnp.bfloat16, jnp.float32)
+LARGEST_HEAD = 256
+"""Dimensions of a head, at most."""
 
 
 def flash_attention(
@@ -195,9 +197,9 @@ def _checked(q_BHLC, k_BKMC, v_BKMC, segment_ids, alibi_slopes) -> tuple[int, in
         raise ValueError(f"flash attention: q {q_BHLC.shape} and k {k_BKMC.shape} differ in batch or head dimension.")
     if H % K:
         raise ValueError(f"flash attention: {H} query heads cannot share {K} key/value heads: not divisible.")
-    if C > 256:
+    if C > LARGEST_HEAD:
         raise ValueError(
-            f"flash attention: head dimension {C} is above 256, the largest that the kernels' tiles are made for."
+            f"flash attention: head dimension {C} is above {LARGEST_HEAD}, the largest that there are tiles for."
         )
     if q_BHLC.dtype not in DTYPES or {k_BKMC.dtype, v_BKMC.dtype} != {q_BHLC.dtype}:
         raise ValueError(
