@@ -1,6 +1,6 @@
 """Continual pretraining of StarCoder-family models on TPU: PyTorch weights in, Flax on a mesh, PyTorch weights out.
 
-`import aurora_jax as aurora` has the names of `api.__all__`; JAX is imported when the first of them is used.
+`import aurora_jax as aurora` has the names of FACE and `sample_corpus`; JAX is imported at the first use.
 """
 
 from typing import Any

@@ -468,7 +468,8 @@ class Model:
         batch_size: int = 512,
         sequence_length: int | None = None,
     ) -> "Plan":
-        """What a training step of this model needs on TPUs that are not here: memory, time, collectives, cost.
+        """What a training step of this model needs on TPUs that are not here: memory, time, collectives, cost; and a
+        batch of held-out text, where a config says that it is measured.
 
         The TPU compiler compiles the step for them; that takes seconds for small models and minutes for large ones.
 
@@ -490,7 +491,7 @@ class Model:
             >>> plan.chips, plan.memory_peak < plan.memory_capacity
             (4, True)
         """
-        from aurora_jax.plan.estimate import make_plan
+        from aurora_jax.plan.estimate import make_plan, plan_evaluation
 
         if config is None:
             config = TrainConfig(
@@ -503,8 +504,12 @@ class Model:
                 ),
                 model=self.config,
                 compute=ComputeConfig(attention="flash"),
+                evaluation=EvaluationConfig(tasks=()),
             )
-        return make_plan(config, self.config, topology, slices)
+        plan = make_plan(config, self.config, topology, slices)
+        if not config.evaluation.tasks:
+            return plan
+        return dataclasses.replace(plan, evaluation=plan_evaluation(config, self.config, topology, slices))
 
 
 class TrainingRun:

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 from rich.console import Console
 from rich.table import Table
+from scipy.special import log_softmax
 
 from aurora_jax.checkpoints.format import is_checkpoint, read_files, read_metadata, restore_parameters
 from aurora_jax.data.text.tokenizer import tokenizer_of
@@ -96,12 +97,16 @@ def verify(
         )
     tokens_L, origin = _tokens(a, b, text, config_a.vocabulary_size)
     window = int(min(WINDOW, config_a.longest_sequence, config_b.longest_sequence))
-    agreement = compare(
-        _logits(model_a),
-        _logits(model_b),
-        [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)],
-    )
+    logits_a, logits_b = _logits(model_a), _logits(model_b)
+    windows = [tokens_L[start : start + window] for start in range(0, len(tokens_L), window)]
+    agreement = compare(logits_a, logits_b, windows)
     passed = bool(agreement.max_kl <= max_kl)
+    nats = {
+        name: np.concatenate([logits.nats(tokens_L) for tokens_L in windows if len(tokens_L) > 1], axis=1).mean(axis=1)
+        for name, logits in (("A", logits_a), ("B", logits_b))
+        if isinstance(logits, _OurModel) and len(windows[0]) > 1
+    }
+    passed &= all(bool(abs(each[0] - each[1]) <= 1e-4 * each[0]) for each in nats.values())
     table = Table("A against B", "", title=f"A: {a}\nB: {b}", title_justify="left")
     table.add_row("tokens compared", f"{agreement.tokens:,} ({origin})")
     table.add_row("top-1 agreement", f"{agreement.top1:.3%}")
@@ -109,6 +114,8 @@ def verify(
     table.add_row("mean KL(A || B), nats", f"{agreement.mean_kl:.3e}")
     table.add_row("max KL(A || B), nats", f"{agreement.max_kl:.3e} ({'within' if passed else 'beyond'} {max_kl:g})")
     table.add_row("max logit difference", f"{agreement.max_logit_difference:.3e}")
+    for name, (by_logits, by_likelihood) in nats.items():
+        table.add_row(f"nats a token of {name}", f"{by_logits:.5f}; as training counts, {by_likelihood:.5f}")
     console.print(table)
     return passed
 
@@ -118,7 +125,7 @@ def compare(logits_a: Logits, logits_b: Logits, windows: list[np.ndarray]) -> Ag
     top1, top5, divergences, differences = [], [], [], []
     for tokens_L in windows:
         a_LV, b_LV = logits_a(tokens_L).astype(np.float64), logits_b(tokens_L).astype(np.float64)
-        log_a_LV, log_b_LV = _log_softmax(a_LV), _log_softmax(b_LV)
+        log_a_LV, log_b_LV = log_softmax(a_LV, axis=-1), log_softmax(b_LV, axis=-1)
         divergences.append(np.sum(np.exp(log_a_LV) * (log_a_LV - log_b_LV), axis=-1))
         differences.append(np.max(np.abs(a_LV - b_LV)))
         best = min(5, a_LV.shape[-1])
@@ -134,11 +141,6 @@ def compare(logits_a: Logits, logits_b: Logits, windows: list[np.ndarray]) -> Ag
         max_kl=float(np.max(divergence_L)),
         max_logit_difference=float(np.max(differences)),
     )
-
-
-def _log_softmax(logits_LV: np.ndarray) -> np.ndarray:
-    shifted_LV = logits_LV - np.max(logits_LV, axis=-1, keepdims=True)
-    return shifted_LV - np.log(np.sum(np.exp(shifted_LV), axis=-1, keepdims=True))
 
 
 def _is_ours(path: str | os.PathLike[str]) -> bool:
@@ -168,24 +170,46 @@ def _opened(path: str | os.PathLike[str], weights: str | None) -> _Checkpoint | 
 
 
 def _logits(model: _Checkpoint | HuggingFaceFolder) -> Logits:
-    return _our_model(model) if isinstance(model, _Checkpoint) else _hf_model(model)
+    return _OurModel(model) if isinstance(model, _Checkpoint) else _hf_model(model)
 
 
-def _our_model(model: _Checkpoint) -> Logits:
-    import jax
+class _OurModel:
+    """One of our checkpoints on the first device, in fp32."""
 
-    from aurora_jax.model.decoder import merge, structure_of
+    def __init__(self, model: _Checkpoint):
+        import jax
 
-    structure = structure_of(model.config, ComputeConfig(compute_dtype="float32", activation_dtype="float32"))
-    parameters = restore_parameters(model.path, dtype="float32")
+        from aurora_jax.model.decoder import merge, structure_of
+        from aurora_jax.model.likelihood import Likelihood
+        from aurora_jax.model.mesh import MeshConfig, make_mesh
 
-    @jax.jit
-    def logits_1LV(parameters: dict, tokens_1L: jax.Array) -> jax.Array:
-        decoder = merge(structure, parameters)
-        return decoder.logits(decoder(tokens_1L))
+        compute = ComputeConfig(compute_dtype="float32", activation_dtype="float32")
+        structure = structure_of(model.config, compute)
+        self._parameters = restore_parameters(model.path, dtype="float32")
+        self._tokens = model.config.vocabulary_size
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        self._likelihood = Likelihood(model.config, compute, mesh, isolate_documents=False)
 
-    tokens = model.config.vocabulary_size
-    return lambda tokens_L: np.asarray(logits_1LV(parameters, jax.numpy.asarray(tokens_L[None])))[0, :, :tokens]
+        @jax.jit
+        def logits_1LV(parameters: dict, tokens_1L: jax.Array) -> jax.Array:
+            decoder = merge(structure, parameters)
+            return decoder.logits(decoder(tokens_1L))
+
+        self._logits_1LV = logits_1LV
+
+    def __call__(self, tokens_L: np.ndarray) -> np.ndarray:
+        return np.asarray(self._logits_1LV(self._parameters, tokens_L[None]))[0, :, : self._tokens]
+
+    def nats(self, tokens_L: np.ndarray) -> np.ndarray:
+        """Negative log-likelihoods [2, L - 1] of all tokens but the first: of the logits, and as training has them."""
+        from aurora_jax.data.batches.loader import Batch
+
+        inputs_1L, targets_1L = tokens_L[None, :-1], tokens_L[None, 1:]
+        log_LV = log_softmax(self(tokens_L[:-1]).astype(np.float64), axis=-1)
+        ones_1L = np.ones_like(inputs_1L)
+        batch = Batch(inputs_1L, targets_1L, ones_1L.astype(np.float32), ones_1L, ones_1L, ones_1L[:, 0])
+        nll_1L = np.asarray(self._likelihood(self._parameters, batch).token_nll_BL, np.float64)
+        return np.stack([-np.take_along_axis(log_LV, targets_1L.T, axis=1)[:, 0], nll_1L[0]])
 
 
 def _hf_model(folder: HuggingFaceFolder) -> Logits:

@@ -110,10 +110,11 @@ def test_training_is_that_of_the_command_line(tiny, folder):
 
 
 def test_figures_and_texts_are_those_of_the_command_line(tiny, capsys):
-    assert main(["eval", "tiny", "--corpus", "corpus", "--stores", "tiny-stores", "--json", "tiny.json"]) == 0
+    evaluate = ["eval", "tiny", "--corpus", "corpus", "--stores", "tiny-stores", "--json", "tiny.json"]
+    assert main([*evaluate, "--tasks", "sample_fi", "sample_code"]) == 0
     row = json.loads(Path("tiny.json").read_text())
     theirs = {task.removeprefix("sample_"): score["bits_per_byte"] for task, score in row["evaluation"].items()}
-    assert tiny.evaluate("corpus") == theirs
+    assert theirs.items() <= tiny.evaluate("corpus").items()
     capsys.readouterr()
     settings = {"max_new_tokens": 9, "temperature": 0.9, "seed": 5}
     flags = ["--max-new-tokens", "9", "--temperature", "0.9", "--seed", "5"]

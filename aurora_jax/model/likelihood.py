@@ -10,7 +10,7 @@ B batch, L sequence, D model.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -130,28 +130,10 @@ class Likelihood:
     isolate_documents: bool
     """Documents of a sequence do not attend to each other."""
 
-    @cached_property
+    @property
     def program(self) -> jax.stages.Wrapped:
         """What a call runs, to be lowered where nothing is to run."""
-        division = Division.of(self.mesh)
-        # Without a backward pass to keep them for, TPUs would compute activations again in each tile of the next
-        # product.
-        compute = replace(self.compute, separate_activation=True)
-        structure = structure_of(self.model.with_dropout(0.0), compute, division)
-        loss = make_loss(structure, compute, z_loss=0.0, isolate_documents=self.isolate_documents, division=division)
-
-        def local(parameters: dict, batch: Any) -> BatchNll:
-            nll, nll_BL = loss(parameters, batch, jnp.ones((), jnp.float32), None)
-            weight = batch.loss_weights_BL.sum()
-            if self.mesh.size > 1:
-                nll, weight = (jax.lax.psum(part, EVERYWHERE) for part in (nll, weight))
-            return BatchNll(nll_BL, nll, weight)
-
-        whole = PartitionSpec()
-        function = (
-            on_mesh(local, self.mesh, lambda _: BatchNll._make((GRID, whole, whole))) if self.mesh.size > 1 else local
-        )
-        return jax.jit(function, compiler_options=dict(self.compute.compiler_options))
+        return _program(self)
 
     def __call__(self, parameters: dict, batch: Any) -> BatchNll:
         """Of parameters and a batch that lie on the mesh (`mesh.place`)."""
@@ -180,3 +162,29 @@ class Likelihood:
             raise InputError(
                 f"{length_name} is {length}, but the model has learned {self.model.max_positions} positions only."
             )
+
+
+@lru_cache(maxsize=8)
+def _program(likelihood: Likelihood) -> jax.stages.Wrapped:
+    """Equal ones share it: a model is measured before and after training by one compiled program."""
+    division = Division.of(likelihood.mesh)
+    # Without a backward pass to keep them for, TPUs would compute activations again in each tile of the next product.
+    compute = replace(likelihood.compute, separate_activation=True)
+    structure = structure_of(likelihood.model.with_dropout(0.0), compute, division)
+    isolated = likelihood.isolate_documents
+    loss = make_loss(structure, compute, z_loss=0.0, isolate_documents=isolated, division=division)
+
+    def local(parameters: dict, batch: Any) -> BatchNll:
+        nll, nll_BL = loss(parameters, batch, jnp.ones((), jnp.float32), None)
+        weight = batch.loss_weights_BL.sum()
+        if likelihood.mesh.size > 1:
+            nll, weight = (jax.lax.psum(part, EVERYWHERE) for part in (nll, weight))
+        return BatchNll(nll_BL, nll, weight)
+
+    whole = PartitionSpec()
+    function = (
+        on_mesh(local, likelihood.mesh, lambda _: BatchNll._make((GRID, whole, whole)))
+        if likelihood.mesh.size > 1
+        else local
+    )
+    return jax.jit(function, compiler_options=dict(likelihood.compute.compiler_options))
