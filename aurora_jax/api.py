@@ -19,19 +19,18 @@ settings and seeds give the same bits in both.
 """
 
 import dataclasses
-import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
 from aurora_jax.checkpoints import format as checkpoint_format
+from aurora_jax.data.corpora.layout import Corpus, CorpusFolder, held_out_text, training_text
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_of
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.held_out import LONGEST, evaluate_checkpoint
@@ -50,7 +49,6 @@ from aurora_jax.generate.sampling import Sampling
 from aurora_jax.generate.text import TextGenerator, TextSettings
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.sharding import parameter_count
-from aurora_jax.storage import json_lines
 from aurora_jax.storage.carried_files import write_files
 from aurora_jax.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
@@ -61,11 +59,6 @@ if TYPE_CHECKING:
     from aurora_jax.data.look.show import ShownRow
     from aurora_jax.plan.estimate import Plan
 
-Corpus: TypeAlias = str | Path | Iterable[str] | Mapping[str, Iterable[str]]
-"""A folder or file of JSON lines, texts, or texts by language; see above."""
-
-UNNAMED = "und"
-"""Language of texts that come without one."""
 
 TASK = "sample_"
 """Before the name of a language it is the name of the task over its file."""
@@ -221,7 +214,7 @@ class Model:
             >>> model.evaluate({"sw": ["Jina langu ni Aurora."]}).keys()
             dict_keys(['sw'])
         """
-        with _held_out_text(corpus) as text:
+        with held_out_text(corpus) as text:
             row = evaluate_checkpoint(
                 self.checkpoint,
                 corpus=text.root,
@@ -339,7 +332,7 @@ class Model:
         if steps is None or peak is None or output is None:
             raise InputError(f"model.train needs {' and '.join(f'{name}=' for name in missing)}, or a TrainConfig.")
         output = Path(output)
-        text = _training_text(corpus, held_out, output)
+        text = training_text(corpus, held_out, output)
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         divided = one_cpu and batch_size % ROWS_IN_CACHE == 0
         return TrainConfig(
@@ -646,20 +639,6 @@ class TrainingRun:
         return page
 
 
-class _CorpusFolder(NamedTuple):
-    """A corpus as it lies on disk."""
-
-    root: str
-    train: tuple[str, ...]
-    """Languages of its train/."""
-    held_out: tuple[str, ...]
-    """Languages of its heldout/."""
-
-    def stores(self, tokenizer: Tokenizer) -> str:
-        """Where its token stores are: of each tokenizer in a folder of its own."""
-        return f"{self.root}/stores/{tokenizer.sha256[:12]}"
-
-
 def _compute() -> ComputeConfig:
     """How training computes on the devices that are here."""
     if jax.default_backend() == "cpu":
@@ -667,7 +646,7 @@ def _compute() -> ComputeConfig:
     return ComputeConfig(attention="flash" if jax.default_backend() == "tpu" else "xla")
 
 
-def _mixture(mixture: Mapping[str, float] | str | None, text: _CorpusFolder) -> str:
+def _mixture(mixture: Mapping[str, float] | str | None, text: CorpusFolder) -> str:
     if isinstance(mixture, str):
         return mixture
     shares = dict.fromkeys(text.train, 1) if mixture is None else mixture
@@ -677,88 +656,3 @@ def _mixture(mixture: Mapping[str, float] | str | None, text: _CorpusFolder) -> 
         if not share > 0:
             raise InputError(f"the share of {language!r} is {share}: it must be above 0; leave out what is not read.")
     return ",".join(f"{TASK}{language}={share!r}" for language, share in shares.items())
-
-
-def _training_text(corpus: Corpus, held_out: Corpus | None, output: Path) -> _CorpusFolder:
-    """The text of a run; what is not laid out yet is put into the run's folder."""
-    text = _laid_out(corpus)
-    if text is not None and held_out is None:
-        return text
-    if text is not None:
-        corpus = Path(text.root, "train")
-    held_out = () if held_out is None else held_out
-    if (measured := _laid_out(held_out)) is not None:
-        held_out = Path(measured.root, "heldout")
-    return _put(output / "corpus", _files(corpus), _files(held_out))
-
-
-@contextmanager
-def _held_out_text(corpus: Corpus) -> Iterator[_CorpusFolder]:
-    """Text to be measured on; what is not laid out yet is put into a folder that goes afterwards."""
-    text = _laid_out(corpus)
-    if text is None:
-        with tempfile.TemporaryDirectory(prefix="aurora-") as folder:
-            yield _put(Path(folder), {}, _files(corpus))
-    elif text.held_out:
-        yield text
-    else:
-        raise InputError(
-            f"{text.root} has no heldout/LANGUAGE.jsonl: text that was kept away from training. To measure what is in "
-            f"it all the same, give {text.root}/train."
-        )
-
-
-def _laid_out(corpus: Corpus) -> _CorpusFolder | None:
-    """A folder with train/ or heldout/; None for anything else."""
-    if not isinstance(corpus, str | Path):
-        return None
-    root = str(corpus).rstrip("/")
-    parts = [tuple(sorted(_languages(Path(root, part)))) for part in ("train", "heldout")]
-    return _CorpusFolder(str(Path(root).absolute()), *parts) if any(parts) else None
-
-
-def _languages(folder: Path) -> dict[str, Path]:
-    return {file.stem: file for file in sorted(folder.glob("*.jsonl"))} if folder.is_dir() else {}
-
-
-def _files(corpus: Corpus) -> dict[str, Path | list[str]]:
-    """Language -> its file, or its texts. Raises InputError if there is nothing."""
-    if isinstance(corpus, str | Path):
-        path = Path(corpus)
-        files = {path.stem: path} if path.is_file() else _languages(path)
-        if not files:
-            raise InputError(
-                f"{path}: no corpus. Give a folder of JSON lines (LANGUAGE.jsonl, or train/ and heldout/ with such "
-                "files), one such file, a list of texts, or {language: texts}; aurora.sample_corpus makes one."
-            )
-        return dict(files)
-    texts = corpus if isinstance(corpus, Mapping) else {UNNAMED: corpus}
-    found: dict[str, Path | list[str]] = {}
-    for language, its_texts in texts.items():
-        content = [its_texts] if isinstance(its_texts, str) else list(its_texts)
-        wrong = next((text for text in content if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise InputError(f"texts of {language!r}: {wrong!r:.80} is no string.")
-        if content:
-            found[language] = content
-    return found
-
-
-def _put(
-    folder: Path, train: Mapping[str, Path | list[str]], held_out: Mapping[str, Path | list[str]]
-) -> _CorpusFolder:
-    """Files and texts, laid out as a corpus; what is there already stays untouched."""
-    for part, files in (("train", train), ("heldout", held_out)):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        for language, content in files.items():
-            if not re.fullmatch(r"[\w-]+", language):
-                raise InputError(f"{language!r} cannot name a language: letters, digits, _ and - can.")
-            file = folder / part / f"{language}.jsonl"
-            if isinstance(content, Path):
-                if not (file.is_symlink() and file.samefile(content)):
-                    file.symlink_to(content.absolute())
-                continue
-            lines = b"".join(json_lines.line_of({"text": text, "language": language}) for text in content)
-            if not file.exists() or file.read_bytes() != lines:
-                file.write_bytes(lines)
-    return _CorpusFolder(str(folder.absolute()), tuple(sorted(train)), tuple(sorted(held_out)))

@@ -27,7 +27,8 @@ def test_no_class_name_stands_twice():
 
 
 def test_no_file_is_long_and_no_folder_is_full():
-    assert [str(file) for file in FILES if len(file.read_text().splitlines()) > 500 and "api.py" not in str(file)] == []
+    long = {str(file.relative_to(ROOT)) for file in FILES if len(file.read_text().splitlines()) > 500}
+    assert long == {"aurora_jax/api.py"}  # two classes and two functions: more than half is their docstrings
     folders = {file.parent for file in FILES}
     sizes = {folder: sum(file.name != "__init__.py" for file in folder.glob("*.py")) for folder in folders}
     assert {str(folder.relative_to(ROOT)) for folder, size in sizes.items() if size > 12} == set(FULL)

@@ -38,7 +38,7 @@ def test_a_run_that_is_judged_on_nothing_says_so(capsys):
 
 def test_such_a_run_does_not_begin(mini_corpus, mini_tokenizer, tmp_path):
     config = load_config(ROOT / "configs" / "nano_base.py")
-    data = DataConfig(str(mini_corpus), mini_tokenizer, stores=str(tmp_path / "stores"))
+    data = DataConfig(str(mini_corpus), mini_tokenizer, stores=str(tmp_path / "stores"), sequence_length=256)
     with pytest.raises(InputError, match=r"--evaluation\.tasks sample_code sample_en"):
         train(replace(config, output=tmp_path / "run", data=data, evaluation=EvaluationConfig()))
     assert not (tmp_path / "stores").exists()

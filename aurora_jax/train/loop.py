@@ -132,6 +132,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- Train loop
     with (
+        jax.set_mesh(mesh),
         MetricsLog(config, throughput, first_step=first_step) as log,
         StepTrace(config.output / "profile", config.profile_steps) as step_trace,
         stop_requested() as stops,

@@ -143,13 +143,18 @@ class Program:
 
     def lower_step(self) -> jax.stages.Lowered:
         """The step, traced; `.compile()` asks the compiler of the mesh's devices."""
-        return self.step.lower(self.shapes, self.batch_shapes(self.config.data.batch_size))
+        return self._lowered(self.step, self.shapes, self.batch_shapes(self.config.data.batch_size))
 
     def lower_likelihood(self) -> jax.stages.Lowered:
         """The likelihood of a batch of evaluation, traced."""
-        return self.likelihood.program.lower(
-            self.shapes.parameters, self.batch_shapes(self.config.evaluation.batch_size)
-        )
+        batch = self.batch_shapes(self.config.evaluation.batch_size)
+        return self._lowered(self.likelihood.program, self.shapes.parameters, batch)
+
+    def _lowered(self, program: jax.stages.Wrapped, *shapes: Any) -> jax.stages.Lowered:
+        """In the mesh's context, from which kernels know their chip. The shapes are made outside: optax makes a small
+        array on the way, which no absent TPU can hold."""
+        with jax.set_mesh(self.mesh):
+            return program.lower(*shapes)
 
     def check(self) -> None:
         """Can this be run: does the mesh divide the model and the batches, can the model read them? Nothing

@@ -17,17 +17,6 @@ from aurora_jax.kernels.flash_attention.tiles import LANES, Blocks
 Direction = Literal["forward", "backward"]
 
 
-DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Rows of a tile, keys of a chunk, and rows and keys of one matrix product: upper bounds, see `Blocks`."""
@@ -138,8 +127,9 @@ def current_generation(*, interpreted: bool) -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    if kind in DEVICE_KINDS:
-        return DEVICE_KINDS[kind]
+    for generation, chip in CHIPS.items():
+        if kind in chip.device_kinds:
+            return generation
     if interpreted:
         return "v5e"
     raise ValueError(
