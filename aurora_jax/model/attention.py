@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aurora_jax.chips import CHIPS
+from aurora_jax.chips import CHIPS, chip_of
 from aurora_jax.errors import InputError
 from aurora_jax.kernels.flash_attention import flash_attention
-from aurora_jax.kernels.flash_attention.blocks import DEVICE_KINDS
 from aurora_jax.kernels.flash_attention.ops import LARGEST_HEAD
 
 IMPLEMENTATIONS = ("xla", "flash", "flash_interpreted")
@@ -95,7 +94,7 @@ def attention(
 
 def require_implementation(implementation: str, head_dim: int, device_kind: str) -> None:
     """Raises InputError if the devices, or heads of this dimension, are not what an implementation is made for."""
-    if implementation == "flash" and device_kind not in DEVICE_KINDS:
+    if implementation == "flash" and chip_of(device_kind) is None:
         raise InputError(
             f"compute.attention flash runs on TPU {', '.join(CHIPS)}, and the devices here are {device_kind!r}: choose "
             "xla."
