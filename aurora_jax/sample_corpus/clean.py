@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from aurora_jax.languages import LETTERS, NATURAL
-
-if TYPE_CHECKING:
-    from py3langid.langid import LanguageIdentifier
 
 _TAG = re.compile(r"</?[A-Za-z!][^<>]*>")
 _PRODUCT = (("%PRODUCTNAME", "LibreOffice"), ("%PRODUCTVERSION", "7"), ("%PRODUCTEXTENSION", ""))
@@ -127,16 +122,9 @@ def _english_share(line: str) -> float:
 
 def identify(text: str) -> str:
     """The most likely one of our five languages."""
-    return _identifier().classify(text)[0]
+    from aurora_jax.data.text.identification import identifier
 
-
-@functools.cache
-def _identifier() -> LanguageIdentifier:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    identifier.set_languages(list(NATURAL))
-    return identifier
+    return identifier(tuple(NATURAL)).classify(text)[0]
 
 
 class Deduplicator:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from aurora_jax.data.splitmix import mixed
+
 ROUNDS = 8  # their keys fill one 64-byte digest; even, so that both halves end where they began
 MINIMUM_BITS = 6  # with fewer, the halves are too narrow to be mixed well
 
@@ -100,7 +102,7 @@ n])) -> values [n]."""
 def _forward(values: np.ndarray, left_width: Any, right_width: Any, keys: np.ndarray) -> np.ndarray:
     left, right = values >> right_width, values & _mask(right_width)
     for key in keys:
-        left, right = right, left ^ (_mix(right, key) & _mask(left_width))
+        left, right = right, left ^ (mixed(right + key) & _mask(left_width))
         left_width, right_width = right_width, left_width
     return (left << right_width) | right
 
@@ -109,18 +111,9 @@ def _backward(values: np.ndarray, left_width: Any, right_width: Any, keys: np.nd
     left, right = values >> right_width, values & _mask(right_width)
     for key in keys[::-1]:
         left_width, right_width = right_width, left_width
-        left, right = right ^ (_mix(left, key) & _mask(left_width)), left
+        left, right = right ^ (mixed(left + key) & _mask(left_width)), left
     return (left << right_width) | right
 
 
 def _mask(width: Any) -> Any:
     return (np.uint64(1) << width) - np.uint64(1)
-
-
-def _mix(values: np.ndarray, key: Any) -> np.ndarray:
-    """The finaliser of SplitMix64: every input bit flips about half of the output bits. uint64 arithmetic
-    wraps, as intended."""
-    values = values + key
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

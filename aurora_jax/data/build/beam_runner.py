@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -74,3 +75,21 @@ def errors_named() -> Iterator[None]:
         if found := OF_A_WORKER.search(str(error)):
             raise InputError(found["message"]) from error
         raise
+
+
+@contextmanager
+def watched(look: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Looks every so many seconds, in a thread, while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

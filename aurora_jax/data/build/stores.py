@@ -1,7 +1,6 @@
 """Building the token stores of tasks, with progress."""
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,32 +94,26 @@ def _progress(jobs: Sequence[StoreJob], console: Console | None) -> Iterator[Non
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    ended = threading.Event()
-    interval = 5.0 if "://" in jobs[0].directory else 0.5
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"tokenize {total / 1e6:,.1f} MB of {len(jobs)} sources", total=total)
 
-        def watch() -> None:
-            done: dict[tuple[str, bytes], int] = {}
-            while not ended.wait(interval):
-                for job in jobs:
-                    folder = kvstore_at(f"{job.directory}/parts")
-                    for key in folder.list().result():
-                        if key.endswith(b"manifest.json") and (job.directory, key) not in done:
-                            content = folder.read(key).result()
-                            done[job.directory, key] = (
-                                json.loads(content.value)["weight"] if content.state == "value" else 0
-                            )
-                progress.update(bar, completed=min(sum(done.values()), total))
-                if sum(done.values()) >= total:
-                    progress.update(bar, description="write the stores")
-                    return
+        done: dict[tuple[str, bytes], int] = {}
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        def look() -> None:
+            if sum(done.values()) >= total:
+                return
+            for job in jobs:
+                folder = kvstore_at(f"{job.directory}/parts")
+                for key in folder.list().result():
+                    if key.endswith(b"manifest.json") and (job.directory, key) not in done:
+                        content = folder.read(key).result()
+                        done[job.directory, key] = (
+                            json.loads(content.value)["weight"] if content.state == "value" else 0
+                        )
+            progress.update(bar, completed=min(sum(done.values()), total))
+            if sum(done.values()) >= total:
+                progress.update(bar, description="write the stores")
+
+        with beam_runner.watched(look, 5.0 if "://" in jobs[0].directory else 0.5):
             yield
-            progress.update(bar, completed=total, description="write the stores")
-        finally:
-            ended.set()
-            watcher.join()
+        progress.update(bar, completed=total, description="write the stores")

@@ -6,8 +6,6 @@ import functools
 import os
 import re
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,24 +215,16 @@ def _progress(done: Path, parts: int) -> Iterator[None]:
     """Shows how many of the parts have been read and filtered; what follows, from duplicates to writing, is
     short and unmeasured."""
     columns = TextColumn("{task.description:30}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    finished = threading.Event()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading and filtering", total=parts)
 
-        def watch() -> None:
-            while not finished.is_set():
-                count = sum(1 for _ in done.iterdir())
-                description = "reading and filtering" if count < parts else "removing duplicates, writing"
-                progress.update(task, completed=count, description=description)
-                time.sleep(_POLL_SECONDS)
+        def look() -> None:
+            count = sum(1 for _ in done.iterdir())
+            description = "reading and filtering" if count < parts else "removing duplicates, writing"
+            progress.update(task, completed=count, description=description)
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        with beam_runner.watched(look, _POLL_SECONDS):
             yield
-        finally:
-            finished.set()
-            watcher.join()
 
 
 def _lines(output: str, file: str) -> list[Any]:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import regex
@@ -18,9 +17,6 @@ import regex
 from aurora_jax.data.curation.thresholds import Thresholds
 from aurora_jax.data.curation.units import hash_characters, hash_ngrams, is_unspaced
 from aurora_jax.languages import CODE
-
-if TYPE_CHECKING:
-    from py3langid.langid import LanguageIdentifier
 
 LANGUAGE = "language"
 CHARACTER_REPETITION_LENGTH = 10
@@ -59,7 +55,9 @@ def identify(text: str) -> tuple[str, float]:
     share = code_share(text)
     if share >= _CODE_SHARE and _is_mostly_ascii(text):
         return CODE, share
-    language, probability = _identifier().classify(_excerpts(text))
+    from aurora_jax.data.text.identification import identifier
+
+    language, probability = identifier(probabilities=True).classify(_excerpts(text))
     return str(language), float(probability)
 
 
@@ -92,13 +90,6 @@ def _excerpts(text: str) -> str:
         return text
     middle = len(text) // 2
     return " ".join((text[:_EXCERPT], text[middle : middle + _EXCERPT], text[-_EXCERPT:]))
-
-
-@functools.cache
-def _identifier() -> LanguageIdentifier:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import unicodedata
 import numpy as np
 import regex
 
+from aurora_jax.data.splitmix import mixed
 from aurora_jax.languages import UNSPACED
 
 # `regex`, not `re`: the \w of `re` breaks Devanagari words at every vowel sign.
@@ -22,7 +23,6 @@ _UNIT = regex.compile(rf"[{UNSPACED}]|[\w--[{UNSPACED}]]+", regex.V1)
 _UNSPACED_CHARACTER = regex.compile(rf"[{UNSPACED}]", regex.V1)
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def normalize(text: str) -> str:
@@ -64,7 +64,5 @@ def hash_ngrams(units_U: np.ndarray, length: int) -> np.ndarray:
     hash_G = np.full(count, length, dtype=np.uint64)
     for offset in range(length):
         hash_G = hash_G * _MULTIPLIER + units_U[offset : offset + count]
-    # The finalizer of splitmix64: without it, hashes of runs that share their last units share their low bits.
-    for shift, mixer in zip((30, 27), _MIXERS, strict=True):
-        hash_G = (hash_G ^ (hash_G >> np.uint64(shift))) * mixer
-    return hash_G ^ (hash_G >> np.uint64(31))
+    # Without this, hashes of runs that share their last units share their low bits.
+    return mixed(hash_G)
