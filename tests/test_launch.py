@@ -49,7 +49,11 @@ class Launcher:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(f"#!/bin/sh\n{text}\n")
             (directory / name).chmod(0o755)
-        self.environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_CLOUD": str(folder)}
+        # Without the cache of compiled programs that the tests share.
+        inherited = {
+            name: value for name, value in os.environ.items() if "_CACHE_" not in name and "_COMPILATION_" not in name
+        }
+        self.environment = {**inherited, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_CLOUD": str(folder)}
 
     def command(self, verb: str, *words: str) -> list[str]:
         setup = ["--venv", str(self.venv)] if verb in ("setup", "watch") else []

@@ -12,12 +12,11 @@ run         JSON, the facts of the run (`aurora_jax/train/facts.py`); in its che
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from aurora_jax.model.config import PADDING_HINT, ModelConfig, from_hf_config
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
 from aurora_jax.storage.carried_files import decode_files, encode_files
+from aurora_jax.storage.records import described
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 * 2**20
@@ -100,17 +100,11 @@ class CheckpointMetadata:
                 f"{where}: checkpoint format {values.get('format_version')!r}; this version reads format "
                 f"{FORMAT_VERSION}."
             )
-        config = values.get("config")
-        if not isinstance(config, Mapping):
-            raise InputError(f"{where}: metadata 'config' is {config!r}; a model config is expected.")
-        # JSON has no tuples; those of a ModelConfig are its lists.
-        config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-        model = ModelConfig(**_checked(ModelConfig, config, f"{where}: metadata 'config'"))
-        metadata = cls(**_checked(cls, {**values, "config": model}, f"{where}: metadata"))
+        metadata = described(values, cls, f"{where}: metadata")
         if metadata.layer_stacking != "stacked":
             raise InputError(f"{where}: layer_stacking is {metadata.layer_stacking!r}; only 'stacked' can be read.")
         if metadata.hf_config is not None:
-            unpadded = replace(model, vocabulary_divisible_by=1)
+            unpadded = replace(metadata.config, vocabulary_divisible_by=1)
             require_same_architecture(
                 unpadded, from_hf_config(metadata.hf_config), f"{where}: metadata 'config'", "its 'hf_config'"
             )
@@ -445,28 +439,3 @@ def damage_named(item: epath.Path) -> Iterator[None]:
         if not isinstance(error, OSError | ValueError | KeyError) and type(error) is not Exception:
             raise
         raise InputError(f"{item}: the checkpoint is damaged or incomplete: {error.__cause__ or error}") from error
-
-
-def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values, if they are the fields of a dataclass, each of its annotated type."""
-    hints = get_type_hints(cls)
-    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-    for name in sorted({*values} - {*hints}):
-        raise InputError(f"{where} has the unknown key {name!r}.")
-    for name in sorted(required - {*values}):
-        raise InputError(f"{where} lacks the key {name!r}.")
-    for name, value in values.items():
-        if not _is_instance(value, hints[name]):
-            raise InputError(f"{where}: {name} is {value!r}, which is not of the type {hints[name]}.")
-    return dict(values)
-
-
-def _is_instance(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON fits a field's type (of a container, the outer type)."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is UnionType:
-        return any(_is_instance(value, option) for option in get_args(hint))
-    if isinstance(value, bool) or hint is bool:  # a bool is an int to isinstance
-        return hint is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if hint is float else get_origin(hint) or hint)

@@ -32,6 +32,7 @@ from aurora_jax.sample_corpus.packages import Package
 from aurora_jax.sample_corpus.packages_table import Collection
 from aurora_jax.sample_corpus.reading import CATALOGUES, read_aligned, read_documents
 from aurora_jax.storage import json_lines
+from aurora_jax.storage.records import described
 
 BUILDER = "aurora-jax sample corpus"
 VERSION = 1
@@ -89,12 +90,9 @@ class CorpusManifest:
     def read(cls, directory: Path) -> CorpusManifest | None:
         """The manifest in `directory`, or None where there is none of ours."""
         try:
-            fields = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-            fields["sources"] = [
-                SourceEntry(**entry | {"languages": tuple(entry["languages"])}) for entry in fields["sources"]
-            ]
-            manifest = cls(**fields)
-        except (OSError, ValueError, TypeError, KeyError):
+            file = directory / "manifest.json"
+            manifest = described(file.read_bytes(), cls, file)
+        except (OSError, InputError):
             return None
         return manifest if manifest.builder == BUILDER else None
 

@@ -34,6 +34,7 @@ import tensorstore as ts
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.kvstore import context, kvstore_at
+from aurora_jax.storage.records import described
 
 ARRAYS = ("tokens", "ends", "offsets")
 TYPES = {"ends": np.dtype(bool), "learn": np.dtype(bool), "offsets": np.dtype(np.uint64)}
@@ -332,11 +333,9 @@ def read_info(directory: str | Path) -> StoreInfo | None:
     if content.state == "missing":
         return None
     try:
-        return StoreInfo(**json.loads(content.value))
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{directory}: store.json is not a store's description: {error}; delete the folder and build it again"
-        ) from error
+        return described(content.value, StoreInfo, f"{directory}: store.json is not a store's description")
+    except InputError as error:
+        raise InputError(f"{error}; delete the folder and build it again") from error
 
 
 def _spec(kvstore: ts.KvStore, name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     Args:
         add: adds transforms to an empty pipeline.
         runner: `direct` is this machine.
-        workers: processes of the direct runner.
+        workers: processes of the direct runner; with 1, the pipeline runs in this process.
         options: of the runner, such as "--project=P".
 
     Raises:
@@ -42,8 +42,9 @@ def run(add: Callable[[Pipeline], object], runner: Runner, workers: int, options
     try:
         with errors_named():
             if runner == "direct":
+                mode = "in_memory" if workers == 1 else "multi_processing"
                 direct = (
-                    "--direct_running_mode=multi_processing",
+                    f"--direct_running_mode={mode}",
                     f"--direct_num_workers={workers}",
                     "--default_sdk_harness_log_level=CRITICAL",
                 )

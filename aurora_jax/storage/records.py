@@ -1,0 +1,50 @@
+"""The one door by which descriptions in JSON become dataclasses: every field of its annotated type, none unknown."""
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from aurora_jax.errors import InputError
+
+Description = TypeVar("Description")
+
+
+def described(content: bytes | Mapping[str, Any], kind: type[Description], where: object) -> Description:
+    """What a file says, as a dataclass, nested ones included. Fields with defaults may be left out.
+
+    Args:
+        content: the file's JSON, or what it holds.
+        where: names the file in messages.
+
+    Raises:
+        InputError: no JSON object; or a field, which is named, is missing, unknown, or of another type.
+    """
+    try:
+        values = msgspec.json.decode(content) if isinstance(content, bytes) else content
+        if unknown := _unknown(values, kind):
+            raise InputError(f"{where} has the unknown key {unknown!r}")
+        return msgspec.convert(values, kind)
+    except msgspec.MsgspecError as error:
+        said = str(error)
+        if found := re.fullmatch(r"(.*) - at `\$\.([\w.]+)`", said):
+            value = functools.reduce(operator.getitem, found[2].split("."), values)
+            said = f"{found[2]} is {value!r:.100}: {found[1]}"
+        raise InputError(f"{where}: {said}") from error
+
+
+def _unknown(values: Any, kind: Any) -> str | None:
+    """The first key that no field has, dotted."""
+    if not isinstance(values, Mapping) or not dataclasses.is_dataclass(kind):
+        return None
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            return str(name)
+        if (inner := _unknown(value, hints[name])) is not None:
+            return f"{name}.{inner}"
+    return None
