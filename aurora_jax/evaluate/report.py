@@ -40,6 +40,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem } h2 { font-size: 1.
 p { margin: .4rem 0 } .lead { font-size: 1.1rem } .faint { color: var(--faint); font-size: .9rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+@media (max-width: 30rem) { th, td { padding: .35rem .2rem; font-size: .85rem } th { white-space: normal } }
 th:first-child, td:first-child { text-align: left } th { color: var(--faint); font-weight: 600; font-size: .85rem }
 .good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
 .kept { font-weight: 600 }
