@@ -35,7 +35,7 @@ from aurora_jax.storage import json_lines
 from aurora_jax.storage.records import described
 
 BUILDER = "aurora-jax sample corpus"
-VERSION = 1
+VERSION = 2
 
 HELD_OUT_ENGLISH_BYTES = 110_000
 

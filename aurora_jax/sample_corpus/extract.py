@@ -15,13 +15,12 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator, Sequence
 
+import polib
+
 DocumentLines = list[str]
 
 MESSAGES_PER_DOCUMENT = 40
 
-_MO_MAGIC = 0x950412DE
-_MO_CONTEXT_END = "\x04"
-_MO_PLURAL_END = "\x00"
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -101,27 +100,17 @@ def gettext_messages(catalogue: bytes) -> Iterator[tuple[str, str]]:
     Raises:
       ValueError: the bytes are no .mo file.
     """
-    for order in "<>":
-        if len(catalogue) >= 20 and struct.unpack_from(f"{order}I", catalogue)[0] == _MO_MAGIC:
-            break
-    else:
-        raise ValueError("not a compiled gettext catalogue (.mo): the magic number is missing")
-    count, originals, translations = struct.unpack_from(f"{order}3I", catalogue, 8)
-
-    def read(table: int, index: int) -> str:
-        length, offset = struct.unpack_from(f"{order}2I", catalogue, table + 8 * index)
-        return catalogue[offset : offset + length].decode(errors="replace")
-
-    for index in range(count):
-        english = read(originals, index).rpartition(_MO_CONTEXT_END)[2].split(_MO_PLURAL_END)[0]
-        translation = read(translations, index).split(_MO_PLURAL_END)[0]
-        if english and translation:
-            yield english, translation
+    try:
+        entries = polib.mofile(catalogue)
+    except OSError as error:
+        raise ValueError(f"not a compiled gettext catalogue (.mo): {error}") from error
+    for entry in entries:
+        translation = entry.msgstr_plural[0] if entry.msgid_plural else entry.msgstr
+        if entry.msgid and translation:
+            yield entry.msgid, translation
 
 
-_PO_STRINGS = r'((?:"(?:[^"\\]|\\.)*"\s*)+)'
-_PO_FIELD = re.compile(rf"^(msgid|msgstr) {_PO_STRINGS}", re.MULTILINE)
-_PO_DEFAULT = re.compile(r'^#\. Default: "(.*)"$', re.MULTILINE)
+_PO_DEFAULT = re.compile(r'^Default: "(.*)"$', re.MULTILINE)
 
 
 def po_messages(catalogue: str) -> Iterator[tuple[str, str, str]]:
@@ -129,14 +118,10 @@ def po_messages(catalogue: str) -> Iterator[tuple[str, str, str]]:
 
     Plone's ids are symbols; the English text then stands in a comment, `#. Default: "..."`. Plurals are left out.
     """
-    for entry in re.split(r"\n\s*\n", catalogue):
-        fields = {
-            name: "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', strings)) for name, strings in _PO_FIELD.findall(entry)
-        }
-        identity, translation = fields.get("msgid"), fields.get("msgstr")
-        if identity and translation and not entry.startswith("#,") and "\n#, fuzzy" not in entry:
-            default = _PO_DEFAULT.search(re.sub(r"\n#\. (?!Default)", " ", entry))
-            yield identity, default[1] if default else identity, translation
+    for entry in polib.pofile(catalogue):
+        if entry.translated() and entry.msgid and not entry.msgid_plural:
+            default = _PO_DEFAULT.search(re.sub(r"\n(?!Default)", " ", entry.comment))
+            yield entry.msgid, default[1] if default else entry.msgid, entry.msgstr
 
 
 _FLUENT_MESSAGE = re.compile(r"^(?:-?[A-Za-z][\w-]*| +\.[\w-]+) *= ?(.*)$")
