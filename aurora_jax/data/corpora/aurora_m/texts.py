@@ -23,132 +23,64 @@ CODE_FOLDERS = """
 
 def _stack(name: str, folders: list[str], billions: float, note: str = "") -> Entry:
     return Entry(
-        name,
-        "bigcode/the-stack-dedup",
-        tuple(f"data/{folder}/*.parquet" for folder in folders),
-        "parquet",
-        "code",
-        "code",
-        BOTH,
-        STACK_LICENSE,
-        billions,
-        text="content",
-        fields=STACK_FIELDS,
-        steps=CODE,
-        note=note,
-    )
+        name, "bigcode/the-stack-dedup", tuple(f"data/{folder}/*.parquet" for folder in folders), "parquet",
+        "code", "code", BOTH, STACK_LICENSE, billions, text="content", fields=STACK_FIELDS, steps=CODE, note=note,
+    )  # fmt: skip
 
 
 def _web(language: str, billions: float) -> Entry:
     return Entry(
-        f"web_{language}",
-        "uonlp/CulturaX",
-        (f"{language}/{language}_part_*.parquet",),
-        "parquet",
-        language,
-        "web",
-        BOTH,
-        "ODC-By (mC4), CC0 (OSCAR)",
-        billions,
+        f"web_{language}", "uonlp/CulturaX", (f"{language}/{language}_part_*.parquet",), "parquet", language,
+        "web", BOTH, "ODC-By (mC4), CC0 (OSCAR)", billions,
         note="stands for Aurora-M's own crawl, which was cleaned by methods similar to CulturaX's",
-    )
+    )  # fmt: skip
 
 
 def _redpajama(name: str, pattern: str, billions: float, note: str = "") -> Entry:
     return Entry(
-        f"redpajama_{name}",
-        "togethercomputer/RedPajama-Data-1T",
-        (pattern,),
-        "jsonl",
-        "en",
-        "web",
-        BOTH,
-        "of its sources (Common Crawl's terms, ODC-By, arXiv, CC-BY-SA)",
-        billions,
+        f"redpajama_{name}", "togethercomputer/RedPajama-Data-1T", (pattern,), "jsonl", "en", "web", BOTH,
+        "of its sources (Common Crawl's terms, ODC-By, arXiv, CC-BY-SA)", billions,
         note=f"files of data.together.xyz/redpajama-data-1T/v1.0.0; the hub holds their addresses{note}",
-    )
+    )  # fmt: skip
 
 
 def _wikipedia(language: str, billions: float) -> Entry:
     return Entry(
-        f"wikipedia_{language}",
-        "wikimedia/wikipedia",
-        (f"20231101.{language}/train-*.parquet",),
-        "parquet",
-        language,
-        "encyclopedia",
-        BOTH,
-        "CC-BY-SA-3.0, GFDL",
-        billions,
-        fields={"title": "title"},
-        steps=(Compose("{title}\n\n{text}"),),
-        note="Aurora-M's dump is not known",
-    )
+        f"wikipedia_{language}", "wikimedia/wikipedia", (f"20231101.{language}/train-*.parquet",), "parquet",
+        language, "encyclopedia", BOTH, "CC-BY-SA-3.0, GFDL", billions, fields={"title": "title"},
+        steps=(Compose("{title}\n\n{text}"),), note="Aurora-M's dump is not known",
+    )  # fmt: skip
 
 
 def _domain(name: str, what: str, billions: float) -> Entry:
     return Entry(
-        name,
-        f"mdel/{name}",
-        ("*.jsonl*",),
-        "jsonl",
-        "en",
-        "domain",
-        BOTH,
-        "of what is put there",
-        billions,
+        name, f"mdel/{name}", ("*.jsonl*",), "jsonl", "en", "domain", BOTH, "of what is put there", billions,
         note=f"the card names the domain, not the data set: {what}, as JSON lines with a field text",
-    )
+    )  # fmt: skip
 
 
+# fmt: off
 TEXTS: tuple[Entry, ...] = (
     # ---------------------------------------------------------------- Web
     Entry(
-        "refinedweb",
-        "tiiuae/falcon-refinedweb",
-        ("data/train-*.parquet",),
-        "parquet",
-        "en",
-        "web",
-        BOTH,
-        "ODC-By-1.0",
-        600,
-        text="content",
+        "refinedweb", "tiiuae/falcon-refinedweb", ("data/train-*.parquet",), "parquet", "en", "web", BOTH,
+        "ODC-By-1.0", 600, text="content",
     ),
     _redpajama("common_crawl", "common_crawl/*/*.jsonl.zst", 880),
     _redpajama("c4", "c4/c4-train.*.jsonl", 175),
     _redpajama("arxiv", "arxiv/*.jsonl", 28),
     _redpajama(
-        "stackexchange",
-        "stackexchange/*.jsonl",
-        20,
+        "stackexchange", "stackexchange/*.jsonl", 20,
         "; its books, GitHub and Wikipedia are withdrawn or covered by other entries",
     ),
     Entry(
-        "pile",
-        "monology/pile-uncopyrighted",
-        ("train/*.jsonl.zst",),
-        "jsonl",
-        "en",
-        "web",
-        BOTH,
-        "of its parts",
-        250,
-        fields={"part": "meta.pile_set_name"},
-        validation=("val.jsonl.zst",),
+        "pile", "monology/pile-uncopyrighted", ("train/*.jsonl.zst",), "jsonl", "en", "web", BOTH, "of its parts",
+        250, fields={"part": "meta.pile_set_name"}, validation=("val.jsonl.zst",),
         note="the Pile itself is offline; this copy lacks its copyrighted parts (memory)",
     ),
     Entry(
-        "minipile",
-        "JeanKaddour/minipile",
-        ("data/train-*.parquet",),
-        "parquet",
-        "en",
-        "web",
-        BOTH,
-        "of the Pile's parts",
-        1.5,
-        validation=("data/validation-*.parquet",),
+        "minipile", "JeanKaddour/minipile", ("data/train-*.parquet",), "parquet", "en", "web", BOTH,
+        "of the Pile's parts", 1.5, validation=("data/validation-*.parquet",),
     ),
     _web("fi", 35),
     _web("hi", 60),
@@ -164,66 +96,33 @@ TEXTS: tuple[Entry, ...] = (
     _stack("stack_python", ["python"], 18),
     _stack("stack_markdown", ["markdown"], 20),
     _stack(
-        "stack_other",
-        CODE_FOLDERS.split(),
-        190,
+        "stack_other", CODE_FOLDERS.split(), 190,
         "StarCoder's languages but those two (memory); Aurora-M's list is not known",
     ),
     # ---------------------------------------------------------------- Domains
     Entry(
-        "smiles",
-        "maykcaldas/smiles-transformers",
-        ("data/train-*.parquet",),
-        "parquet",
-        "en",
-        "domain",
-        CAP,
-        "MIT (memory)",
-        3,
-        validation=("data/validation-*.parquet",),
+        "smiles", "maykcaldas/smiles-transformers", ("data/train-*.parquet",), "parquet", "en", "domain", CAP,
+        "MIT (memory)", 3, validation=("data/validation-*.parquet",),
         note="chemistry; nothing but symbols, so for the first stage only (ours)",
     ),
     Entry(
-        "wikimusictext",
-        "sander-wood/wikimusictext",
-        ("wikimusictext.jsonl",),
-        "jsonl",
-        "en",
-        "domain",
-        CAP,
-        "MIT (memory)",
-        0.0005,
-        text="music",
+        "wikimusictext", "sander-wood/wikimusictext", ("wikimusictext.jsonl",), "jsonl", "en", "domain", CAP,
+        "MIT (memory)", 0.0005, text="music",
         fields={"title": "title", "artist": "artist", "genre": "genre", "description": "description"},
         steps=(Compose("{title} ({artist}; {genre})\n{description}\n\n{text}"),),
         note="ABC notation; nothing but symbols, so for the first stage only; how text and music are put "
         "together is ours",
     ),
     Entry(
-        "scidcc",
-        "tanmaylaud/scidcc-instructions",
-        ("default/train/*.parquet",),
-        "parquet",
-        "en",
-        "domain",
-        BOTH,
-        "not stated (memory)",
-        0.01,
-        text=None,
+        "scidcc", "tanmaylaud/scidcc-instructions", ("default/train/*.parquet",), "parquet", "en", "domain", BOTH,
+        "not stated (memory)", 0.01, text=None,
         fields={"instruction": "instruction", "context": "input", "response": "output"},
         steps=(Instruction(context="context"),),
         note="climate; the hub's Parquet conversion (refs/convert/parquet); fields (memory)",
     ),
     Entry(
-        "tiny_bridgedict",
-        "nampdn-ai/tiny-bridgedict",
-        ("default/train/*.parquet",),
-        "parquet",
-        "mul",
-        "domain",
-        BOTH,
-        "not stated (memory)",
-        0.05,
+        "tiny_bridgedict", "nampdn-ai/tiny-bridgedict", ("default/train/*.parquet",), "parquet", "mul", "domain",
+        BOTH, "not stated (memory)", 0.05,
         note="dictionary of English, Vietnamese and Chinese; gated; the hub's Parquet conversion "
         "(refs/convert/parquet); field (memory)",
     ),
@@ -231,3 +130,4 @@ TEXTS: tuple[Entry, ...] = (
     _domain("legal_contracts", "the contracts of pile-of-law, for instance", 5),
     _domain("political_debate", "minutes of parliaments, for instance", 1),
 )
+# fmt: on
