@@ -82,7 +82,7 @@ def assert_equal(found, expected, tolerance: float):
         )
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**16),
     heads=st.sampled_from(HEADS),
@@ -107,7 +107,7 @@ def test_self_attention(seed, heads, length, C, is_packed, alibi, generation, dt
     )
 
 
-@settings(max_examples=6)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 2**16),
     lengths=st.tuples(st.integers(1, 300), st.integers(1, 600)),
