@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Small programs run once or twice take longer to be optimised than to run; see OPTIMISED for those that are judged.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # A program is compiled once a session: the workers of pytest-xdist and all processes that tests start inherit this.
     COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -36,6 +38,17 @@ LONGEST = (
 )
 """Files of tests that take longest, begun first: the last file to end is then a short one, and no worker waits long."""
 
+OPTIMISED = (
+    "test_plan",
+    "test_plan_on_cpu",
+    "test_kernel_cycles",
+    "test_flash_attention_on_tpu",
+    "test_generate_on_tpu",
+    "test_run_on_tpu",
+    "test_program",
+)
+"""Files of tests that judge what a compiler makes of a program: there it does its best, as in a run."""
+
 # Article 1 and 2 of the Universal Declaration of Human Rights, and a function.
 SENTENCES = {
     "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and "
@@ -52,6 +65,13 @@ SENTENCES = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = [*LONGEST, ""]
     items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in LONGEST else ""))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures of any scope."""
+    judged = item.path.stem in OPTIMISED or "plan" in item.name
+    jax.config.update("jax_disable_most_optimizations", not judged)
 
 
 @pytest.fixture(scope="session")

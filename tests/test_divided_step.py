@@ -12,8 +12,8 @@ WORKER = Path(__file__).with_name("divided_step.py")
 @pytest.mark.parametrize(
     ("attention", "which", "comparisons"),
     [
-        ("xla", "quick", 25),
-        ("flash_interpreted", "quick", 11),
+        ("xla", "quick", 14),
+        ("flash_interpreted", "quick", 6),
         pytest.param("xla", "all", 590, marks=pytest.mark.full),
         pytest.param("flash_interpreted", "all", 590, marks=pytest.mark.full),
     ],

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,12 +116,16 @@ def test_a_product_that_is_written_in_another_way_is_not_taken_for_free():
 
 
 @pytest.fixture(scope="module")
-def plans():
-    return {name: make_plan(CONFIG, MODEL, name) for name in ("v5e:2x2", "v5p:2x2x1")}
+def plan_of():
+    """Plans by topology, each made once."""
+    return cache(partial(make_plan, CONFIG, MODEL))
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
-def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
+TOPOLOGIES = pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.full)])
+
+
+@TOPOLOGIES
+def test_bytes_of_collectives_are_those_of_arithmetic(plan_of, topology):
     """Each matrix is gathered in bf16 along both axes, twice a layer with everything rematerialised, and its
     gradient scattered once."""
     gathered = scattered = 0.0
@@ -131,7 +136,7 @@ def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
         once = whole / 2 / 2 + whole / 2
         gathered += once * (2 if path.startswith("layers.") else 1)
         scattered += once
-    rows = plans[topology].collectives
+    rows = plan_of(topology).collectives
     found = {
         kind: sum(row.gigabytes for row in rows if row.kind == kind)
         for kind in ("all-gather", "reduce-scatter", "all-reduce")
@@ -142,8 +147,8 @@ def test_bytes_of_collectives_are_those_of_arithmetic(plans, topology):
     assert found["reduce-scatter"] + found["all-reduce"] / 2 == pytest.approx(scattered / 1e9, rel=0.05)
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
-def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, topology):
+@TOPOLOGIES
+def test_attention_is_no_faster_than_its_products_at_the_published_peak(plan_of, topology):
     """Two and five products of the causal triangle in steps of 128 places, by 4 units of 128 x 128; a
     sequence a chip, forward twice."""
     generation = topology.split(":")[0]
@@ -154,7 +159,7 @@ def test_attention_is_no_faster_than_its_products_at_the_published_peak(plans, t
     assert cycles["forward floor"] == 2 * one_product <= cycles["forward"]
     assert cycles["backward floor"] == 5 * one_product <= cycles["backward"]
     cores = CHIPS[generation].clock * CHIPS[generation].cores
-    assert plans[topology].kernel_seconds * cores >= MODEL.layers * (2 * 2 + 5) * one_product
+    assert plan_of(topology).kernel_seconds * cores >= MODEL.layers * (2 * 2 + 5) * one_product
 
 
 # Lines as two generations of the compiler write them; a product runs between the start and the end of each collective.
@@ -194,7 +199,7 @@ def test_collectives_in_flight_together_share_what_hides_them():
 
 
 PODS = (
-    ("v5p:4x4x4", 16, 4),
+    pytest.param("v5p:4x4x4", 16, 4, marks=pytest.mark.full),
     pytest.param("v5e:16x16", 16, 16, marks=pytest.mark.full),
     pytest.param("v6e:16x16", 8, 32, marks=pytest.mark.full),
 )
@@ -225,7 +230,7 @@ def test_no_gradient_of_a_matrix_is_all_reduced_on_a_pod(topology, fsdp, inner):
     ("topology", "mesh", "across"),
     [
         ("v5e:4x4", (4, 4, 1, 1), False),
-        ("v5e:4x4", (2, 2, 2, 2), True),
+        pytest.param("v5e:4x4", (2, 2, 2, 2), True, marks=pytest.mark.full),
         pytest.param("v5e:4x4", (4, 4, 1, 1), True, marks=pytest.mark.full),
         pytest.param("v5e:4x4", (2, 2, 2, 2), False, marks=pytest.mark.full),
         pytest.param("v5p:2x2x4", (16, 1, 1, 1), True, marks=pytest.mark.full),
@@ -249,9 +254,9 @@ def test_an_evaluation_sends_the_weights_and_little_else(topology, mesh, across)
     assert plan.gigabytes * 1e9 < 1.1 * weights + (tensor > 1) * activations
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
-def test_plan_is_within_what_is_possible(plans, topology):
-    plan, chip = plans[topology], CHIPS[topology.partition(":")[0]]
+@TOPOLOGIES
+def test_plan_is_within_what_is_possible(plan_of, topology):
+    plan, chip = plan_of(topology), CHIPS[topology.partition(":")[0]]
     parameters = sum(math.prod(shape.shape) for shape in parameter_shapes(MODEL).values())
     assert plan.parameters == parameters
     assert plan.memory_parameters == pytest.approx(parameters * 4 / 4, rel=0.01)
@@ -291,6 +296,7 @@ def test_groups_in_every_way_of_writing_them(written, members):
     assert read_program(line, CHIPS["v5e"]).collectives[0].members == members
 
 
+@pytest.mark.full
 def test_two_slices_add_up_gradients_over_the_network():
     """Over `data` a chip sends its part of every gradient, in fp32, once a step; the network between slices
     is slow, and said to be."""
@@ -300,10 +306,33 @@ def test_two_slices_add_up_gradients_over_the_network():
     assert plan.chips == 8
     assert sum(row.gigabytes for row in across) == pytest.approx(plan.memory_parameters / 1e9, rel=0.02)
     assert sum(row.seconds for row in across) == pytest.approx(plan.memory_parameters / CHIPS["v5p"].network, rel=0.02)
+
+
+def test_a_mesh_whose_slices_are_not_along_data_is_refused():
     with pytest.raises(InputError, match="cannot be divided over 2"):
         make_plan(replace(CONFIG, mesh=MeshConfig(fsdp=4, fsdp_inner=2)), MODEL, "v5p:2x2x1", slices=2)
 
 
+LONG = replace(
+    CONFIG, data=replace(CONFIG.data, batch_size=64), compute=replace(CONFIG.compute, rematerialisation="nothing")
+)
+WHAT_FITS = r"does not fit: a chip would need.*Smallest change that fits: --compute\.rematerialisation"
+
+
+def test_what_does_not_fit_says_what_would(plan_of, monkeypatch):
+    """The planner is a stand-in: whatever keeps activations does not fit."""
+
+    def planner(config, *_):
+        if config.compute.rematerialisation == "nothing":
+            raise DoesNotFit(17 * GIB, 16 * GIB)
+        return plan_of("v5e:2x2")
+
+    monkeypatch.setattr("aurora_jax.plan.estimate.make_plan", planner)
+    with pytest.raises(InputError, match=WHAT_FITS):
+        run(LONG, PlanOptions(topology="v5e:2x2"), Console(quiet=True))
+
+
+@pytest.mark.full
 def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch):
     refusals = []
 
@@ -315,12 +344,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(monkeypatch):
             raise
 
     monkeypatch.setattr("aurora_jax.plan.estimate.make_plan", watched)
-    long = replace(
-        CONFIG, data=replace(CONFIG.data, batch_size=64), compute=replace(CONFIG.compute, rematerialisation="nothing")
-    )
-    said = r"does not fit: a chip would need.*Smallest change that fits: --compute\.rematerialisation"
-    with pytest.raises(InputError, match=said):
-        run(long, PlanOptions(topology="v5e:2x2"), Console(quiet=True))
+    with pytest.raises(InputError, match=WHAT_FITS):
+        run(LONG, PlanOptions(topology="v5e:2x2"), Console(quiet=True))
     assert refusals[0].needed > refusals[0].available > 15 * GIB
 
 
@@ -345,9 +370,9 @@ def test_what_cannot_be_divided_is_refused_before_compiling(change, topology, me
         make_plan(replace(CONFIG, **change), MODEL, topology)
 
 
-def test_command(plans, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("aurora_jax.plan.estimate.make_plan", lambda *_: plans["v5p:2x2x1"])
-    options = PlanOptions(topology="v5p:2x2x1", picture=tmp_path / "plan.png", json=tmp_path / "plan.json", price=5.0)
+def test_command(plan_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aurora_jax.plan.estimate.make_plan", lambda *_: plan_of("v5e:2x2"))
+    options = PlanOptions(topology="v5e:2x2", picture=tmp_path / "plan.png", json=tmp_path / "plan.json", price=5.0)
     run(CONFIG, options, Console(width=120))
     printed = capsys.readouterr().out
     for words in ("HBM a chip", "MFU, at most", "435B tokens", "$5.00 a chip-hour", "reduce-scatter", "left out"):
@@ -356,7 +381,7 @@ def test_command(plans, tmp_path, monkeypatch, capsys):
     assert options.picture.stat().st_size > 10_000
 
 
-def test_search_ranks_goes_on_where_it_stopped_and_leaves_out_what_cannot_win(plans, tmp_path, capsys):
+def test_search_ranks_goes_on_where_it_stopped_and_leaves_out_what_cannot_win(plan_of, tmp_path, capsys):
     """The planner is a stand-in with the arithmetic of a real one: every candidate takes its bound, more for
     each micro-batch."""
     model, config = (
@@ -370,7 +395,7 @@ def test_search_ranks_goes_on_where_it_stopped_and_leaves_out_what_cannot_win(pl
         if config.optimizer.micro_batches == 1:
             raise DoesNotFit(100 * GIB, 95 * GIB)
         slower = {"nothing": 1.0, "products": 1.1, "attention": 1.4, "full": 1.5}[config.compute.rematerialisation]
-        return replace(plans["v5p:2x2x1"], compute_seconds=14 * slower + 0.1 * config.optimizer.micro_batches, chips=64)
+        return replace(plan_of("v5e:2x2"), compute_seconds=14 * slower + 0.1 * config.optimizer.micro_batches, chips=64)
 
     def searched(budget):
         console = Console(width=140)

@@ -43,10 +43,10 @@ OTHERS = [
     ("v5p_128", "v5p:4x4x4", 1),
     ("two_v5p_128", "v5p:4x4x4", 2),
 ]
-LONG = [pytest.param(*each, marks=pytest.mark.full) for each in OTHERS]
 
 
-@pytest.mark.parametrize(("name", "topology", "slices"), [V5E, *LONG])
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "topology", "slices"), [V5E, *OTHERS])
 def test_the_first_state_takes_no_more_than_itself(name, topology, slices):
     program = program_on(name, topology, slices)
     resident = bytes_a_chip(program.shapes)

@@ -127,7 +127,7 @@ def _kernel(call: Call, batches: int, *refs):
     rows_at_once = blocks.rows_at_once
     places = min(rows_at_once, blocks.queries)
     first_query = offset_ref[0] + tile * blocks.queries
-    dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=call.precision)
+    dot = call.dot
     query_dtype = q_ref.dtype
 
     @pl.when((group == 0) & (tile == 0))

@@ -125,7 +125,7 @@ def _kernel(call: Call, batches: int, parts: int, *refs):
     rows_at_once, C = blocks.rows_at_once, sum_ref.shape[1]
     first_query = offset_ref[0] + tile * blocks.queries
     first_key = part * blocks.resident_keys
-    dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=call.precision)
+    dot = call.dot
 
     def start_sums():
         largest_ref[...] = jnp.full_like(largest_ref, LOWEST)

@@ -67,6 +67,15 @@ class Call:
     blocks: Blocks
     interpret: Any
 
+    def dot(self, left: jax.Array, right: jax.Array, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
+        """A product with sums in fp32."""
+        if self.interpret:
+            # XLA for CPUs has no small products of bf16 with fp32 sums. In fp32 the same products are exact.
+            left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        return jax.lax.dot_general(
+            left, right, dimensions, preferred_element_type=jnp.float32, precision=self.precision
+        )
+
     @property
     def diagonal(self) -> int:
         """Blocks of `queries` keys at the end of the visible ones that need a mask."""
