@@ -51,7 +51,9 @@ class Launcher:
             (directory / name).chmod(0o755)
         # Without the cache of compiled programs that the tests share.
         inherited = {
-            name: value for name, value in os.environ.items() if "_CACHE_" not in name and "_COMPILATION_" not in name
+            name: value
+            for name, value in os.environ.items()
+            if not any(word in name for word in ("_CACHE_", "_COMPILATION_", "_OPTIMIZATIONS"))
         }
         self.environment = {**inherited, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_CLOUD": str(folder)}
 
