@@ -30,6 +30,7 @@ Continual pretraining of StarCoder-family models: PyTorch weights in, Flax on a 
   aurora eval CHECKPOINT            bits per byte of held-out text, language by language
   aurora generate CHECKPOINT PROMPT text from a checkpoint: continues, fills gaps in code, answers instructions
   aurora report RUN                 report.html: what a run has learnt and what it has kept
+  aurora checkpoints ls RUN         its checkpoints; verify, prune and lineage: are they sound, which go, where from
 
 Weights come in and go out with `python -m convert from-torch | to-torch | verify`.
 Each command explains itself with --help."""
@@ -136,15 +137,15 @@ def _data(arguments: Sequence[str]) -> None:
 def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
     """`aurora data show CONFIG.py`: the config's values are the defaults of the command's flags."""
     from aurora_jax.checkpoints import format as checkpoint
+    from aurora_jax.checkpoints.run_folder import newest_step
     from aurora_jax.data.look.show import ShowCommand
     from aurora_jax.storage.carried_files import write_files
-    from aurora_jax.train.checkpoint import RunCheckpoints
 
     config = load_config(path)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = config.data.tokenizer
         # As a run chooses: its own newest checkpoint, then the one that it starts from.
-        checkpoints = [config.output] if RunCheckpoints.newest_step(config.output) is not None else []
+        checkpoints = [config.output] if newest_step(config.output) is not None else []
         checkpoints += [path for path in [config.initial_checkpoint] if path is not None and path.exists()]
         if tokenizer is None and checkpoints:
             tokenizer = Path(folder)
@@ -183,6 +184,12 @@ def _report(arguments: Sequence[str]) -> None:
     tyro.cli(ReportCommand, args=list(arguments), prog="aurora report").run()
 
 
+def _checkpoints(arguments: Sequence[str]) -> None:
+    from aurora_jax.checkpoints import commands
+
+    _subcommands("checkpoints", commands.COMMANDS, arguments)
+
+
 def _subcommands(name: str, commands: dict[str, Any], arguments: Sequence[str]) -> None:
     tyro.extras.subcommand_cli_from_dict(commands, args=list(arguments), prog=f"aurora {name}").run()
 
@@ -194,6 +201,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": _eval,
     "generate": _generate,
     "report": _report,
+    "checkpoints": _checkpoints,
 }
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding
 
-from aurora_jax.checkpoints.format import read_metadata, restore_parameters
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.format import read_metadata
 from aurora_jax.model.mesh import make_mesh
 from aurora_jax.model.sharding import flatten, nest, rows_of
 from aurora_jax.train.config import MeshConfig

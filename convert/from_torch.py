@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,10 @@ import tensorstore as ts
 from rich.console import Console
 from rich.table import Table
 
-from aurora_jax.checkpoints.format import PARAMETERS, CheckpointMetadata, write_checkpoint
+from aurora_jax.checkpoints.checksums import Checksum, of_part, sum_of
+from aurora_jax.checkpoints.format import PARAMETERS
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.writing import finish_metadata, proved_by, texts_of, write_checkpoint
 from aurora_jax.data.text.tokenizer_files import tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, family_of
@@ -89,13 +93,13 @@ def from_torch(
         },
     )
     array_dtype = DTYPES[parameter_dtype]
+    shapes = parameter_shapes(config)
     blocks = list(_blocks(config, array_dtype))
     with partial_output(destination, _job(folder, metadata, files), resume) as partial:
         if partial.complete:
             return
         if not partial.output.exists():
             check_tied_head(folder)
-            shapes = parameter_shapes(config)
             arrays = {
                 row.ours: UnwrittenArray(
                     shapes[row.ours].shape, array_dtype, row.chunk_shape(config, array_dtype.itemsize)
@@ -110,11 +114,19 @@ def from_torch(
         with byte_progress(f"{folder.path} -> {destination}", total, total - remaining) as advance:
 
             def convert(block: Block) -> None:
-                _convert(block, folder, config, array_dtype, stores[block.row.ours], scratch)
-                partial.finish(str(block))
+                written = _convert(block, folder, config, array_dtype, stores[block.row.ours], scratch)
+                partial.finish(str(block), str(written))
                 advance(_source_bytes(folder, block))
 
             for_each(rest, convert)
+        of_blocks: dict[str, list[Checksum]] = {row.ours: [] for row in weight_map(config)}
+        for block in blocks:
+            of_blocks[block.row.ours].append(Checksum.parse(partial.done[str(block)]))
+        sums = {name: str(sum_of(written)) for name, written in of_blocks.items()}
+        size = sum(math.prod(shapes[name].shape) for name in sums) * array_dtype.itemsize
+        finish_metadata(
+            partial.output, proved_by(metadata, {PARAMETERS: sums}, {PARAMETERS: size}, texts_of(files, None))
+        )
 
 
 def print_mapping(
@@ -234,7 +246,8 @@ def _convert(
     dtype: np.dtype,
     store: ts.TensorStore,
     scratch: Scratch,
-) -> None:
+) -> Checksum:
+    """Returns the checksum of what was written, as a part of its array."""
     row, layer, start, stop = block
     read = folder.tensors[row.hf_name(layer)].read_rows(row.spans(config, start, stop), scratch)
     rows = read
@@ -244,10 +257,12 @@ def _convert(
     ours = row_major(row.to_ours(rows, config))
     if padding := stop - start - ours.shape[row.unit_axis]:  # rows that pad the vocabulary
         ours = np.pad(ours, [(0, padding if axis == row.unit_axis else 0) for axis in range(ours.ndim)])
+    checksum = of_part(ours[np.newaxis] if row.stacked else ours, row.origin(layer, start), store.shape)
     try:
         store[row.index(layer, start, stop)].write(ours).result()
     except ValueError as error:  # TensorStore's name for a full disk
         raise OSError(str(error)) from error
+    return checksum
 
 
 def _travelling(folder: HuggingFaceFolder, console: Console) -> dict[str, bytes]:

@@ -25,26 +25,28 @@ from typing import Any
 from aurora_jax.checkpoints.format import PARTIAL_SUFFIX
 from aurora_jax.errors import InputError
 
+NOTE = "\t"
+
 
 class Partial:
     """The folder of one conversion, held by this process alone."""
 
-    def __init__(self, destination: Path, journal: int, done: set[str]):
+    def __init__(self, destination: Path, journal: int, done: dict[str, str]):
         self.destination = destination
         self.output = folder_of(destination) / "output"
         """What becomes the destination. Whoever writes the first block makes it."""
         self.done = done
-        """Blocks that are finished."""
+        """Blocks that are finished, and what was noted of each."""
         self.complete = False
         """Whether an earlier process died after the rename: there is nothing left to do."""
         self._journal = journal
         self._lock = threading.Lock()
 
-    def finish(self, block: str) -> None:
-        """Notes that a block is on the disk. Any thread may call it."""
+    def finish(self, block: str, note: str) -> None:
+        """Notes that a block is on the disk, with a word on what it holds. Any thread may call it."""
         with self._lock:
-            os.write(self._journal, f"{block}\n".encode())
-            self.done.add(block)
+            os.write(self._journal, f"{block}{NOTE}{note}\n".encode())
+            self.done[block] = note
 
 
 def folder_of(destination: Path) -> Path:
@@ -118,7 +120,7 @@ def _opened(path: Path, journal: int, job: dict[str, Any]) -> Partial:
             shutil.rmtree(entry)  # directories that Orbax had not finished
     if not text:
         os.write(journal, json.dumps(job).encode() + b"\n")
-        return Partial(path, journal, set())
+        return Partial(path, journal, {})
     header, *lines = text.decode().splitlines()
     try:
         before = json.loads(header)
@@ -133,7 +135,7 @@ def _opened(path: Path, journal: int, job: dict[str, Any]) -> Partial:
                 f"{job.get(name)}: repeat that command to "
                 "continue, or delete the folder."
             )
-    return Partial(path, journal, set(lines))
+    return Partial(path, journal, dict(line.split(NOTE, 1) for line in lines))
 
 
 class _AnotherJob(InputError):

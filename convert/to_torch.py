@@ -15,14 +15,10 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from aurora_jax.checkpoints.format import (
-    CheckpointMetadata,
-    damage_named,
-    open_parameters,
-    read_files,
-    read_metadata,
-    resolve,
-)
+from aurora_jax.checkpoints.arrays import open_parameters, require_parameters
+from aurora_jax.checkpoints.checksums import Checksum, of_part, sum_of
+from aurora_jax.checkpoints.format import damage_named, read_files, read_metadata, resolve
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
 from aurora_jax.storage.carried_files import write_files
@@ -66,8 +62,8 @@ def to_torch(
         resume: continue what an interrupted conversion of the same checkpoint left, if it left anything.
 
     Raises:
-        InputError: not a checkpoint, a damaged one, a model that no Hugging Face architecture computes, or a
-            destination that exists or cannot be written.
+        InputError: not a checkpoint, a damaged one (all that is read is held to its checksums), a model that no
+            Hugging Face architecture computes, or a destination that exists or cannot be written.
     """
     limit = parse_size(max_shard_size)
     path = resolve(source)
@@ -110,6 +106,11 @@ def to_torch(
         done = sum(sizes.values()) - sum(sizes[tensor.name] for tensor in rest)
         with byte_progress(f"{source} -> {destination}", sum(sizes.values()), done) as advance:
             _write_tensors(rest, config, DTYPES[name], stores, path, partial, advance)
+        read: dict[str, list[Checksum]] = {row.ours: [] for row in rows}
+        for tensor in tensors:
+            for ours, checksum in json.loads(partial.done[tensor.name]).items():
+                read[ours].append(Checksum.parse(checksum))
+        require_parameters(path, {ours: sum_of(parts) for ours, parts in read.items()})
         write_files(files, partial.output)
 
 
@@ -205,12 +206,16 @@ def _write_tensors(
         for start, stop in row.blocks(config, _itemsize(stores[row.ours]))
     ]
     missing = Counter(part.tensor.name for part in work)
+    read: dict[str, dict[str, Checksum]] = {tensor.name: {} for tensor in tensors}
     lock = threading.Lock()
     scratch = Scratch()
 
     def write(part: TensorPart) -> None:
-        advance(_write_part(part, config, dtype, stores[part.row.ours], source, scratch))
+        written, checksum = _write_part(part, config, dtype, stores[part.row.ours], source, scratch)
+        advance(written)
         with lock:
+            sums = read[part.tensor.name]
+            sums[part.row.ours] = sums.get(part.row.ours, Checksum()) + checksum
             missing[part.tensor.name] -= 1
             last = not missing[part.tensor.name]
         if last:
@@ -219,19 +224,20 @@ def _write_tensors(
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            partial.finish(part.tensor.name)
+            partial.finish(part.tensor.name, json.dumps({ours: str(each) for ours, each in sums.items()}))
 
     for_each(work, write)
 
 
 def _write_part(
     part: TensorPart, config: ModelConfig, dtype: np.dtype, store: ts.TensorStore, source: epath.Path, scratch: Scratch
-) -> int:
-    """Returns the number of bytes of the tensor that were written."""
+) -> tuple[int, Checksum]:
+    """Returns the number of bytes of the tensor that were written, and the checksum of what was read for them."""
     tensor, row, layer, start, stop = part
     block = scratch.array("read", row.block_shape(config, stop - start), store.dtype.numpy_dtype)
     with damage_named(source):
         ts.array(block).write(store[row.index(layer, start, stop)]).result()
+    checksum = of_part(block[np.newaxis] if row.stacked else block, row.origin(layer, start), store.shape)
     if block.dtype != dtype:
         cast = scratch.array("cast", block.shape, dtype)
         np.copyto(cast, block, casting="unsafe")
@@ -248,7 +254,7 @@ def _write_part(
             written += len(span)
     finally:
         os.close(descriptor)
-    return written
+    return written, checksum
 
 
 def _itemsize(store: ts.TensorStore) -> int:

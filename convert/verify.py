@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import log_softmax
 
-from aurora_jax.checkpoints.format import is_checkpoint, read_files, read_metadata, restore_parameters
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.format import is_checkpoint, read_files, read_metadata
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.data.text.tokenizer_files import gpt2_tokenizer_json, kind_of, tokenizer_sha256
 from aurora_jax.errors import InputError

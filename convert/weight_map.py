@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from aurora_jax.checkpoints.format import CHUNK_BYTES
+from aurora_jax.checkpoints.writing import CHUNK_BYTES
 from aurora_jax.model.config import Family, ModelConfig, family_of
 from aurora_jax.model.sharding import TABLE, dimensions, rows_of
 
@@ -163,6 +163,11 @@ class Row:
     def index(self, layer: int, start: int, stop: int) -> tuple[int | slice, ...]:
         """Where units start .. stop - 1 of a layer are in our array."""
         within = (*(slice(None),) * self.unit_axis, slice(start, stop))
+        return (layer, *within) if self.stacked else within
+
+    def origin(self, layer: int, start: int) -> tuple[int, ...]:
+        """Where the units from `start` of a layer begin in our array."""
+        within = tuple(start if axis == self.unit_axis else 0 for axis in range(len(self.our_letters)))
         return (layer, *within) if self.stacked else within
 
     def _unit_shape(self, config: ModelConfig) -> tuple[int, ...]:

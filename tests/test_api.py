@@ -16,7 +16,8 @@ import pytest
 
 import aurora_jax as aurora
 from aurora_jax import api
-from aurora_jax.checkpoints.format import CheckpointMetadata, save_checkpoint
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.writing import save_checkpoint
 from aurora_jax.cli import main
 from aurora_jax.data.text.tokenizer_files import read_tokenizer_files
 from aurora_jax.errors import InputError

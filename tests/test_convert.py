@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters, stored_parameters
 from aurora_jax.model.sharding import flatten
 from convert import weight_map
 from convert.__main__ import main
@@ -165,7 +166,7 @@ def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
     assert metadata.source["files"] == {"model.safetensors": (single / "model.safetensors").stat().st_size}
     read = checkpoint.read_files(tmp_path / "ours")
     assert {name: read[name].decode() for name in TOKENIZER} == TOKENIZER
-    restored = flatten(checkpoint.restore_parameters(tmp_path / "ours"))
+    restored = flatten(restore_parameters(tmp_path / "ours"))
     for checkpointer in (ocp.StandardCheckpointer(), ocp.PyTreeCheckpointer()):
         for path, leaf in flatten(checkpointer.restore(tmp_path / "ours" / "params")).items():
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(restored[path]), err_msg=path)
@@ -173,7 +174,7 @@ def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
 
 def test_dtype_on_the_way_in_and_out(tmp_path, single):
     assert main(["from-torch", str(single), str(tmp_path / "ours"), "--dtype", "bfloat16"]) == 0
-    assert {str(leaf.dtype) for leaf in checkpoint.stored_parameters(tmp_path / "ours").values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in stored_parameters(tmp_path / "ours").values()} == {"bfloat16"}
     assert main(["to-torch", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "float32"]) == 0
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert loaded.dtype == torch.float32
@@ -185,7 +186,7 @@ def test_float16_becomes_float32_exactly(tmp_path):
     model = make_model(dtype=torch.float16)
     model.save_pretrained(tmp_path / "hf")
     assert main(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
-    embedding = checkpoint.restore_parameters(tmp_path / "ours")["token_embedding"]["embedding"]
+    embedding = restore_parameters(tmp_path / "ours")["token_embedding"]["embedding"]
     np.testing.assert_array_equal(np.asarray(embedding), model.transformer.wte.weight.detach().float().numpy())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aurora_jax.checkpoints import format as checkpoint
-from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.data.text.tokenizer import tokenizer_from
 from aurora_jax.errors import InputError
 from aurora_jax.generate.end_of_text import end_of_text_ids

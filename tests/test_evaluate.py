@@ -11,6 +11,7 @@ from conftest import SENTENCES
 from stores import write_store
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 from aurora_jax.errors import InputError
@@ -229,7 +230,7 @@ def family(request, texts, mini_tokenizer, tmp_path_factory):
         eos_id=tokenizer.eos_id,
     )
     config = checkpoint.read_metadata(folder / "ours").config
-    parameters = checkpoint.restore_parameters(folder / "ours")
+    parameters = restore_parameters(folder / "ours")
     return expected, partial(evaluate, config, parameters, store, tokenizer, batch_size=4, length=LENGTH)
 
 

@@ -19,6 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.writing import save_checkpoint
 from aurora_jax.cli import main
 from aurora_jax.data.text.documents import Document, Instruction
 from aurora_jax.data.text.tokenizer import tokenizer_from
@@ -98,7 +101,7 @@ def test_cached_logits_are_those_without_a_cache(pair):
     """Of every place: the prompt is read at once, what follows token by token, in a row that is padded and
     one that is not."""
     _, config, path = pair
-    parameters = checkpoint.restore_parameters(path)
+    parameters = restore_parameters(path)
     structure = structure_of(config, FP32)
     L, read, padding = 100, 64, 30
     tokens_BL = np.random.default_rng(0).integers(V, size=(2, L)).astype(np.int32)
@@ -385,7 +388,7 @@ def tiny(tmp_path_factory) -> Path:
     """A model of 384 tokens, of which the tokenizer "bytes" has 259; no token is much likelier than another."""
     config = ModelConfig(384, 256, 16, 1, 2, 16)
     path = tmp_path_factory.mktemp("tiny") / "ours"
-    checkpoint.save_checkpoint(path, initial_parameters(config, 0), checkpoint.CheckpointMetadata(config, "float32"))
+    save_checkpoint(path, initial_parameters(config, 0), CheckpointMetadata(config, "float32"))
     return path
 
 
@@ -603,7 +606,7 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "a"]) == 2
     assert "neither a checkpoint" in capsys.readouterr().err
     parameters = initial_parameters(ModelConfig(64, 8, 16, 1, 2, 16), 0)
-    metadata = checkpoint.CheckpointMetadata(ModelConfig(64, 8, 16, 1, 2, 16), "float32")
-    checkpoint.save_checkpoint(tmp_path / "bare", parameters, metadata)
+    metadata = CheckpointMetadata(ModelConfig(64, 8, 16, 1, 2, 16), "float32")
+    save_checkpoint(tmp_path / "bare", parameters, metadata)
     assert main(["generate", str(tmp_path / "bare"), "a"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err

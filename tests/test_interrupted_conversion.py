@@ -55,7 +55,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def noted(destination: Path) -> list[str]:
     """Finished blocks of an interrupted conversion."""
-    return (folder_of(destination) / "journal").read_text().splitlines()[1:]
+    lines = (folder_of(destination) / "journal").read_text().splitlines()[1:]
+    return [line.split("\t")[0] for line in lines]
 
 
 def recorded(monkeypatch) -> list[str]:
@@ -63,9 +64,9 @@ def recorded(monkeypatch) -> list[str]:
     blocks: list[str] = []
     finish = Partial.finish
 
-    def finish_and_record(partial: Partial, block: str) -> None:
+    def finish_and_record(partial: Partial, block: str, note: str) -> None:
         blocks.append(block)
-        finish(partial, block)
+        finish(partial, block, note)
 
     monkeypatch.setattr(Partial, "finish", finish_and_record)
     return blocks
@@ -147,8 +148,8 @@ sys.exit(main({arguments}))
 """
 AFTER_SOME_BLOCKS = """
 finish, calls = partial.Partial.finish, []
-def interrupted(self, block):
-    finish(self, block)
+def interrupted(self, block, note):
+    finish(self, block, note)
     calls.append(block)
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGINT)
@@ -189,8 +190,8 @@ def test_interrupt_keeps_finished_blocks(tmp_path, hf, monkeypatch, direction, m
 def interrupt_after(blocks: int, monkeypatch, error: BaseException) -> None:
     finish = Partial.finish
 
-    def failing(partial: Partial, block: str) -> None:
-        finish(partial, block)
+    def failing(partial: Partial, block: str, note: str) -> None:
+        finish(partial, block, note)
         if len(partial.done) >= blocks:
             raise error
 
@@ -228,12 +229,12 @@ def test_another_process_is_not_disturbed(tmp_path, hf, monkeypatch, capsys):
     destination, statuses = tmp_path / "made", []
     finish = Partial.finish
 
-    def second(partial: Partial, block: str) -> None:
+    def second(partial: Partial, block: str, note: str) -> None:
         if not statuses:
             statuses.append(None)
             command = [sys.executable, "-m", "convert", "from-torch", str(hf), str(destination), "--resume"]
             statuses.append(subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True))
-        finish(partial, block)
+        finish(partial, block, note)
 
     monkeypatch.setattr(Partial, "finish", second)
     assert main(["from-torch", str(hf), str(destination)]) == 0
@@ -246,8 +247,8 @@ def test_a_source_that_ends_half_way_leaves_nothing(tmp_path, hf, monkeypatch, c
     """Truncated while it is read: its blocks are worth nothing."""
     finish = Partial.finish
 
-    def truncate(partial: Partial, block: str) -> None:
-        finish(partial, block)
+    def truncate(partial: Partial, block: str, note: str) -> None:
+        finish(partial, block, note)
         for file in hf.glob("*.safetensors"):
             os.truncate(file, 2000)
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.text.documents import Instruction
 from aurora_jax.data.text.recipe import Recipe
@@ -39,7 +40,7 @@ def digest(array: np.ndarray) -> str:
 
 @pytest.mark.parametrize(("place", "name"), [("checkpoint", "checkpoint"), ("run/stages/first", "first")])
 def test_a_checkpoint_has_the_values_that_were_written(place: str, name: str) -> None:
-    parameters = flatten(checkpoint.restore_parameters(MADE / place))
+    parameters = flatten(restore_parameters(MADE / place))
     assert {path: digest(np.asarray(array)) for path, array in parameters.items()} == RECORDED[name]
 
 

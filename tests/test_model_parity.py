@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import gelu, initial_parameters, merge, structure_of
@@ -80,7 +81,7 @@ def to_ours(model, folder: Path) -> tuple[ModelConfig, dict]:
     """Config and parameters by way of the converter."""
     model.save_pretrained(folder / "hf")
     assert convert(["from-torch", str(folder / "hf"), str(folder / "ours")]) == 0
-    return checkpoint.read_metadata(folder / "ours").config, checkpoint.restore_parameters(folder / "ours")
+    return checkpoint.read_metadata(folder / "ours").config, restore_parameters(folder / "ours")
 
 
 def with_values(model, values: list):

@@ -15,7 +15,8 @@ import pytest
 from eight_devices import run_on_eight_devices
 from jax.sharding import AbstractMesh, NamedSharding
 
-from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.metadata import require_same_architecture
 from aurora_jax.data.batches.loader import Batch
 from aurora_jax.errors import InputError
 from aurora_jax.model import loss
@@ -151,7 +152,7 @@ def test_padding_is_removed_on_export(tmp_path, hf, monkeypatch, divisor):
     monkeypatch.setattr(weight_map, "CHUNK_BYTES", 500)
     ours, back = tmp_path / "ours", tmp_path / "back"
     assert main(["from-torch", str(hf), str(ours), "--vocabulary-divisible-by", str(divisor)]) == 0
-    embedding = np.asarray(checkpoint.restore_parameters(ours)["token_embedding"]["embedding"])
+    embedding = np.asarray(restore_parameters(ours)["token_embedding"]["embedding"])
     assert embedding.shape[0] == math.ceil(97 / divisor) * divisor
     assert not np.any(embedding[97:])
     assert main(["verify", str(hf), str(ours)]) == 0
@@ -166,7 +167,8 @@ def test_padding_is_removed_on_export(tmp_path, hf, monkeypatch, divisor):
 RESTORED = """
 import sys
 import jax, numpy as np
-from aurora_jax.checkpoints.format import read_metadata, restore_parameters
+from aurora_jax.checkpoints.format import read_metadata
+from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.model.sharding import flatten, parameter_shardings
 from aurora_jax.train.config import MeshConfig
 from aurora_jax.model.mesh import make_mesh
@@ -193,6 +195,6 @@ def test_restored_on_a_mesh_that_divides_the_vocabulary(tmp_path, hf, divisor):
 def test_checkpoints_of_another_padding_are_told_apart():
     assert rows_of(PLAIN) == rows_of(PADDED)
     with pytest.raises(InputError, match=r"padded_vocabulary_size = 61.*padded_vocabulary_size = 64"):
-        checkpoint.require_same_architecture(PLAIN, PADDED, "a", "b")
+        require_same_architecture(PLAIN, PADDED, "a", "b")
     with pytest.raises(InputError, match="vocabulary_divisible_by is 0"):
         replace(PLAIN, vocabulary_divisible_by=0)

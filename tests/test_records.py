@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.data.batches.store import StoreInfo, read_info
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig

@@ -11,7 +11,8 @@ import sentencepiece
 from conftest import SENTENCES
 
 from aurora_jax.checkpoints import format as checkpoint
-from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.writing import save_checkpoint
 from aurora_jax.data.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, tokenizer_from
 from aurora_jax.data.text.tokenizer_files import read_tokenizer_files
 from aurora_jax.errors import InputError
@@ -44,7 +45,7 @@ def old(folder, mini_tokenizer) -> Path:
     """A checkpoint that carries the tokenizer of the miniature corpus, and more."""
     files = {**read_tokenizer_files(mini_tokenizer), **OTHERS}
     metadata = CheckpointMetadata(MODEL, "float32", tokenizer_sha256=tokenizer_from(mini_tokenizer).sha256)
-    checkpoint.save_checkpoint(folder / "old", initial_parameters(MODEL, 0), metadata, files)
+    save_checkpoint(folder / "old", initial_parameters(MODEL, 0), metadata, files)
     return folder / "old"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_convert import assert_refused, make_model, rewrite, save_bin
 
-from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
 from convert.__main__ import main
 
 torch = pytest.importorskip("torch")
@@ -252,8 +252,6 @@ def test_the_embedding_is_the_head_bit_for_bit(tmp_path):
     model.config.save_pretrained(tmp_path / "hf")
     safetensors_torch.save_model(model, str(tmp_path / "hf" / "model.safetensors"))
     assert main(["from-torch", str(tmp_path / "hf"), str(tmp_path / "ours"), "--vocabulary-divisible-by", "8"]) == 0
-    embedding = np.asarray(
-        checkpoint.restore_parameters(tmp_path / "ours", dtype="float32")["token_embedding"]["embedding"]
-    )
+    embedding = np.asarray(restore_parameters(tmp_path / "ours", dtype="float32")["token_embedding"]["embedding"])
     np.testing.assert_array_equal(embedding[:97], model.lm_head.weight.detach().float().numpy())
     assert not embedding[97:].any()

@@ -11,7 +11,8 @@ import sentencepiece
 from conftest import SENTENCES
 from stores import write_store
 
-from aurora_jax.checkpoints.format import CheckpointMetadata, save_checkpoint
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.writing import save_checkpoint
 from aurora_jax.data.text.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from aurora_jax.checkpoints.run_folder import newest_step
 from aurora_jax.errors import InputError
 from aurora_jax.train import processes
-from aurora_jax.train.checkpoint import RunCheckpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -121,7 +121,7 @@ def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mi
         return disturb
 
     assert run(config, disturbed, after(8, 1, signal.SIGTERM)) == [143, 143]  # only one is told
-    stopped = RunCheckpoints.newest_step(disturbed)
+    stopped = newest_step(disturbed)
     assert stopped == len(losses(disturbed))
     for victim in (0, 1):
         statuses = run(config, disturbed, after(len(losses(disturbed)) + 3, victim, signal.SIGKILL))

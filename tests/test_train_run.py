@@ -16,9 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight_devices import run_on_eight_devices
+from resealing import as_format_1, reseal
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints import provenance
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.checkpoints.run_folder import newest_step
+from aurora_jax.checkpoints.writing import save_checkpoint
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.registry.tasks import mixture_rates
 from aurora_jax.errors import InputError
@@ -27,8 +33,8 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.launch.progress import ITEMS, Newest, newest_checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
-from aurora_jax.train import loop, revision
-from aurora_jax.train.checkpoint import RunCheckpoints, choose_start
+from aurora_jax.train import loop
+from aurora_jax.train.checkpoint import choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.loop import Diverged, train
@@ -152,13 +158,13 @@ def test_stages_are_kept_with_their_lineage(base, undisturbed, tmp_path):
     run, state = undisturbed
     assert [entry["stage"] for entry in checkpoint.read_metadata(run / "stages" / "cat").lineage] == ["cap", "cat"]
     assert checkpoint.read_metadata(run / "stages" / "cap").step == 7
-    assert_same_state(checkpoint.restore_parameters(run / "stages" / "cat"), state.parameters)
+    assert_same_state(restore_parameters(run / "stages" / "cat"), state.parameters)
     assert checkpoint.resolve(run).name == "12"
     # A run that died between its checkpoint and the stage's makes it up.
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "stages" / "cat")
     train(replace(base, output=tmp_path / "run"))
-    assert_same_state(checkpoint.restore_parameters(tmp_path / "run" / "stages" / "cat"), state.parameters)
+    assert_same_state(restore_parameters(tmp_path / "run" / "stages" / "cat"), state.parameters)
 
 
 def test_bloom_goes_in_learns_and_comes_out(base, mini_tokenizer, tmp_path):
@@ -244,14 +250,14 @@ def steps_recorded(run: Path) -> int:
 def test_a_killed_process_goes_on_bit_for_bit(base, undisturbed, tmp_path):
     path, run = config_file(base, tmp_path), tmp_path / "run"
     process = start(path)
-    wait_for(process, lambda: (RunCheckpoints.newest_step(run) or 0) >= 4 and steps_recorded(run) >= 6)
+    wait_for(process, lambda: (newest_step(run) or 0) >= 4 and steps_recorded(run) >= 6)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert steps_recorded(run) < 12 or RunCheckpoints.newest_step(run) < 12
+    assert steps_recorded(run) < 12 or newest_step(run) < 12
     process = start(path)
     assert process.wait() == 0
     assert losses(run) == losses(undisturbed[0])
-    assert_same_state(checkpoint.restore_parameters(run), undisturbed[1].parameters)
+    assert_same_state(restore_parameters(run), undisturbed[1].parameters)
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_well(base, undisturbed, tmp_path):
@@ -260,7 +266,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_well(base, undisturbed, tmp_path):
     wait_for(process, lambda: steps_recorded(run) >= 2)
     process.terminate()
     assert process.wait() == 143  # not 0, which would say that the run is done
-    stopped = RunCheckpoints.newest_step(run)
+    stopped = newest_step(run)
     assert stopped is not None
     assert stopped == len(losses(run))
     assert start(path).wait() == 0
@@ -269,8 +275,8 @@ def test_sigterm_writes_a_checkpoint_and_ends_well(base, undisturbed, tmp_path):
 
 def test_the_order_in_which_a_run_looks_for_its_state(base, undisturbed, tmp_path):
     converted = tmp_path / "converted"
-    metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
-    checkpoint.save_checkpoint(converted, initial_parameters(MODEL, 5), metadata, checkpoint.read_files(undisturbed[0]))
+    metadata = CheckpointMetadata(MODEL, "float32")
+    save_checkpoint(converted, initial_parameters(MODEL, 5), metadata, checkpoint.read_files(undisturbed[0]))
     fresh = replace(base, output=tmp_path / "run", model=None, initial_checkpoint=converted)
     assert choose_start(replace(base, output=tmp_path / "run")).kind == "random"
     assert (choose_start(fresh).kind, choose_start(fresh).path) == ("checkpoint", converted)
@@ -281,7 +287,7 @@ def test_the_order_in_which_a_run_looks_for_its_state(base, undisturbed, tmp_pat
     # What was being written when the process died does not count.
     for step, item in (("9", "params"), ("8.orbax-checkpoint-tmp-0", "metadata")):
         (tmp_path / "run" / "checkpoints" / step / item).mkdir(parents=True)
-    assert RunCheckpoints.newest_step(tmp_path / "run") == 1
+    assert newest_step(tmp_path / "run") == 1
     with pytest.raises(InputError, match="nowhere"):
         choose_start(replace(fresh, output=tmp_path / "new", initial_checkpoint=tmp_path / "nowhere"))
 
@@ -319,6 +325,7 @@ def edit_facts(item: Path, change) -> None:
     facts = json.loads((item / "run" / "metadata").read_text())
     change(facts)
     (item / "run" / "metadata").write_text(json.dumps(facts))
+    reseal(item)
 
 
 def swapped(mixture: str) -> tuple[tuple[str, float], ...]:
@@ -423,8 +430,10 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(base, undisturbed, tmp_path,
             del facts[name]
 
     edit_facts(run / "checkpoints" / "8", as_it_was)
+    as_format_1(run / "checkpoints" / "8")
     for stage in ("cap", "cat"):  # these had no facts at all
         shutil.rmtree(run / "stages" / stage / "run")
+        as_format_1(run / "stages" / stage)
     assert_same_state(train(replace(base, output=run)), undisturbed[1])
     assert capsys.readouterr().out.count("recorded neither rates nor sizes") == 1
     train(replace(base, output=run))
@@ -475,8 +484,8 @@ def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbe
     monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
     broken = initial_parameters(MODEL, 0)
     broken["final_norm"]["scale"] = jnp.full(16, jnp.nan)
-    metadata = checkpoint.CheckpointMetadata(MODEL, "float32")
-    checkpoint.save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_files(undisturbed[0]))
+    metadata = CheckpointMetadata(MODEL, "float32")
+    save_checkpoint(tmp_path / "broken", broken, metadata, checkpoint.read_files(undisturbed[0]))
     evaluation = replace(base.evaluation, tasks=())
     with pytest.raises(Diverged, match="steps 0 to 2"):
         train(
@@ -565,7 +574,7 @@ def test_the_launcher_reads_the_newest_checkpoint_and_the_code_that_wrote_it(bas
     """By itself, in the standard library, what the checkpoint format and Orbax say."""
     commit = tmp_path / "COMMIT"
     commit.write_text("0123456789abcdef0123456789abcdef01234567\n")
-    monkeypatch.setattr(revision, "COMMIT", commit)
+    monkeypatch.setattr(provenance, "COMMIT", commit)
     run = tmp_path / "run"
     assert newest_checkpoint(str(run)) == Newest(None)
     train(replace(base, output=run, stop_after=1))
@@ -573,9 +582,9 @@ def test_the_launcher_reads_the_newest_checkpoint_and_the_code_that_wrote_it(bas
     for item in ITEMS:
         damaged = run / "checkpoints" / "2"
         shutil.copytree(run / "checkpoints" / "1", damaged)
-        assert newest_checkpoint(str(run)).step == RunCheckpoints.newest_step(run) == 2
+        assert newest_checkpoint(str(run)).step == newest_step(run) == 2
         shutil.rmtree(damaged / item) if (damaged / item).is_dir() else (damaged / item).unlink()
-        assert newest_checkpoint(str(run)).step == RunCheckpoints.newest_step(run) == 1
+        assert newest_checkpoint(str(run)).step == newest_step(run) == 1
         shutil.rmtree(damaged)
     commit.write_text("another\n")
     train(replace(base, output=run, stop_after=2))  # with other code it goes on

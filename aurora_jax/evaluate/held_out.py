@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from aurora_jax.checkpoints import format as checkpoint_format
+from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.data.text.tokenizer import tokenizer_of
 from aurora_jax.data.text.tokenizer_files import require_tokenizer_of_stores
 from aurora_jax.errors import InputError
@@ -87,7 +88,7 @@ def evaluate_checkpoint(
     held_out = open_stores([registry.recipe(task, "validation") for task in directories], stores)
     evaluator = Evaluator(likelihood, held_out, tokenizer, batch_size=batch_size, sequence_length=length)
     shardings = parameter_shardings(model, likelihood.mesh)
-    scores = evaluator(checkpoint_format.restore_parameters(checkpoint, dtype=jnp.float32, shardings=shardings))
+    scores = evaluator(restore_parameters(checkpoint, dtype=jnp.float32, shardings=shardings))
     return {
         "checkpoint": str(checkpoint_format.resolve(checkpoint)),
         "step": metadata.step,

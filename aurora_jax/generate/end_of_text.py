@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from aurora_jax.checkpoints.format import CheckpointMetadata, Location
+from aurora_jax.checkpoints.metadata import CheckpointMetadata, Location
 from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import eos_token_id

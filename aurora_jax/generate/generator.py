@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.checkpoints import format as checkpoint
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.metadata import Location
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding
 from aurora_jax.generate.decoding import DecodingState
@@ -110,9 +112,7 @@ class Generator:
         self._fewest = ROWS_ON_TPU * self._parts if jax.default_backend() == "tpu" else 1
 
     @classmethod
-    def from_checkpoint(
-        cls, path: checkpoint.Location, compute: ComputeConfig, mesh: Mesh | None = None
-    ) -> "Generator":
+    def from_checkpoint(cls, path: Location, compute: ComputeConfig, mesh: Mesh | None = None) -> "Generator":
         """A checkpoint's model, its parameters in the precision of its activations, each read straight into
         its devices.
 
@@ -121,7 +121,7 @@ class Generator:
         """
         config = checkpoint.read_metadata(path).config
         placed = None if mesh is None or mesh.size == 1 else shardings(config, mesh)
-        parameters = checkpoint.restore_parameters(path, dtype=compute.activation_dtype, shardings=placed)
+        parameters = restore_parameters(path, dtype=compute.activation_dtype, shardings=placed)
         return cls(config, parameters, compute, mesh)
 
     def __call__(

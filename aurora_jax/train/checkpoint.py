@@ -1,27 +1,39 @@
 """Checkpoints of a run, and where a run starts from."""
 
+import contextlib
 import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from aurora_jax.checkpoints import format
-from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.checkpoints import format, run_folder
+from aurora_jax.checkpoints.arrays import restore_arrays
+from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged, require_same_architecture
+from aurora_jax.checkpoints.provenance import revision_fact
+from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, texts_of
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage.atomic import write_file
-from aurora_jax.storage.carried_files import encode_files
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
-from aurora_jax.train.processes import is_first
-from aurora_jax.train.revision import revision_fact
+from aurora_jax.train.processes import is_first, of_first
 from aurora_jax.train.state import TrainState
 
-OPTIMIZER = "optimizer"
+MOST_FAILURES = 5
+"""Saves that may fail in a row."""
+FIRST_PAUSE = 15.0
+"""Seconds from a save that failed to the next try; they double."""
+LONGEST_LOOK = 60.0
+"""Of several processes: seconds between two agreements on whether a save is due."""
+VISIBLE_SECONDS = 60.0
+"""How long another host may take to see a checkpoint that the first one sees."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,14 @@ def choose_start(config: TrainConfig) -> Start:
     2. The checkpoint or run that it was told to start from: weights only, the optimizer is fresh. Converted
     weights are of this kind. 3. Random weights.
 
+    The first process looks, and all do as it says; damaged checkpoints are set aside.
+
     Raises:
         InputError: the checkpoint to start from is not one, or the run would begin where the stages of an earlier one
             are.
     """
-    if (newest := RunCheckpoints.newest_step(config.output)) is not None:
-        return Start("resume", config.output / "checkpoints" / str(newest))
+    if (newest := _chosen_step(config.output)) is not None:
+        return Start("resume", run_folder.step_folder(config.output, newest))
     stages = config.output.absolute() / "stages"
     kept = sorted(entry for entry in stages.iterdir() if format.is_checkpoint(entry)) if stages.is_dir() else []
     if kept:
@@ -58,6 +72,23 @@ def choose_start(config: TrainConfig) -> Start:
     if config.initial_checkpoint is not None:
         return Start("checkpoint", Path(format.resolve(config.initial_checkpoint)))
     return Start("random")
+
+
+def _chosen_step(output: Path) -> int | None:
+    """The checkpoint that all processes go on from, chosen by the first: two hosts may see a folder differently."""
+    newest = run_folder.newest_sound_step(output) if is_first() else None
+    step = of_first(0 if newest is None else newest + 1) - 1
+    if step < 0:
+        return None
+    end = time.monotonic() + VISIBLE_SECONDS
+    while not format.is_checkpoint(run_folder.step_folder(output, step)):
+        if time.monotonic() > end:
+            raise InputError(
+                f"{run_folder.step_folder(output, step)} is what process 0 goes on from, and process "
+                f"{jax.process_index()} does not see it: is --output the same storage on all hosts?"
+            )
+        time.sleep(0.5)
+    return step
 
 
 def _away(output: Path) -> str:
@@ -93,8 +124,10 @@ def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
 class RunCheckpoints:
     """The checkpoints of one run: written in the background, complete or not there at all.
 
+    A save that fails is said at once, counts as none, and is tried again with pauses that double.
+
     Args:
-        config: the run; its newest `checkpoint.keep` checkpoints stay.
+        config: the run; see `CheckpointConfig` for which of its checkpoints stay.
         metadata: of the run's model; step and stage are filled in at each save.
         files: the tokenizer and what else travels with the model.
         facts: see `facts.run_facts`.
@@ -114,42 +147,81 @@ class RunCheckpoints:
         self._metadata = metadata
         self._files = dict(files)
         self._facts = {**facts, "run": run}
-        self._manager = ocp.CheckpointManager(
-            self._output / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.checkpoint.keep,
-                # With directories made in the background, a save that fails (a full disk) would hang for minutes.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            ),
+        self._config = json.loads(json.dumps(asdict(config), default=str))
+        self._interval = config.checkpoint.minutes * 60
+        policies: list[ocp.checkpoint_managers.PreservationPolicy] = [
+            ocp.checkpoint_managers.LatestN(config.checkpoint.keep)
+        ]
+        if config.checkpoint.keep_every:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(config.checkpoint.keep_every))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            single_host_load_and_broadcast=True,
+            # With directories made in the background, a save that fails (a full disk) would hang for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-
-    @staticmethod
-    def newest_step(output: Path) -> int | None:
-        """The newest complete checkpoint of a run folder; what was being written when a process died does not count."""
-        folder = output.absolute() / "checkpoints"
-        steps = (
-            [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit() and format.is_checkpoint(entry)]
-            if folder.is_dir()
-            else []
-        )
-        return max(steps, default=None)
+        self._manager: ocp.CheckpointManager | None = None
+        self._failures, self._failed = 0, False
+        self._begun = time.monotonic()
+        self._due_at = self._begun + self._interval if self._interval else float("inf")
+        self._looked, self._next_look = (0, self._begun), 0
 
     def save(self, state: TrainState, stage: str) -> None:
-        """Starts to write a checkpoint of the state; returns when the arrays have been copied from the devices."""
+        """Starts to write a checkpoint of the state; returns when the arrays have been copied from the devices.
+
+        Raises:
+            InputError: MOST_FAILURES saves in a row have failed.
+        """
         step = int(jax.device_get(state.step))
         metadata = replace(self._metadata, step=step, stage=stage)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    format.PARAMETERS: ocp.args.StandardSave(state.parameters, format.save_args(state.parameters)),
-                    OPTIMIZER: ocp.args.StandardSave(_without_parameters(state)),
-                    format.FILES: ocp.args.JsonSave(encode_files(self._files)),
-                    format.METADATA: ocp.args.JsonSave(metadata.to_json()),
-                    format.RUN: ocp.args.JsonSave({**self._facts, **revision_fact()}),
-                }
-            ),
-        )
+        arrays = {format.PARAMETERS: state.parameters, format.OPTIMIZER: _without_parameters(state)}
+        texts = texts_of(self._files, self._run())
+        self._due_at = time.monotonic() + self._interval if self._interval else float("inf")
+        self._settle()
+        try:
+            if self._manager is None:
+                self._manager = ocp.CheckpointManager(self._output / run_folder.CHECKPOINTS, options=self._options)
+            begun = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        format.PARAMETERS: ocp.args.StandardSave(state.parameters, save_args(state.parameters)),
+                        format.OPTIMIZER: ocp.args.StandardSave(arrays[format.OPTIMIZER]),
+                        **{item: ocp.args.JsonSave(text) for item, text in texts.items()},
+                        format.METADATA: ocp.args.JsonSave(sealed(metadata, arrays, texts).to_json()),
+                    }
+                ),
+            )
+        except Exception as error:  # Orbax raises what its storage does
+            self._say_failed(error)
+            return
+        if not begun:
+            raise RuntimeError(f"Orbax has left out the checkpoint of step {step}")
+        self._failures, self._failed = 0, False
+
+    def due(self, done: int) -> bool:
+        """After so many steps: is it time for a checkpoint, by the clock or because the last one could not be written?
+
+        Of several processes the first one's clock counts, and a failure of any; they agree at steps that all know.
+
+        Raises:
+            InputError: MOST_FAILURES saves in a row have failed.
+        """
+        if jax.process_count() == 1:
+            self._look()
+            return time.monotonic() >= self._due_at
+        if done < self._next_look:
+            return False
+        self._look()
+        step, then = self._looked
+        now = time.monotonic()
+        pace = max(1, done - step) / max(now - then, 1e-3)
+        ahead = int(min(max(0.0, self._due_at - now), LONGEST_LOOK) * pace)
+        with jax.transfer_guard("allow"):
+            everyone = multihost_utils.process_allgather(np.array([self._failed, ahead], np.int32)).reshape(-1, 2)
+        ahead = int(everyone[0, 1])
+        self._looked, self._next_look = (done, now), done + max(1, ahead)
+        return ahead == 0 or bool(everyone[:, 0].any())
 
     def save_stage(self, state: TrainState, stage: str) -> Path:
         """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it; this run's own that are
@@ -158,7 +230,7 @@ class RunCheckpoints:
         Raises:
             InputError: what is there is not this run's.
         """
-        path = self._output / "stages" / stage
+        path = self._output / run_folder.STAGES / stage
         step = int(jax.device_get(state.step))
         entry = {"stage": stage, "step": step, "run": str(self._output)}
         if entry not in self._metadata.lineage:
@@ -167,24 +239,39 @@ class RunCheckpoints:
             self._require_own_stage(path, step)
         else:
             # Where a stage is, there is a checkpoint to go on from: one that dies here is not taken for an earlier run.
-            self._manager.wait_until_finished()
+            self.finish(state, stage)
             metadata = replace(self._metadata, step=step, stage=stage)
-            format.save_checkpoint(path, state.parameters, metadata, self._files, {**self._facts, **revision_fact()})
+            save_checkpoint(path, state.parameters, metadata, self._files, self._run())
         return path
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest complete state, in the shardings of `like` (`state.state_shapes`): each device reads its own part.
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """The state of a step, in the shardings and dtypes of `like` (`state.state_shapes`): each device reads its own
+        part. Where it is damaged, it is set aside, and the one before it is read.
 
         Prints what is to be known of the differences to the earlier start.
 
         Raises:
-            InputError: it was written by a run with other settings or another model, or a stage in the folder is of
-                another run.
+            InputError: it was written by a run with other settings or another model, a stage in the folder is of
+                another run, or no checkpoint is sound.
         """
-        step = self.newest_step(self._output)
-        where = self._output / "checkpoints" / str(step)
+        chosen: int | None = step
+        while chosen is not None:
+            try:
+                return self._restore(like, chosen)
+            except Damaged as error:
+                if is_first():
+                    run_folder.set_aside(self._output, chosen, str(error))
+            chosen = _chosen_step(self._output)
+        raise InputError(
+            f"{self._output / run_folder.CHECKPOINTS} has no sound checkpoint left to go on from; the damaged ones are "
+            f"in {self._output / run_folder.SET_ASIDE}. {_away(self._output)} --initial-checkpoint takes a stage's "
+            "weights."
+        )
+
+    def _restore(self, like: TrainState, step: int) -> TrainState:
+        where = run_folder.step_folder(self._output, step)
         found = format.read_metadata(where)
-        format.require_same_architecture(found.config, self._metadata.config, where, "this run's model")
+        require_same_architecture(found.config, self._metadata.config, where, "this run's model")
         saved = format.read_run(where)
         if saved is None:
             raise InputError(
@@ -195,25 +282,77 @@ class RunCheckpoints:
         self._facts["run"] = saved.get("run") or self._facts["run"]
         self._metadata = replace(self._metadata, lineage=found.lineage)
         for end, stage in self._ends.items():
-            if format.is_checkpoint(self._output / "stages" / stage):
-                self._require_own_stage(self._output / "stages" / stage, end)
+            if format.is_checkpoint(self._output / run_folder.STAGES / stage):
+                self._require_own_stage(self._output / run_folder.STAGES / stage, end)
         for note in notes if is_first() else ():
             print(note, flush=True)
-        with format.damage_named(where):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        format.PARAMETERS: ocp.args.StandardRestore(like.parameters),
-                        OPTIMIZER: ocp.args.StandardRestore(_without_parameters(like)),
-                    }
-                ),
-            )
-        return TrainState(restored[format.PARAMETERS], **restored[OPTIMIZER])
+        parameters = restore_arrays(format.absolute(where), format.PARAMETERS, like.parameters)
+        rest = restore_arrays(format.absolute(where), format.OPTIMIZER, _without_parameters(like))
+        return TrainState(parameters, **rest)
 
     def describe(self) -> None:
         """Writes OUTPUT/run.json, the facts for people, and for a start that finds no checkpoint."""
         write_file(self._output / "run.json", json.dumps(self._facts, indent=1) + "\n")
+
+    def finish(self, state: TrainState, stage: str) -> None:
+        """Waits for what is being written; what could not be is written again, now.
+
+        Raises:
+            InputError: MOST_FAILURES saves in a row have failed.
+        """
+        while True:
+            self._settle()
+            if not self._failed:
+                return
+            time.sleep(max(0.0, self._due_at - time.monotonic()))
+            self.save(state, stage)
+
+    def close(self) -> None:
+        """Ends the threads; to be called when all is written."""
+        if self._manager is not None:
+            self._manager.close()
+
+    def _run(self) -> dict[str, Any]:
+        return {**self._facts, **revision_fact(), "config": self._config}
+
+    def _settle(self) -> None:
+        """Waits for what is being written. What one process could not write, none of them counts as written."""
+        try:
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+        except Exception as error:
+            self._say_failed(error)
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                failed = multihost_utils.process_allgather(np.array([self._failed]))
+            if np.any(failed):
+                self._failed, self._manager = True, None
+
+    def _look(self) -> None:
+        """Has the save in the background failed?"""
+        if self._manager is not None:
+            try:
+                self._manager.check_for_errors()
+            except Exception as error:
+                self._say_failed(error)
+
+    def _say_failed(self, error: Exception) -> None:
+        """Raises InputError when there is no point in trying again."""
+        self._failures, self._failed = self._failures + 1, True
+        with contextlib.suppress(Exception):  # the error that is known already
+            if self._manager is not None:
+                self._manager.close()
+        self._manager = None
+        newest = run_folder.newest_step(self._output)
+        there = "there is none yet" if newest is None else f"the newest is of step {newest}, and is sound"
+        if self._failures >= MOST_FAILURES:
+            raise InputError(
+                f"{self._output / run_folder.CHECKPOINTS}: {MOST_FAILURES} checkpoints in a row could not be written: "
+                f"{error} ({there}). Make room, or mend what is wrong with the storage; the same command goes on."
+            ) from error
+        pause = FIRST_PAUSE * 2 ** (self._failures - 1)
+        self._due_at = time.monotonic() + pause
+        print(f"a checkpoint could not be written: {error}; {there}; next try in {pause:.0f} s", flush=True)
 
     def _require_own_stage(self, path: Path, step: int) -> None:
         """Was it written by this run, at this step? One of a version that did not name its run is compared by what it
@@ -238,11 +377,6 @@ class RunCheckpoints:
                 "for this run's nor "
                 f"overwritten: move it away (mv {path} {path}.earlier), and give the same command again."
             )
-
-    def close(self) -> None:
-        """Waits for what is being written; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def _without_parameters(state: TrainState) -> dict[str, Any]:

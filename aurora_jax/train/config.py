@@ -123,8 +123,24 @@ class CheckpointConfig:
 
     every: int = 200
     """Steps between checkpoints."""
+    minutes: float = 15.0
+    """Minutes between checkpoints at most, whatever `every` says: what a machine that vanishes can cost; 0 to go by
+    steps alone."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints of the multiples of so many steps are kept for good."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"checkpoint.{name} is {getattr(self, name)}: give at least 1.")
+        if self.minutes < 0:
+            raise InputError(f"checkpoint.minutes is {self.minutes}: give minutes, or 0 to go by steps alone.")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise InputError(
+                f"checkpoint.keep_every is {self.keep_every}: give a multiple of checkpoint.every, {self.every}."
+            )
 
 
 @dataclass(frozen=True)

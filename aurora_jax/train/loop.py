@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.checkpoints import format as checkpoint_format
-from aurora_jax.checkpoints.format import CheckpointMetadata
+from aurora_jax.checkpoints.arrays import restore_parameters
+from aurora_jax.checkpoints.metadata import CheckpointMetadata, require_same_architecture
+from aurora_jax.checkpoints.run_folder import remove_leftovers
+from aurora_jax.checkpoints.writing import require_plain
 from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore, store_directory
@@ -56,7 +59,7 @@ def train(config: TrainConfig) -> TrainState:
     """
     if config.wandb_project:
         import_wandb()
-    checkpoint_format.require_plain(config.output)
+    require_plain(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
 
@@ -100,17 +103,22 @@ def train(config: TrainConfig) -> TrainState:
     run = f"{of_first(secrets.randbits(31)):08x}"
     checkpoints = RunCheckpoints(config, metadata, files.contents, facts, run)
     if start.kind == "resume":
-        state = checkpoints.restore(program.shapes)
+        assert start.path is not None
+        state = checkpoints.restore(program.shapes, int(start.path.name))
     elif start.path is not None:
         shardings = parameter_shardings(model, mesh)
-        parameters = checkpoint_format.restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
+        parameters = restore_parameters(start.path, dtype=jnp.float32, shardings=shardings)
         state = program.state_around(parameters)
     else:
         state = program.random_state()
     first_step = int(jax.device_get(state.step))
     wait_for_all("folder found to be this run's")
     if is_first():
+        if removed := remove_leftovers(config.output):
+            names = ", ".join(str(path.relative_to(config.output.absolute())) for path in removed[:3])
+            print(f"removed {len(removed)} leftovers of saves that were cut off: {names}", flush=True)
         checkpoints.describe()
+    wait_for_all("leftovers removed")
 
     # ---------------------------------------------------------------- Evaluation
     evaluator = Evaluator(
@@ -197,6 +205,7 @@ def train(config: TrainConfig) -> TrainState:
             done = step + 1
             stopping = stops(step)
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
+            saves = saves or checkpoints.due(done)
             evaluations = [] if stopping else due(done)
             if saves or evaluations:
                 record(*dispatched)
@@ -211,7 +220,9 @@ def train(config: TrainConfig) -> TrainState:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break
 
-    # ---------------------------------------------------------------- The end
+        # -------------------------------------------------------------- The end
+        if int(jax.device_get(state.step)) > first_step:
+            checkpoints.finish(state, stage)
     checkpoints.close()
     return state
 
@@ -226,7 +237,7 @@ def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig
         return model, files, CheckpointMetadata(model, "float32", tokenizer_sha256=sha256, source=source)
     found = checkpoint_format.read_metadata(path)
     if config.model is not None:
-        checkpoint_format.require_same_architecture(found.config, config.model, path, "this run's config")
+        require_same_architecture(found.config, config.model, path, "this run's config")
     files = files_of_run(config.data, path, checkpoint_format.read_files(path))
     model = with_end_of(files.tokenizer, found.config, path, new=files.replaced)
     sha256 = files.tokenizer.sha256
