@@ -17,7 +17,7 @@ from etils import epath
 
 from aurora_jax.checkpoints.arrays import open_parameters, require_parameters
 from aurora_jax.checkpoints.checksums import Checksum, of_part, sum_of
-from aurora_jax.checkpoints.format import damage_named, read_files, read_metadata, resolve
+from aurora_jax.checkpoints.format import COMMIT_MARKER, damage_named, read_files, read_metadata, resolve
 from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import HF_ACTIVATIONS, ModelConfig, to_hf_config
@@ -88,7 +88,7 @@ def to_torch(
     job = {
         "command": "to-torch",
         "source": str(path),
-        "the checkpoint's times": (path / "_CHECKPOINT_METADATA").read_text(),
+        "the checkpoint's times": (path / COMMIT_MARKER).read_bytes().decode(errors="replace"),
         "dtype": name,
         "max_shard_size": limit,
     }

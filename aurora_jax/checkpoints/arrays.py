@@ -1,6 +1,6 @@
 """A checkpoint's arrays: read into any mesh and dtype, or by slices, and held to their checksums."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache
@@ -165,24 +165,30 @@ def prove_arrays(directory: epath.Path, item: str, advance: Callable[[int], None
     contents = read_metadata_of(directory).contents
     described = _described_arrays(directory, item)
     _require_chunks(directory / item, described)
-    found = {}
+    found: dict[str, Checksum] = {}
     with damage_named(directory / item), ThreadPoolExecutor(READERS) as pool:
         for name, store in _opened(directory / item, described).items():
-            chunk = store.chunk_layout.read_chunk.shape
-            starts = product(*(range(0, size, max(1, step)) for size, step in zip(store.shape, chunk, strict=True)))
-            parts = []
 
-            def part(start: tuple[int, ...], store: ts.TensorStore = store, chunk: tuple[int, ...] = chunk) -> Checksum:
-                values = (
-                    store[tuple(slice(at, at + step) for at, step in zip(start, chunk, strict=True))].read().result()
-                )
+            def checksum(part: tuple[slice, ...], store: ts.TensorStore = store) -> Checksum:
+                values = np.asarray(store[part].read().result())
                 advance(values.nbytes)
-                return checksums.of_part(values, start, store.shape)
+                return checksums.of_part(values, [along.start for along in part], store.shape)
 
-            while batch := list(islice(starts, 4 * READERS)):
-                parts += pool.map(part, batch)
-            found[name] = checksums.sum_of(parts)
+            parts, found[name] = _chunks(store), Checksum()
+            while some := list(islice(parts, 4 * READERS)):
+                found[name] += checksums.sum_of(pool.map(checksum, some))
     _require_unchanged(found, contents, directory, item)
+
+
+def _chunks(store: ts.TensorStore) -> Iterator[tuple[slice, ...]]:
+    """The parts of an array that lie in one stored chunk each."""
+    steps = store.chunk_layout.read_chunk.shape or ()
+    ranges = [range(0, size, step or size) for size, step in zip(store.shape, steps, strict=True)]
+    for starts in product(*ranges):
+        yield tuple(
+            slice(start, min(start + along.step, size))
+            for start, along, size in zip(starts, ranges, store.shape, strict=True)
+        )
 
 
 def require_parameters(path: Location, found: Mapping[str, Checksum]) -> None:

@@ -1,6 +1,7 @@
 """`aurora checkpoints`: what a run has kept, whether it is sound, what can go, and where it came from."""
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ class ListCommand:
             written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
             name = f"{path.parent.name}/{path.name}"
             table.add_row(name, step, stage, _gigabytes(_bytes_on_disk(path)), written, code, state)
-        Console().print(table)
+        # A pipe has no width: rich would cut at 80 columns.
+        Console(width=None if sys.stdout.isatty() else 240).print(table)
         aside = self.folder.absolute() / run_folder.SET_ASIDE
         for path in sorted(aside.iterdir()) if aside.is_dir() else ():
             Console().print(f"set aside: {path} ({_gigabytes(_bytes_on_disk(path))})", soft_wrap=True, highlight=False)
@@ -71,8 +73,8 @@ class ListCommand:
 
 @dataclass(frozen=True)
 class VerifyCommand:
-    """Reads every array of a checkpoint, or of all checkpoints of a run, and compares it with its checksum. Memory stays
-    at some megabytes. Exit status 2 if anything is not what was written; nothing is changed or moved."""
+    """Reads every array of a checkpoint, or of all checkpoints of a run, and compares it with its checksum. Memory
+    stays at some megabytes. Exit status 2 if anything is not what was written; nothing is changed or moved."""
 
     folder: tyro.conf.Positional[Path]
     """A run, or one checkpoint."""
@@ -120,8 +122,8 @@ def proved(path: Path) -> CheckpointMetadata:
 
 @dataclass(frozen=True)
 class PruneCommand:
-    """Removes older checkpoints of a run, and says what that frees. Without --yes it only says what would go. The newest
-    sound ones stay, as do the ends of stages. Not to be called while the run is at work."""
+    """Removes older checkpoints of a run, and says what that frees. Without --yes it only says what would go. The
+    newest sound ones stay, as do the ends of stages. Not to be called while the run is at work."""
 
     folder: tyro.conf.Positional[Path]
     """A run."""

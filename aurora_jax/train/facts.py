@@ -14,7 +14,7 @@ layout      micro-batches, mesh and attention: others give the same updates up t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from aurora_jax.data.batches.mixture import NAMED
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError
 from aurora_jax.train.config import TrainConfig
+
+FREE = {"micro_batches", "moments_dtype"}
+"""Of the optimizer: what another start may choose anew."""
 
 PLAIN = ("seed", "dropout", "batch_size", "sequence_length", "attend_across_documents")
 
@@ -117,12 +120,16 @@ def require_same_run(
         _require_equal(name, {name: saved.get(name)}, {name: ours[name]}, where)
     for name in ("optimizer", "precision"):
         if name in saved:
-            ignored = {"micro_batches"}  # a fact until 2026-11-25
-            _require_equal(
-                name, {key: value for key, value in saved[name].items() if key not in ignored}, ours[name], where
-            )
+            # micro_batches was a fact until 2026-11-25; the moments come back in any dtype.
+            _require_equal(name, _without(FREE, saved[name]), _without(FREE, ours[name]), where)
     tasks = _require_same_stages(saved["stages"], ours["stages"], where, step)
     notes = []
+    dtypes = [facts.get("optimizer", {}).get("moments_dtype") for facts in (saved, ours)]
+    if dtypes[0] not in (None, dtypes[1]):
+        notes.append(
+            f"Adam's moments were kept in {dtypes[0]}, this start keeps them in {dtypes[1]}: the updates differ from "
+            "those of the earlier start by that rounding"
+        )
     if "stores" in saved:
         for task in tasks:
             _require_equal(
@@ -151,6 +158,10 @@ def require_same_run(
                 "it is not, and the loss is that of fewer tokens"
             )
     return notes
+
+
+def _without(names: Container[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in names}
 
 
 _OTHER_STORE = "give the folder of the stores that the run began with (--data.stores), or start a new run"
