@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from aurora_jax import environment
-from aurora_jax.errors import InputError
+from aurora_jax.errors import BAD_INPUT, DIVERGED, InputError
 
 HELP = """usage: aurora COMMAND ...
 
@@ -56,8 +56,8 @@ TRAIN_HELP = """usage: aurora train CONFIG.py [--field value ...]
 Trains what a config file describes. The same command again continues the run from its newest checkpoint.
 `aurora train CONFIG.py --help` lists every field, with its meaning and the config's value.
 
-Exit status: 0 when the run is done, 2 for input that you can mend, 143 when SIGTERM stopped it, with a checkpoint,
-before its end."""
+Exit status: 0 when the run is done, 2 for input that you can mend, 5 when it has diverged (diagnosis.json says how;
+--rollback goes on without the batches), 143 when SIGTERM stopped it, with a checkpoint, before its end."""
 STOPPED = 143
 """A shell's status of SIGTERM: what supervises a run (launch_tpu.sh, Kubernetes, Slurm) must not take it for done."""
 
@@ -219,10 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[arguments[0]](arguments[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return DIVERGED
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

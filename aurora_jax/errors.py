@@ -1,4 +1,12 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and the exit statuses that mean something.
+
+`aurora_jax/launch/` has its own copies, since it imports nothing of the rest; a test compares.
+"""
+
+BAD_INPUT = 2
+"""What the user must mend: starting again would not help."""
+DIVERGED = 5
+"""A run whose updates were skipped in a row: starting again would end in the same way."""
 
 
 class InputError(ValueError):

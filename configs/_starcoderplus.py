@@ -51,7 +51,7 @@ def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1)
         data=DataConfig(corpus="data", batch_size=TOKENS // 8_192, sequence_length=8_192),
         mesh=mesh,
         compute=replace(compute, attention="flash", compiler_options=MORE_SCRATCH + compute.compiler_options),
-        optimizer=OptimizerConfig(micro_batches=micro_batches),
+        optimizer=OptimizerConfig(micro_batches=micro_batches, spike_sigmas=6.0),
         evaluation=EvaluationConfig(
             tasks=("sample_en", "sample_code", "sample_fi", "sample_hi", "sample_ja", "sample_vi"),
             keep=("sample_en", "sample_code"),

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from aurora_jax.checkpoints import format as checkpoint
-from aurora_jax.checkpoints.arrays import restore_parameters, stored_parameters
+from aurora_jax.checkpoints.arrays import restore_parameters, stored_arrays
 from aurora_jax.model.sharding import flatten
 from convert import weight_map
 from convert.__main__ import main
@@ -174,7 +174,7 @@ def test_checkpoint_describes_itself_and_plain_orbax_reads_it(tmp_path, single):
 
 def test_dtype_on_the_way_in_and_out(tmp_path, single):
     assert main(["from-torch", str(single), str(tmp_path / "ours"), "--dtype", "bfloat16"]) == 0
-    assert {str(leaf.dtype) for leaf in stored_parameters(tmp_path / "ours").values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in stored_arrays(tmp_path / "ours").values()} == {"bfloat16"}
     assert main(["to-torch", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "float32"]) == 0
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert loaded.dtype == torch.float32

@@ -25,6 +25,7 @@ from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.checkpoints.run_folder import newest_step
 from aurora_jax.checkpoints.writing import save_checkpoint
+from aurora_jax.data.batches.loader import Loader
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.data.registry.tasks import mixture_rates
 from aurora_jax.errors import InputError
@@ -33,7 +34,6 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.launch.progress import ITEMS, Newest, newest_checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
-from aurora_jax.train import loop
 from aurora_jax.train.checkpoint import choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.facts import require_same_run
@@ -480,8 +480,7 @@ def test_a_stage_may_be_appended(base, undisturbed, tmp_path):
     assert losses(tmp_path / "run")[11] == losses(undisturbed[0])[11]
 
 
-def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
+def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbed, tmp_path):
     broken = initial_parameters(MODEL, 0)
     broken["final_norm"]["scale"] = jnp.full(16, jnp.nan)
     metadata = CheckpointMetadata(MODEL, "float32")
@@ -490,9 +489,60 @@ def test_a_run_whose_every_update_is_skipped_is_called_diverged(base, undisturbe
     with pytest.raises(Diverged, match="steps 0 to 2"):
         train(
             replace(
-                base, output=tmp_path / "run", model=None, initial_checkpoint=tmp_path / "broken", evaluation=evaluation
+                base,
+                output=tmp_path / "run",
+                model=None,
+                initial_checkpoint=tmp_path / "broken",
+                evaluation=evaluation,
+                optimizer=OptimizerConfig(most_skipped=3),
             )
         )
+
+
+def poisoned(monkeypatch, steps) -> None:
+    """Batches of these steps have a loss that is not finite."""
+    batch = Loader.batch
+
+    def poisoned_batch(loader, step, rows=None):
+        made = batch(loader, step, rows)
+        return made._replace(loss_weights_BL=made.loss_weights_BL * np.float32(np.inf)) if step in steps else made
+
+    monkeypatch.setattr(Loader, "batch", poisoned_batch)
+
+
+def test_a_diverged_run_is_diagnosed_and_rolled_back(base, undisturbed, tmp_path, monkeypatch, capsys):
+    """Updates of three batches in a row are not finite. Without them the run goes on, from before them, as if it had
+    only counted these steps."""
+    poisoned(monkeypatch, range(5, 8))
+    run = tmp_path / "run"
+    optimizer = OptimizerConfig(most_skipped=3)
+    config = replace(base, output=run, optimizer=optimizer, checkpoint=CheckpointConfig(every=2, keep=3))
+    for _ in range(2):  # starting again ends in the same way
+        with pytest.raises(Diverged, match=r"steps 5 to 7.*diagnosis\.json.*--rollback 1"):
+            train(config)
+    found = json.loads((run / "diagnosis.json").read_text())
+    assert [row["step"] for row in found["steps"]] == [5, 6, 7]
+    assert {len(row["batch"]) for row in found["steps"]} == {8}
+    assert {place["task"] for row in found["steps"] for place in row["batch"]} <= {"sample_en", "sample_fi"}
+    assert len(found["norms"]["parameters.layers.mlp.up.kernel"]) == MODEL.layers
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "texts" in row] == [5, 6]
+    with pytest.raises(InputError, match=r"--rollback 9: before step 5.*has 2 checkpoints \(2, 4\)"):
+        train(replace(config, rollback=9))
+    state = train(replace(config, rollback=2))
+    assert "rolled back to step 2; the batches of the steps 5 to 7 are left out" in capsys.readouterr().out
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row or "left_out" in row]
+    assert [row["step"] for row in rows] == list(range(12))
+    assert [row["step"] for row in rows if "left_out" in row] == [5, 6, 7]
+    assert not (run / "diagnosis.json").exists()
+    assert sorted(path.name for path in (run / "set_aside").iterdir())[0] == "4"
+    assert int(state.step) == 12
+    assert int(state.accepted) == 9
+    assert losses(undisturbed[0])[4][0] == rows[4]["loss"]
+    assert checkpoint.read_run(run)["left_out"] == [[5, 7]]
+    assert_same_state(train(replace(config, rollback=2)), state)  # no second time
+    (run / "left_out.json").unlink()
+    with pytest.raises(InputError, match=r"left out the batches of the steps \[\[5, 7\]\]"):
+        train(config)
 
 
 def test_a_sequence_beyond_the_positions_is_refused(base, tmp_path):

@@ -10,7 +10,6 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.likelihood import make_loss
 from aurora_jax.model.sharding import flatten
-from aurora_jax.train import step as step_module
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.state import initial_state
 from aurora_jax.train.step import gradient_of, make_gradient, make_train_step
@@ -104,8 +103,8 @@ def test_a_non_finite_update_is_not_made():
 
 
 def test_a_spike_is_not_made_once_the_average_is_known(monkeypatch):
-    monkeypatch.setattr(step_module, "SPIKE_WARMUP", 3)
-    optimizer = OptimizerConfig(spike_factor=3.0)
+    monkeypatch.setattr(guard, "WARMUP", 3)
+    optimizer = OptimizerConfig(spike_sigmas=6.0)
     step = jitted_step(optimizer)
     state = initial_state(initial_parameters(CONFIG, 0), optimizer)
     # Thirtyfold parameters: a finite, but much larger, gradient.
@@ -120,7 +119,37 @@ def test_a_spike_is_not_made_once_the_average_is_known(monkeypatch):
     assert float(metrics["gradient_norm"]) > 3 * usual
     assert float(metrics["accepted"]) == 0
     assert same(after.parameters, spiking)
-    assert float(after.norm_average) == float(state.norm_average)
+    assert same(after.statistics, state.statistics)
+
+
+def test_statistics_are_those_of_numpy():
+    """Of a long series: exponentially weighted mean and variance."""
+    rng = np.random.default_rng(0)
+    losses, norms = rng.normal(3, 0.5, 300).astype(np.float32), rng.normal(7, 2, 300).astype(np.float32)
+    found = guard.no_statistics()
+    for loss, norm in zip(losses, norms, strict=True):
+        found = guard.updated(found, jnp.float32(loss), jnp.float32(norm))
+    assert int(found.updates) == 300
+    weights = (1 - guard.DECAY) * guard.DECAY ** np.arange(300)[::-1]
+    weights[0] /= 1 - guard.DECAY
+    for values, mean, variance in ((losses, *found[1:3]), (norms, *found[3:5])):
+        assert float(mean) == pytest.approx(np.average(values, weights=weights), rel=1e-5)
+        expected = np.average((values - np.average(values, weights=weights)) ** 2, weights=weights)
+        assert float(variance) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_stage_begins_without_what_was_usual_before(monkeypatch):
+    """Other text has another loss, which is no spike."""
+    monkeypatch.setattr(guard, "WARMUP", 3)
+    optimizer = OptimizerConfig(spike_sigmas=6.0)
+    state = initial_state(initial_parameters(CONFIG, 0), optimizer)
+    for starts, accepted in (((), 0), ((5,), 1)):
+        step, now = jitted_step(optimizer, stage_starts=starts), state
+        for seed in range(5):
+            now, _ = step(now, make_batch(seed))
+        now = now._replace(parameters=jax.tree.map(lambda p: 30 * p, now.parameters))
+        _, metrics = step(now, make_batch(5))
+        assert float(metrics["accepted"]) == accepted
 
 
 def test_dropout_follows_the_step():

@@ -204,12 +204,11 @@ def require_parameters(path: Location, found: Mapping[str, Checksum]) -> None:
     _require_unchanged(found, read_metadata_of(directory).contents, directory)
 
 
-def stored_parameters(path: Location) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array in a checkpoint's `params`, by dotted path; no array is read. Raises
-    InputError."""
+def stored_arrays(path: Location, item: str = PARAMETERS) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array of an item, by dotted path; no array is read. Raises InputError."""
     return {
         name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-        for name, leaf in _described_arrays(resolve(path), PARAMETERS).items()
+        for name, leaf in _described_arrays(resolve(path), item).items()
     }
 
 
@@ -246,7 +245,7 @@ def open_parameters(path: Location, cache_bytes: int = 0) -> dict[str, ts.Tensor
         InputError: not a checkpoint, or parameters that do not fit its config.
     """
     item = resolve(path) / PARAMETERS
-    stored = stored_parameters(path)
+    stored = stored_arrays(path)
     check_parameters(read_metadata(path).config, nest(stored))
     _require_chunks(item, _described_arrays(item.parent, PARAMETERS))
     return _opened(item, stored, cache_bytes)

@@ -49,17 +49,24 @@ def set_aside(output: Path, step: int, problem: str) -> Path:
     Raises:
         InputError: it cannot be moved.
     """
-    folder = output.absolute() / SET_ASIDE
-    names = (f"{step}{f'.{again}' if again else ''}" for again in range(10**6))
-    try:
-        folder.mkdir(exist_ok=True)
-        place = next(place for name in names if not (place := folder / name).exists())
-        step_folder(output, step).rename(place)
-    except OSError as error:
-        raise InputError(f"{problem}. It cannot be moved to {folder}: {error}") from error
+    place = move_aside(output, step_folder(output, step), problem)
     older = [other for other in steps_in(output) if other < step]
     instead = f"the run looks at step {older[-1]} instead" if older else "there is no older one"
     print(f"{problem}; set aside as {place}; {instead}", flush=True)
+    return place
+
+
+def move_aside(output: Path, path: Path, problem: str) -> Path:
+    """Moves a checkpoint of a run to where nobody reads it; its new place. Raises InputError, with the problem that led
+    to it, if it cannot be moved."""
+    folder = output.absolute() / SET_ASIDE
+    names = (f"{path.name}{f'.{again}' if again else ''}" for again in range(10**6))
+    try:
+        folder.mkdir(exist_ok=True)
+        place = next(place for name in names if not (place := folder / name).exists())
+        path.rename(place)
+    except OSError as error:
+        raise InputError(f"{problem}. It cannot be moved to {folder}: {error}") from error
     return place
 
 

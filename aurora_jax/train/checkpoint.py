@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from aurora_jax.checkpoints import format, run_folder
-from aurora_jax.checkpoints.arrays import restore_arrays
+from aurora_jax.checkpoints.arrays import restore_arrays, stored_arrays
 from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged, require_same_architecture
 from aurora_jax.checkpoints.provenance import revision_fact
 from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, texts_of
@@ -23,6 +23,7 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
+from aurora_jax.train.guard import no_statistics
 from aurora_jax.train.processes import is_first, of_first
 from aurora_jax.train.state import TrainState
 
@@ -287,8 +288,15 @@ class RunCheckpoints:
         for note in notes if is_first() else ():
             print(note, flush=True)
         parameters = restore_arrays(format.absolute(where), format.PARAMETERS, like.parameters)
-        rest = restore_arrays(format.absolute(where), format.OPTIMIZER, _without_parameters(like))
-        return TrainState(parameters, **rest)
+        wanted = _without_parameters(like)
+        if not any(name.startswith("statistics.") for name in stored_arrays(where, format.OPTIMIZER)):
+            # Versions until 2026-11-25 kept an average of the norm alone.
+            average = wanted.pop("statistics").norm_mean
+            rest = restore_arrays(format.absolute(where), format.OPTIMIZER, {**wanted, "norm_average": average})
+            del rest["norm_average"]
+            none = jax.jit(no_statistics, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.statistics))
+            return TrainState(parameters, **rest, statistics=none())
+        return TrainState(parameters, **restore_arrays(format.absolute(where), format.OPTIMIZER, wanted))
 
     def describe(self) -> None:
         """Writes OUTPUT/run.json, the facts for people, and for a start that finds no checkpoint."""

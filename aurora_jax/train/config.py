@@ -62,13 +62,19 @@ class OptimizerConfig:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which Adam's two moments are kept between steps; bf16 saves four bytes a parameter where
     memory is short."""
-    spike_factor: float | None = None
-    """Skip an update whose gradient norm exceeds this many times the running average; a non-finite one is
-    always skipped."""
+    spike_sigmas: float | None = None
+    """Skip an update whose loss or gradient norm lies this many standard deviations above its rolling mean (6 in the
+    configs for pods); a non-finite one is always skipped."""
+    most_skipped: int = 20
+    """Updates skipped in a row after which the run is called diverged: it writes diagnosis.json and ends with status
+    5, which supervisors do not restart."""
 
     def __post_init__(self) -> None:
-        if self.micro_batches < 1:
-            raise InputError(f"optimizer.micro_batches is {self.micro_batches}: give at least 1.")
+        for name in ("micro_batches", "most_skipped"):
+            if getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)}: give at least 1.")
+        if self.spike_sigmas is not None and self.spike_sigmas <= 0:
+            raise InputError(f"optimizer.spike_sigmas is {self.spike_sigmas}: give a number above 0, or none.")
         if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
             raise InputError(
                 f"moments_dtype bfloat16 with beta1 {self.beta1} and beta2 {self.beta2}: above 0.99 a step "
@@ -164,6 +170,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rollback: int = 0
+    """When the run has diverged (diagnosis.json is there), go back this many of its checkpoints, the newest before the
+    batches that were skipped being the first, and go on without these batches. Once a diagnosis; without one, nothing
+    is rolled back."""
     stop_after: int | None = None
     """Stop, with a checkpoint, after this many steps of the run: for budgets and for tests of resuming."""
     log_format: Literal["auto", "lines"] = "auto"
@@ -198,6 +208,8 @@ class TrainConfig:
                 f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to "
                 f"{self.steps - 1}."
             )
+        if self.rollback < 0:
+            raise InputError(f"rollback is {self.rollback}: give how many checkpoints to go back, 1 or more.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise InputError(f"Stage names must differ: {', '.join(names)}.")

@@ -10,6 +10,7 @@ held_out    the same of the text that the run is measured on
 initial     where the first weights came from
 languages   of the text of every task, trained on or held out; with `keep`, the held-out tasks that are not to be
             forgotten, for those who judge the run: not compared
+left_out    steps, first and last, whose batches a --rollback has left out; what an earlier start had left out stays so
 layout      micro-batches, mesh and attention: others give the same updates up to rounding; said, not refused
 """
 
@@ -28,8 +29,10 @@ from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError
 from aurora_jax.train.config import TrainConfig
 
-FREE = {"micro_batches", "moments_dtype"}
+FREE = {"micro_batches", "moments_dtype", "most_skipped"}
 """Of the optimizer: what another start may choose anew."""
+
+LEFT_OUT = "left_out"
 
 PLAIN = ("seed", "dropout", "batch_size", "sequence_length", "attend_across_documents")
 
@@ -124,6 +127,11 @@ def require_same_run(
             _require_equal(name, _without(FREE, saved[name]), _without(FREE, ours[name]), where)
     tasks = _require_same_stages(saved["stages"], ours["stages"], where, step)
     notes = []
+    if forgotten := [steps for steps in saved.get(LEFT_OUT, []) if steps not in ours.get(LEFT_OUT, [])]:
+        raise InputError(
+            f"{where} was written by a run that had left out the batches of the steps {forgotten}, which this start "
+            f"does not: its file of them, {LEFT_OUT}.json, is gone or another one. Put it back, or start a new run."
+        )
     dtypes = [facts.get("optimizer", {}).get("moments_dtype") for facts in (saved, ours)]
     if dtypes[0] not in (None, dtypes[1]):
         notes.append(

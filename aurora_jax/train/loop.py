@@ -4,6 +4,7 @@ import secrets
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,21 @@ from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.facts import run_facts
+from aurora_jax.train.diagnosis import places_of, write_diagnosis
+from aurora_jax.train.facts import LEFT_OUT, run_facts
 from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.program import Program
+from aurora_jax.train.rollback import roll_back
 from aurora_jax.train.samples import Sampler
 from aurora_jax.train.state import TrainState
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
 from aurora_jax.train.wandb_run import import_wandb
 
-MOST_SKIPPED = 20
-"""Updates skipped in a row after which a run is called diverged."""
+SAID_OF_SKIPPED = ("loss", "gradient_norm", "learning_rate")
 
 
 class Diverged(FloatingPointError):
@@ -55,7 +57,7 @@ def train(config: TrainConfig) -> TrainState:
 
     Raises:
         InputError: something in the config, the data or a checkpoint is wrong; nothing has been overwritten.
-        Diverged: MOST_SKIPPED updates in a row were skipped.
+        Diverged: `optimizer.most_skipped` updates in a row were skipped.
     """
     if config.wandb_project:
         import_wandb()
@@ -64,6 +66,7 @@ def train(config: TrainConfig) -> TrainState:
     require_shared(config.output)
 
     # ---------------------------------------------------------------- Start: own run, given checkpoint, random weights
+    left_out_steps = roll_back(config)
     start = choose_start(config)
     model, files, metadata = _describe_start(config, start.path)
     print(f"start: {start.kind}" + (f" from {start.path}" if start.path else " weights"), flush=True)
@@ -95,7 +98,7 @@ def train(config: TrainConfig) -> TrainState:
 
     # ---------------------------------------------------------------- State
     metadata = replace(metadata, data_fingerprints={**metadata.data_fingerprints, **fingerprints})
-    facts = run_facts(config, stages, stores, held_out)
+    facts = {**run_facts(config, stages, stores, held_out), LEFT_OUT: left_out_steps}
     eos_ids = end_of_text_ids(metadata, files.contents, files.tokenizer)
     sampler = Sampler(config.evaluation, model, config.compute, mesh, files.tokenizer, eos_ids)
     if start.kind != "resume":
@@ -171,43 +174,51 @@ def train(config: TrainConfig) -> TrainState:
             if not of_first((first_step, windows is None) in log.evaluated):
                 evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
-        skipped_in_a_row = 0
+        skipped: list[dict[str, Any]] = []  # in a row
 
         def record(step: int, stage: str, metrics: dict) -> None:
-            nonlocal skipped_in_a_row
-            values = _record(log, loader.tasks, step, stage, metrics)
-            skipped_in_a_row = 0 if values["accepted"] else skipped_in_a_row + 1
-            if skipped_in_a_row:
-                log.console.print(
-                    f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']})"
-                )
-            if skipped_in_a_row >= MOST_SKIPPED:
+            values = _record(log, loader, step, stage, metrics)
+            if values["accepted"]:
+                skipped.clear()
+                return
+            skipped.append({"step": step, "stage": stage, **{name: values[name] for name in SAID_OF_SKIPPED}})
+            log.console.print(
+                f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']}); its "
+                "texts are in metrics.jsonl"
+            )
+            if len(skipped) >= config.optimizer.most_skipped:
+                path = write_diagnosis(config.output, loader, skipped, state)
                 raise Diverged(
-                    f"The updates of steps {step - MOST_SKIPPED + 1} to {step} were all skipped: loss "
-                    f"{values['loss']}, gradient norm "
-                    f"{values['gradient_norm']}. Lower the learning rate, or look at the batches of these steps."
+                    f"The updates of steps {skipped[0]['step']} to {step} were all skipped: loss {values['loss']}, "
+                    f"gradient norm {values['gradient_norm']}; the batches, norms and rates are in {path}. Lower the "
+                    "learning rate, or give --rollback 1 (or more) to go on from a checkpoint before them without "
+                    "these batches."
                 )
 
         dispatched: tuple[int, str, dict] | None = None
         for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows):
             stage = loader.position(step)["stage"]
-            with step_trace.before(step):
-                state, metrics = program.step(state, place(mesh, batch, rows, config.data.batch_size))
-            step_trace.after(step, metrics)
+            if passed_over := any(first <= step <= last for first, last in left_out_steps):
+                state = program.pass_over(state)
+                log.left_out(step, stage)
+            else:
+                with step_trace.before(step):
+                    state, metrics = program.step(state, place(mesh, batch, rows, config.data.batch_size))
+                step_trace.after(step, metrics)
             # Metrics are read one step late: the devices are busy with this step while the host looks at the
             # one before.
             if dispatched is not None:
                 record(*dispatched)
                 if dispatched[0] == first_step:
                     log.restart_clock()
-            dispatched = (step, stage, metrics)
+            dispatched = None if passed_over else (step, stage, metrics)
 
             done = step + 1
             stopping = stops(step)
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
             saves = saves or checkpoints.due(done)
             evaluations = [] if stopping else due(done)
-            if saves or evaluations:
+            if dispatched is not None and (saves or evaluations):
                 record(*dispatched)
                 dispatched = None
             if saves:
@@ -282,10 +293,12 @@ def _check_vocabulary(model: ModelConfig, stores: dict[str, TokenStore]) -> None
             )
 
 
-def _record(log: MetricsLog, tasks: tuple[str, ...], step: int, stage: str, metrics: dict) -> dict[str, float]:
+def _record(log: MetricsLog, loader: Loader, step: int, stage: str, metrics: dict) -> dict[str, float]:
     values = jax.device_get(metrics)
+    tasks = loader.tasks
     nll, tokens = values.pop("task_nll"), values.pop("task_tokens")
     task_loss = {task: float(nll[i] / tokens[i]) for i, task in enumerate(tasks) if tokens[i] > 0}
     scalars = {name: float(value) for name, value in values.items()}
-    log.step(step, stage, scalars, task_loss)
+    texts = () if scalars["accepted"] else places_of(loader, step)
+    log.step(step, stage, scalars, task_loss, texts)
     return scalars

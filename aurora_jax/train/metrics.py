@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -94,8 +95,21 @@ class MetricsLog:
         """Call when the first step has been done: compilation is not training speed."""
         self._begun, self._done, self._paused = time.monotonic(), 0, 0.0
 
-    def step(self, step: int, stage: str, metrics: Mapping[str, float], task_loss: Mapping[str, float]) -> None:
-        """Records one training step; `metrics` as `train_step` returns them, scalars only.
+    def left_out(self, step: int, stage: str) -> None:
+        """Records a step whose batch was left out by --rollback."""
+        self._write({"step": step, "stage": stage, "left_out": True}, {})
+        self._progress.update(self._task, completed=step + 1, stage=stage)
+
+    def step(
+        self,
+        step: int,
+        stage: str,
+        metrics: Mapping[str, float],
+        task_loss: Mapping[str, float],
+        texts: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Records one training step; `metrics` as `train_step` returns them, scalars only; `texts` where the rows of
+        its batch come from, if its update was skipped.
 
         Speed is that since the first step, which compiles, and without the time of evaluations.
         """
@@ -104,7 +118,8 @@ class MetricsLog:
         scalars = {**metrics, **speed}
         rate = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else "")
         self._write(
-            {"step": step, "stage": stage, **scalars, "task_loss": dict(task_loss)},
+            {"step": step, "stage": stage, **scalars, "task_loss": dict(task_loss)}
+            | ({"texts": [dict(text) for text in texts]} if texts else {}),
             {f"train/{k}": v for k, v in scalars.items()},
         )
         self._progress.update(self._task, completed=step + 1, stage=stage, loss=metrics["loss"], rate=rate)
@@ -230,7 +245,7 @@ def drop_from(path: Path, first_step: int) -> list[dict]:
         return []
     rows = read_metrics(path) if first_step else []
     evaluated = {row["step"] for row in rows if row.get("complete")}
-    kept = [row for row in rows if row["step"] + ("loss" in row) <= first_step]
+    kept = [row for row in rows if row["step"] + ("loss" in row or "left_out" in row) <= first_step]
     kept = [row for row in kept if "samples" not in row or row["step"] in evaluated]
     write_file(path, b"".join(map(json_lines.line_of, kept)))
     return kept

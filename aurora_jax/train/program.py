@@ -66,6 +66,7 @@ class Program:
             dropout=config.dropout > 0,
             seed=config.seed,
             tasks=self.tasks,
+            stage_starts=[end for end in config.ends if end < config.steps],
         )
         return jax.jit(
             step,
@@ -73,6 +74,15 @@ class Program:
             out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec())),
             compiler_options=dict(compute.compiler_options),
         )
+
+    @cached_property
+    def pass_over(self) -> jax.stages.Wrapped:
+        """`pass_over(state) -> state`, one step further, nothing else changed."""
+
+        def pass_over(state: TrainState) -> TrainState:
+            return state._replace(step=state.step + 1)
+
+        return jax.jit(pass_over, donate_argnums=0, out_shardings=self._shardings)
 
     @cached_property
     def likelihood(self) -> Likelihood:
@@ -99,7 +109,7 @@ class Program:
         moments = optax.tree_map_params(
             adamw(optimizer), placed, state.moments, shardings, transform_non_params=everywhere
         )
-        return TrainState(parameters, moments, *(everywhere(scalar) for scalar in state[2:]))
+        return TrainState(parameters, moments, *jax.tree.map(everywhere, tuple(state[2:])))
 
     @property
     def _shardings(self) -> TrainState:

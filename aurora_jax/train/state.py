@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from aurora_jax.train.config import OptimizerConfig
+from aurora_jax.train.guard import Statistics, no_statistics
 from aurora_jax.train.optimizer import adamw
 
 
@@ -20,13 +21,11 @@ class TrainState(NamedTuple):
     """Steps done, int32; batches and learning rates follow it."""
     accepted: jax.Array
     """Updates applied, int32."""
-    norm_average: jax.Array
-    """Running average of accepted gradient norms, fp32."""
+    statistics: Statistics
+    """Of accepted updates, by which the guard judges the next."""
 
 
 def initial_state(parameters: dict, optimizer: OptimizerConfig) -> TrainState:
     """A fresh optimizer around the given parameters."""
     step, accepted = (jnp.zeros((), jnp.int32) for _ in range(2))
-    return TrainState(
-        parameters, adamw(optimizer).init(parameters), step, accepted, norm_average=jnp.zeros((), jnp.float32)
-    )
+    return TrainState(parameters, adamw(optimizer).init(parameters), step, accepted, no_statistics())

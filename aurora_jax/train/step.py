@@ -3,7 +3,7 @@
 B batch, L sequence, A micro-batches, T tasks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -16,12 +16,9 @@ from aurora_jax.model.division import Division
 from aurora_jax.model.likelihood import EVERYWHERE, GRID, on_mesh
 from aurora_jax.model.sharding import TABLE, TENSOR_AXIS, TENSOR_PARTIAL, flatten, nest
 from aurora_jax.train.config import OptimizerConfig
+from aurora_jax.train.guard import is_accepted, no_statistics, updated
 from aurora_jax.train.optimizer import adamw, clip
 from aurora_jax.train.state import TrainState
-
-AVERAGE_DECAY = 0.99
-SPIKE_WARMUP = 50
-"""Accepted updates before the average of gradient norms is trusted to call one a spike."""
 
 
 def gradient_of(
@@ -111,12 +108,22 @@ def _summed_axes(path: str) -> tuple[str, ...]:
 
 
 def make_train_step(
-    gradient: Callable, optimizer: OptimizerConfig, schedule: optax.Schedule, *, dropout: bool, seed: int, tasks: int
+    gradient: Callable,
+    optimizer: OptimizerConfig,
+    schedule: optax.Schedule,
+    *,
+    dropout: bool,
+    seed: int,
+    tasks: int,
+    stage_starts: Sequence[int] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The function to compile: `train_step(state, batch) -> (state, metrics)`.
 
-    An update is decided on before it is made: if the loss or the gradient's norm is not finite, or the norm
-    spikes, parameters and moments stay as they are, the step counts, and `metrics["accepted"]` says 0.
+    An update is decided on before it is made: if the loss or the gradient's norm is not finite, or spikes (`guard.py`),
+    parameters and moments stay as they are, the step counts, and `metrics["accepted"]` says 0.
+
+    Args:
+        stage_starts: steps at which other text may have another loss: what was usual before is forgotten there.
 
     Metrics (fp32 scalars unless noted): loss, gradient_norm, learning_rate, accepted, tokens, skipped
     (updates so far), task_nll and task_tokens ([T]: sums over the batch).
@@ -127,20 +134,18 @@ def make_train_step(
         dropout_key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
         value, nll_BL, gradients = gradient(state.parameters, batch, dropout_key)
         norm = optax.tree.norm(gradients)
-        accept = jnp.isfinite(value) & jnp.isfinite(norm)
-        if optimizer.spike_factor is not None:
-            accept &= (state.accepted < SPIKE_WARMUP) | (norm <= optimizer.spike_factor * state.norm_average)
+        begins = jnp.isin(state.step, jnp.asarray([*stage_starts, -1], jnp.int32))
+        statistics = jax.tree.map(lambda none, kept: jnp.where(begins, none, kept), no_statistics(), state.statistics)
+        accept = is_accepted(statistics, value, norm, optimizer.spike_sigmas)
 
         direction, moments = transform.update(
             clip(gradients, norm, optimizer.clip_norm), state.moments, state.parameters
         )
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         parameters = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.parameters, direction)
-        norm_average = jnp.where(
-            state.accepted == 0, norm, AVERAGE_DECAY * state.norm_average + (1 - AVERAGE_DECAY) * norm
-        )
-        updated = TrainState(parameters, moments, state.step, state.accepted + 1, norm_average)
-        state = jax.tree.map(lambda new, old: jnp.where(accept, new, old), updated, state)
+        after = TrainState(parameters, moments, state.step, state.accepted + 1, updated(statistics, value, norm))
+        before = state._replace(statistics=statistics)
+        state = jax.tree.map(lambda new, old: jnp.where(accept, new, old), after, before)
         state = state._replace(step=state.step + 1)
 
         weights_B = batch.loss_weights_BL.sum(axis=1)

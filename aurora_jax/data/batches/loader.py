@@ -107,6 +107,7 @@ class Loader:
     Attributes:
         tasks: names of the tasks, sorted; `Batch.task_ids_B` counts in them.
         steps: total steps of all stages; `batch` knows the steps [0, steps).
+        batch_size: sequences of the global batch.
 
     Raises:
         InputError: a stage names a task without a store, has no steps or impossible rates, or stores do not
@@ -138,7 +139,7 @@ class Loader:
         self.tasks = tuple(sorted({task for stage in stages for task, _ in stage.rates}))
         self.steps = sum(stage.steps for stage in stages)
         self._stores = [stores[task] for task in self.tasks]
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._length = sequence_length
         self._seed = seed
         self._across = attend_across_documents
@@ -172,8 +173,8 @@ class Loader:
 
     def place(self, step: int, row: int) -> Place:
         """Where a row of the batch of a step comes from. Raises IndexError: there is no such step or row."""
-        if not 0 <= row < self._batch_size:
-            raise IndexError(f"row {row} is outside the batch, which has the rows [0, {self._batch_size})")
+        if not 0 <= row < self.batch_size:
+            raise IndexError(f"row {row} is outside the batch, which has the rows [0, {self.batch_size})")
         stage = self._stage_at(step)
         task, epoch, turn, window = (int(value[0]) for value in self._windows_of(step, slice(row, row + 1)))
         windows = int(self._windows[task])
@@ -184,8 +185,8 @@ class Loader:
     def _windows_of(self, step: int, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Task, epoch, turn within the epoch, and window of rows of a batch; int64 [B] each."""
         stage = self._stage_at(step)
-        row = np.arange(self._batch_size, dtype=np.int64)[rows]
-        task_B, index_B = stage.assign((step - stage.first_step) * self._batch_size + row)
+        row = np.arange(self.batch_size, dtype=np.int64)[rows]
+        task_B, index_B = stage.assign((step - stage.first_step) * self.batch_size + row)
         epoch_B, turn_B = np.divmod(index_B, self._windows[task_B])
         pairs, which_B = np.unique(np.stack([task_B, epoch_B], axis=1), axis=0, return_inverse=True)
         orders = [
@@ -225,7 +226,7 @@ class Loader:
             IndexError: the step is outside [0, steps).
         """
         stage = self._stage_at(step)
-        consumed = stage.consumed_after((step - stage.first_step) * self._batch_size)
+        consumed = stage.consumed_after((step - stage.first_step) * self.batch_size)
         epochs = {
             task: float(sequences / windows)
             for task, sequences, windows in zip(self.tasks, consumed, self._windows, strict=True)

@@ -1,0 +1,21 @@
+"""Compiled programs are kept in the run's folder: a start after a preemption does not compile for minutes again."""
+
+from pathlib import Path
+
+import jax
+
+FOLDER = "compiled"
+MOST_BYTES = 4 << 30
+"""The programs that were not used for longest go first."""
+
+
+def keep_compiled_programs(output: Path) -> None:
+    """Turns JAX's persistent compilation cache on, in OUTPUT/compiled, unless the user has one elsewhere
+    (JAX_COMPILATION_CACHE_DIR) or none (JAX_ENABLE_COMPILATION_CACHE=false).
+
+    An entry is known by a digest of the program, its options and the versions; one that cannot be read is compiled for
+    again. Entries are programs: a folder that somebody else made is not one to train in.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(output.absolute() / FOLDER))
+        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
