@@ -10,6 +10,7 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, structure_of
 from aurora_jax.model.likelihood import make_loss
 from aurora_jax.model.sharding import flatten
+from aurora_jax.train import guard
 from aurora_jax.train.config import OptimizerConfig
 from aurora_jax.train.state import initial_state
 from aurora_jax.train.step import gradient_of, make_gradient, make_train_step
@@ -52,7 +53,7 @@ def test_isolated_documents_change_the_loss_and_positions_are_used():
     )
 
 
-def jitted_step(optimizer: OptimizerConfig):
+def jitted_step(optimizer: OptimizerConfig, stage_starts: tuple[int, ...] = ()):
     return jax.jit(
         make_train_step(
             make_gradient(LOSS, optimizer.micro_batches),
@@ -61,6 +62,7 @@ def jitted_step(optimizer: OptimizerConfig):
             dropout=False,
             seed=0,
             tasks=3,
+            stage_starts=stage_starts,
         )
     )
 

@@ -26,6 +26,7 @@ from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
+from aurora_jax.train.compiled import keep_compiled_programs
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.diagnosis import places_of, write_diagnosis
 from aurora_jax.train.facts import LEFT_OUT, run_facts
@@ -64,6 +65,7 @@ def train(config: TrainConfig) -> TrainState:
     require_plain(config.output)
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
+    keep_compiled_programs(config.output)
 
     # ---------------------------------------------------------------- Start: own run, given checkpoint, random weights
     left_out_steps = roll_back(config)
