@@ -239,3 +239,13 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site):
 def test_links_of_the_pages_outside_the_site_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_row_of_the_table_of_faults_is_a_test():
+    """What docs/reliability.md promises is proved by the test that it names."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"^\|.*\| `(test_\w+)` \|$", page, flags=re.M)
+    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) == len(rows) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []

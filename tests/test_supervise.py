@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from aurora_jax import errors
+from aurora_jax.launch import supervise as supervise_module
 from aurora_jax.launch.supervise import Status, is_locked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,3 +100,15 @@ def test_a_command_that_has_lost_its_supervisor_saves_and_no_second_one_starts_m
     assert len(list((directory / "logs").iterdir())) == 1
     supervise("start", directory, *words)
     wait_for(lambda: len(list((directory / "logs").glob("*.log"))) == 2)
+
+
+def test_exit_statuses_are_those_of_the_command_line():
+    """The launcher imports nothing of the rest, and has its own copies."""
+    assert (supervise_module.BAD_INPUT, supervise_module.DIVERGED) == (errors.BAD_INPUT, errors.DIVERGED)
+
+
+@pytest.mark.parametrize("status", [2, 5])
+def test_what_would_end_in_the_same_way_is_not_started_again(directory, status):
+    done = supervise("run", directory, "--pause", "0.1", "--", "bash", "-c", f"exit {status}")
+    assert done.stdout.count(" start ") == 1
+    assert Status(directory).state == "failed"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,6 +35,7 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.launch.progress import ITEMS, Newest, newest_checkpoint
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import initial_parameters, merge, structure_of
+from aurora_jax.train import checkpoint as checkpoint_of_run
 from aurora_jax.train.checkpoint import choose_start
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.facts import require_same_run
@@ -639,3 +641,127 @@ def test_the_launcher_reads_the_newest_checkpoint_and_the_code_that_wrote_it(bas
     commit.write_text("another\n")
     train(replace(base, output=run, stop_after=2))  # with other code it goes on
     assert newest_checkpoint(str(run)) == Newest(2, "another")
+
+
+def test_goodput_adds_up_over_starts(base, tmp_path):
+    """Of a run that was killed: what its starts say of their time is the time that has passed, and what was done twice
+    counts once."""
+    path, run = config_file(replace(base, checkpoint=CheckpointConfig(every=4)), tmp_path), tmp_path / "run"
+    begun = time.time()
+    process = start(path)
+    wait_for(process, lambda: (newest_step(run) or 0) >= 4 and steps_recorded(run) >= 6)
+    process.kill()
+    process.wait()
+    assert start(path).wait() == 0
+    values = json.loads((run / "goodput.json").read_text())
+    seconds = values["seconds"]
+    assert values["starts"] == 2
+    assert all(spent >= 0 for spent in seconds.values())
+    assert sum(seconds.values()) == pytest.approx(values["last_sign"] - values["since"], abs=0.5)
+    assert begun < values["since"] < values["last_sign"] < time.time()
+    assert values["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()))
+    assert seconds["down"] > 0
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "goodput" in row]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert set(rows[-1]["epochs"]) == {"sample_en", "sample_fi", "sample_hi"} & set(rows[-1]["epochs"])
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.full)])
+def test_a_run_that_is_killed_at_random_is_the_undisturbed_one(base, undisturbed, tmp_path, kills):
+    """SIGKILL at random moments, during saves too: the same losses and parameters to the bit, each step once."""
+    config = replace(base, checkpoint=CheckpointConfig(every=1, keep=2))
+    path, run = config_file(config, tmp_path), tmp_path / "run"
+    draw = random.Random(kills)
+    for kill in range(kills):
+        process = start(path)
+        wanted = min(11, (newest_step(run) or 0) + draw.randint(0, 1 + 12 // kills))
+        while process.poll() is None and (newest_step(run) or 0) < wanted:
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.3)
+        process.kill()
+        process.wait()
+        if kill % 2:  # what a save that was cut off leaves
+            (run / "checkpoints" / f"{99 + kill}.orbax-checkpoint-tmp-7").mkdir(parents=True, exist_ok=True)
+    assert start(path).wait() == 0
+    assert losses(run) == losses(undisturbed[0])
+    assert_same_state(restore_parameters(run), undisturbed[1].parameters)
+    assert not [entry for entry in (run / "checkpoints").iterdir() if "tmp" in entry.name]
+
+
+def test_compiled_programs_are_kept(base, tmp_path):
+    """A second start compiles no step; a damaged entry is compiled for again."""
+    path, run = config_file(base, tmp_path), tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_LOG_COMPILES": "1"}
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def trained(steps: int) -> str:
+        command = [sys.executable, "-m", "aurora_jax", "train", str(path), "--stop-after", str(steps)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 143), done.stderr[-2000:]
+        return done.stderr
+
+    hit = "Persistent compilation cache hit for 'jit_train_step'"
+    assert hit not in trained(1)
+    assert hit in trained(2)
+    for entry in (run / "compiled").glob("jit_train_step-*"):
+        entry.write_bytes(b"damaged")
+    trained(3)
+    assert len(losses(run)) == 3
+
+
+def test_further_sigterms_do_not_cut_off_the_last_save(base, undisturbed, tmp_path):
+    path, run = config_file(replace(base, checkpoint=CheckpointConfig(every=1000)), tmp_path), tmp_path / "run"
+    process = start(path)
+    wait_for(process, lambda: steps_recorded(run) >= 2)
+    for _ in range(5):
+        process.terminate()
+        time.sleep(0.01)
+    assert process.wait() == 143
+    assert newest_step(run) == len(losses(run)) < 12
+    assert start(path).wait() == 0
+    assert losses(run) == losses(undisturbed[0])
+
+
+FULL_DISK = """
+import resource, sys
+from aurora_jax.cli import main
+from aurora_jax.train import checkpoint
+checkpoint.FIRST_PAUSE = 0.05
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_save_that_fails_is_said_and_tried_again(base, undisturbed, tmp_path):
+    """Files may not become as large as a checkpoint's: the storage refuses, in the background. The last sound
+    checkpoint stays, and every step that was done stays in the log."""
+    config = replace(base, checkpoint=CheckpointConfig(every=2))
+    path, run = config_file(config, tmp_path), tmp_path / "run"
+    train(replace(config, output=run, stop_after=4))
+    largest = max(file.stat().st_size for file in (run / "checkpoints" / "4").rglob("*") if file.is_file())
+    command = [sys.executable, "-c", FULL_DISK, str(path), str(largest - 1)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "a checkpoint could not be written" in done.stdout
+    assert "the newest is of step 4, and is sound" in done.stdout
+    assert "5 checkpoints in a row could not be written" in done.stderr
+    assert newest_step(run) == 4
+    assert len(losses(run)) > 4
+    assert start(path).wait() == 0
+    assert losses(run) == losses(undisturbed[0])
+
+
+def test_all_hosts_go_on_from_what_the_first_one_sees(undisturbed, base, monkeypatch):
+    """This process stands for another one than the first, and sees more, or less, than the first does."""
+    monkeypatch.setattr(checkpoint_of_run, "is_first", lambda: False)
+    monkeypatch.setattr(checkpoint_of_run, "VISIBLE_SECONDS", 0.1)
+    for step in (8, 12):
+        monkeypatch.setattr(checkpoint_of_run, "of_first", lambda _, seen=step: seen + 1)
+        assert choose_start(base).path.name == str(step)
+    monkeypatch.setattr(checkpoint_of_run, "of_first", lambda _: 100)
+    with pytest.raises(InputError, match="does not see it"):
+        choose_start(base)

@@ -252,6 +252,7 @@ def write_report(
         _image(charts["learning_rate"], "Learning rate"),
     ]
     parts.append(_facts(steps))
+    parts += _goodput(rows)
     if written := _samples_of_run(rows):
         parts += ["<h2>What it wrote on the way</h2>", *written]
     if samples is not None:
@@ -320,6 +321,26 @@ def _table(changes: Sequence[LanguageChange], record: RunRecord) -> str:
             body += f"<tr><td>{html.escape(change.name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
             body += f'<td class="{quality}">{f"{change.change:+.1%}".replace("-", "−")}</td></tr>'
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _goodput(rows: Sequence[Mapping]) -> list[str]:
+    """Where the time went, from the newest row that says so."""
+    row = next((row for row in reversed(rows) if "goodput" in row), None)
+    if row is None:
+        return []
+    whole = sum(row["seconds"].values()) or 1.0
+    spent = sorted(row["seconds"].items(), key=lambda item: -item[1])
+    cells = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td>"
+        f"<td>{seconds:,.1f} s</td><td>{seconds / whole:.1%}</td></tr>"
+        for name, seconds in spent
+    )
+    said = f"Goodput {row['goodput']:.1%}: the share of the time since the first start, until step {row['step']:,}, in "
+    return [
+        "<h2>Where the time went</h2>",
+        f'<p class="faint">{said}which steps were done that counted. The rest was lost to what stands below.</p>',
+        f'<div class="scroll"><table><tbody>{cells}</tbody></table></div>',
+    ]
 
 
 def _facts(steps: Sequence[Mapping]) -> str:

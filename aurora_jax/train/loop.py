@@ -30,6 +30,7 @@ from aurora_jax.train.compiled import keep_compiled_programs
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.diagnosis import places_of, write_diagnosis
 from aurora_jax.train.facts import LEFT_OUT, run_facts
+from aurora_jax.train.goodput import Goodput
 from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
@@ -66,6 +67,7 @@ def train(config: TrainConfig) -> TrainState:
     config.output.mkdir(parents=True, exist_ok=True)
     require_shared(config.output)
     keep_compiled_programs(config.output)
+    goodput = Goodput(config.output)
 
     # ---------------------------------------------------------------- Start: own run, given checkpoint, random weights
     left_out_steps = roll_back(config)
@@ -148,6 +150,7 @@ def train(config: TrainConfig) -> TrainState:
         jax.set_mesh(mesh),
         MetricsLog(config, throughput, first_step=first_step) as log,
         StepTrace(config.output / "profile", config.profile_steps) as step_trace,
+        goodput,
         stop_requested() as stops,
         jax.transfer_guard("disallow"),
     ):
@@ -169,17 +172,20 @@ def train(config: TrainConfig) -> TrainState:
             seconds = time.monotonic() - begun
             log.evaluation(step, stage, scores, evaluator.settings(windows), samples, seconds=seconds)
 
+        goodput.begin_steps(first_step)
         # What comes after a checkpoint, a stop may have cut off.
         if first_step in ends:
             checkpoints.save_stage(state, ends[first_step])
         for windows in due(first_step):
             if not of_first((first_step, windows is None) in log.evaluated):
-                evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
+                with goodput.lost("evaluation"):
+                    evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
         skipped: list[dict[str, Any]] = []  # in a row
 
         def record(step: int, stage: str, metrics: dict) -> None:
             values = _record(log, loader, step, stage, metrics)
+            goodput.step(step + 1, counted=bool(values["accepted"]))
             if values["accepted"]:
                 skipped.clear()
                 return
@@ -198,11 +204,13 @@ def train(config: TrainConfig) -> TrainState:
                 )
 
         dispatched: tuple[int, str, dict] | None = None
-        for step, batch in loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows):
+        batches = loader.prefetched(first_step, last_step, depth=config.data.prefetch, rows=rows)
+        for step, batch in goodput.waiting(batches):
             stage = loader.position(step)["stage"]
             if passed_over := any(first <= step <= last for first, last in left_out_steps):
                 state = program.pass_over(state)
                 log.left_out(step, stage)
+                goodput.step(step + 1, counted=False)
             else:
                 with step_trace.before(step):
                     state, metrics = program.step(state, place(mesh, batch, rows, config.data.batch_size))
@@ -223,19 +231,25 @@ def train(config: TrainConfig) -> TrainState:
             if dispatched is not None and (saves or evaluations):
                 record(*dispatched)
                 dispatched = None
-            if saves:
-                checkpoints.save(state, stage)
-            if done in ends:
-                checkpoints.save_stage(state, stage)
-            for windows in evaluations:
-                evaluate(done, stage, windows)
+            with goodput.lost("checkpoints"):
+                if saves:
+                    checkpoints.save(state, stage)
+                if done in ends:
+                    checkpoints.save_stage(state, stage)
+            with goodput.lost("evaluation"):
+                for windows in evaluations:
+                    evaluate(done, stage, windows)
+            if saves or evaluations:
+                log.goodput(done, stage, goodput.share(), goodput.seconds(), loader.position(step)["epochs"])
             if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break
 
         # -------------------------------------------------------------- The end
         if int(jax.device_get(state.step)) > first_step:
-            checkpoints.finish(state, stage)
+            with goodput.lost("checkpoints"):
+                checkpoints.finish(state, stage)
+        log.console.print(goodput.sentence(), highlight=False)
     checkpoints.close()
     return state
 

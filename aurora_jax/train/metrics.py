@@ -1,6 +1,7 @@
 """What a run tells people: a progress bar, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,8 @@ from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.wandb_run import WandbRun
 
+INTERVAL = 30.0
+"""Seconds of steps over which speed is measured."""
 LINE_SECONDS = 10.0
 """Where there is no terminal: seconds between two lines of progress."""
 ARROW = "⟶"
@@ -61,7 +64,7 @@ class MetricsLog:
         self._throughput, self._steps, self._first_step = throughput, config.steps, first_step
         self._begun = self._last_line = time.monotonic()
         self._paused = 0.0
-        self._done = 0
+        self._times = deque([0.0])
         self._progress = Progress(
             TextColumn("{task.fields[stage]}"),
             BarColumn(),
@@ -93,7 +96,17 @@ class MetricsLog:
 
     def restart_clock(self) -> None:
         """Call when the first step has been done: compilation is not training speed."""
-        self._begun, self._done, self._paused = time.monotonic(), 0, 0.0
+        self._begun, self._paused = time.monotonic(), 0.0
+        self._times = deque([0.0])
+
+    def goodput(
+        self, step: int, stage: str, share: float, seconds: Mapping[str, float], epochs: Mapping[str, float]
+    ) -> None:
+        """Records where the time has gone until now (`goodput.Goodput`), and how many epochs of each task have been
+        read."""
+        row = {"step": step, "stage": stage, "goodput": share, "seconds": dict(seconds), "epochs": dict(epochs)}
+        curves = {f"goodput/{name}": spent for name, spent in seconds.items()}
+        self._write(row, {"goodput": share, **curves, **{f"epochs/{task}": read for task, read in epochs.items()}})
 
     def left_out(self, step: int, stage: str) -> None:
         """Records a step whose batch was left out by --rollback."""
@@ -111,10 +124,14 @@ class MetricsLog:
         """Records one training step; `metrics` as `train_step` returns them, scalars only; `texts` where the rows of
         its batch come from, if its update was skipped.
 
-        Speed is that since the first step, which compiles, and without the time of evaluations.
+        Speed is that of the last INTERVAL seconds of steps, without the first, which compiles, and without the time of
+        evaluations.
         """
-        self._done += 1
-        speed = self._throughput.at(self._done / max(1e-9, time.monotonic() - self._begun - self._paused))
+        self._times.append(time.monotonic() - self._begun - self._paused)
+        while len(self._times) > 2 and self._times[-1] - self._times[0] > INTERVAL:
+            self._times.popleft()
+        steps_per_second = (len(self._times) - 1) / max(1e-9, self._times[-1] - self._times[0])
+        speed = self._throughput.at(steps_per_second)
         scalars = {**metrics, **speed}
         rate = f"{speed['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else "")
         self._write(
@@ -126,7 +143,7 @@ class MetricsLog:
         now = time.monotonic()
         if self._lines and (now - self._last_line >= LINE_SECONDS or step + 1 == self._steps):
             self._last_line = now
-            remaining = (now - self._begun) / max(1, step - self._first_step) * (self._steps - step - 1)
+            remaining = (self._steps - step - 1) / steps_per_second
             self.console.print(
                 f"{stage} step {step + 1}/{self._steps}  loss {metrics['loss']:.3f}  lr "
                 f"{metrics['learning_rate']:.2e}  "
