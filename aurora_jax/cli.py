@@ -185,9 +185,11 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _checkpoints(arguments: Sequence[str]) -> None:
-    from aurora_jax.checkpoints import commands
+    from aurora_jax.checkpoints.commands import COMMANDS as commands
 
-    _subcommands("checkpoints", commands.COMMANDS, arguments)
+    if command := commands.get("".join(arguments[:1])):
+        return tyro.cli(command, args=list(arguments[1:]), prog=f"aurora checkpoints {arguments[0]}").run()
+    return _subcommands("checkpoints", commands, arguments)
 
 
 def _subcommands(name: str, commands: dict[str, Any], arguments: Sequence[str]) -> None:

@@ -160,9 +160,7 @@ def test_a_flipped_bit_is_never_restored(run, states, exported, tmp_path, capsys
 
 @pytest.mark.parametrize("damage", ["emptied", "truncated", "removed"])
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.full)])
-def test_a_file_that_is_cut_or_gone_is_never_read_as_something_else(
-    run, states, exported, tmp_path, capsys, damage, every
-):
+def test_a_file_that_is_cut_or_gone_is_never_read_as_another(run, states, exported, tmp_path, capsys, damage, every):
     change = {
         "emptied": lambda file: file.write_bytes(b""),
         "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),

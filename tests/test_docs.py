@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from aurora_jax.checkpoints.commands import COMMANDS as CHECKPOINT_COMMANDS
 from aurora_jax.cli import COMMANDS, DATA_COMMANDS
 from aurora_jax.cli import main as aurora
 from aurora_jax.plan.plan_command import PlanOptions
@@ -182,8 +183,9 @@ def test_every_command_has_its_help_in_the_reference():
     page = (ROOT / "docs" / "reference" / "commands.md").read_text()
     named = set(re.findall(r"<!-- help: (.+?) -->", page))
     expected = {f"aurora data {name}" for name in DATA_COMMANDS} | {
-        f"aurora {name}" for name in COMMANDS if name not in ("data", "train")
+        f"aurora {name}" for name in COMMANDS if name not in ("data", "train", "checkpoints")
     }
+    expected |= {f"aurora checkpoints {name}" for name in CHECKPOINT_COMMANDS}
     expected |= {"aurora", "aurora train configs/nano_aurora.py"} | {
         f"python -m convert{name}" for name in ("", " from-torch", " to-torch", " verify")
     }

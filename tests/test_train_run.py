@@ -518,16 +518,17 @@ def test_a_diverged_run_is_diagnosed_and_rolled_back(base, undisturbed, tmp_path
     poisoned(monkeypatch, range(5, 8))
     run = tmp_path / "run"
     optimizer = OptimizerConfig(most_skipped=3)
-    config = replace(base, output=run, optimizer=optimizer, checkpoint=CheckpointConfig(every=2, keep=3))
+    config = replace(base, output=run, optimizer=optimizer, checkpoint=CheckpointConfig(every=2, keep=4))
     for _ in range(2):  # starting again ends in the same way
         with pytest.raises(Diverged, match=r"steps 5 to 7.*diagnosis\.json.*--rollback 1"):
             train(config)
     found = json.loads((run / "diagnosis.json").read_text())
-    assert [row["step"] for row in found["steps"]] == [5, 6, 7]
+    assert (found["first"], found["last"]) == (5, 7)
+    assert [row["step"] for row in found["steps"]] == [7]  # of the second start, from the stage's end
     assert {len(row["batch"]) for row in found["steps"]} == {8}
-    assert {place["task"] for row in found["steps"] for place in row["batch"]} <= {"sample_en", "sample_fi"}
+    assert all(place["task"].startswith("sample_") for row in found["steps"] for place in row["batch"])
     assert len(found["norms"]["parameters.layers.mlp.up.kernel"]) == MODEL.layers
-    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "texts" in row] == [5, 6]
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "texts" in row] == [5, 6, 7]
     with pytest.raises(InputError, match=r"--rollback 9: before step 5.*has 2 checkpoints \(2, 4\)"):
         train(replace(config, rollback=9))
     state = train(replace(config, rollback=2))
@@ -536,7 +537,7 @@ def test_a_diverged_run_is_diagnosed_and_rolled_back(base, undisturbed, tmp_path
     assert [row["step"] for row in rows] == list(range(12))
     assert [row["step"] for row in rows if "left_out" in row] == [5, 6, 7]
     assert not (run / "diagnosis.json").exists()
-    assert sorted(path.name for path in (run / "set_aside").iterdir())[0] == "4"
+    assert sorted(path.name for path in (run / "set_aside").iterdir()) == ["4", "6", "7", "cap"]
     assert int(state.step) == 12
     assert int(state.accepted) == 9
     assert losses(undisturbed[0])[4][0] == rows[4]["loss"]
@@ -663,7 +664,7 @@ def test_goodput_adds_up_over_starts(base, tmp_path):
     assert seconds["down"] > 0
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "goodput" in row]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
-    assert set(rows[-1]["epochs"]) == {"sample_en", "sample_fi", "sample_hi"} & set(rows[-1]["epochs"])
+    assert rows[-1]["epochs"]["sample_fi"] > rows[0]["epochs"]["sample_fi"] > 0
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.full)])
@@ -742,7 +743,7 @@ def test_a_save_that_fails_is_said_and_tried_again(base, undisturbed, tmp_path):
     path, run = config_file(config, tmp_path), tmp_path / "run"
     train(replace(config, output=run, stop_after=4))
     largest = max(file.stat().st_size for file in (run / "checkpoints" / "4").rglob("*") if file.is_file())
-    command = [sys.executable, "-c", FULL_DISK, str(path), str(largest - 1)]
+    command = [sys.executable, "-c", FULL_DISK, str(path), str(largest // 2)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]

@@ -196,4 +196,9 @@ def _first_weights(source: dict[str, Any] | None) -> str:
     return str(source.get("path", source))
 
 
-COMMANDS = {"ls": ListCommand, "verify": VerifyCommand, "prune": PruneCommand, "lineage": LineageCommand}
+COMMANDS: dict[str, Any] = {
+    "ls": ListCommand,
+    "verify": VerifyCommand,
+    "prune": PruneCommand,
+    "lineage": LineageCommand,
+}

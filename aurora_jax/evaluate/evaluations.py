@@ -82,20 +82,23 @@ def described(row: Mapping) -> str:
     )
 
 
+KINDS = {
+    "loss": "step",
+    "left_out": "step",
+    "samples": "samples after step",
+    "goodput": "account of the time after step",
+}
+"""Of the rows of metrics.jsonl, by a key that only they have; the others are evaluations."""
+
+
 def require_one_run(rows: Sequence[Mapping], path: Path) -> None:
     """Raises InputError unless the rows are those of one run: each step once, in order, and so its evaluations of
     either kind."""
     last: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        kind = (
-            "step"
-            if "loss" in row
-            else "samples after step"
-            if "samples" in row
-            else "complete evaluation after step"
-            if row["complete"]
-            else "quick evaluation after step"
-        )
+        kind = next((kind for key, kind in KINDS.items() if key in row), "evaluation after step")
+        if "evaluation" in row:
+            kind = f"{'complete' if row['complete'] else 'quick'} {kind}"
         if row["step"] <= last.get(kind, -1):
             raise InputError(
                 f"{path}, line {number}: {kind} {row['step']} comes after {last[kind]}: these are the rows of "

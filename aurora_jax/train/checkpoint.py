@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -161,6 +162,7 @@ class RunCheckpoints:
             # With directories made in the background, a save that fails (a full disk) would hang for minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax fills pages with a save that fails; we say it
         self._manager: ocp.CheckpointManager | None = None
         self._failures, self._failed = 0, False
         self._begun = time.monotonic()
@@ -198,7 +200,7 @@ class RunCheckpoints:
             return
         if not begun:
             raise RuntimeError(f"Orbax has left out the checkpoint of step {step}")
-        self._failures, self._failed = 0, False
+        self._failed = False
 
     def due(self, done: int) -> bool:
         """After so many steps: is it time for a checkpoint, by the clock or because the last one could not be written?
@@ -328,6 +330,7 @@ class RunCheckpoints:
         try:
             if self._manager is not None:
                 self._manager.wait_until_finished()
+                self._failures = 0
         except Exception as error:
             self._say_failed(error)
         if jax.process_count() > 1:

@@ -16,6 +16,6 @@ def keep_compiled_programs(output: Path) -> None:
     An entry is known by a digest of the program, its options and the versions; one that cannot be read is compiled for
     again. Entries are programs: a folder that somebody else made is not one to train in.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(output.absolute() / FOLDER))
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)

@@ -1,6 +1,7 @@
 """What is written down of a run that has diverged: OUTPUT/diagnosis.json.
 
-steps       of the updates that were skipped in a row, each with its loss, gradient norm and learning rate, and its
+first, last steps whose updates were skipped in a row
+steps       of these, those of the last start, each with its loss, gradient norm and learning rate, and its
             batch: task, epoch, turn and first token of every row
 statistics  the rolling means and variances that they were judged by (`guard.Statistics`)
 norms       of parameters and of Adam's moments by dotted path; of stacked ones, layer by layer
@@ -31,14 +32,19 @@ def places_of(loader: Loader, step: int) -> list[dict[str, Any]]:
     return [{name: getattr(place, name) for name in ("task", "epoch", "turn", "start")} for place in places]
 
 
-def write_diagnosis(output: Path, loader: Loader, skipped: Sequence[dict[str, Any]], state: TrainState) -> Path:
+def write_diagnosis(
+    output: Path, loader: Loader, steps: tuple[int, int], skipped: Sequence[dict[str, Any]], state: TrainState
+) -> Path:
     """Writes the file; a collective over the processes, of which the first writes.
 
     Args:
-        skipped: step, stage, loss, gradient_norm and learning_rate of each skipped update, in order.
+        steps: the first and the last whose updates were skipped in a row.
+        skipped: of those of this start, step, stage, loss, gradient_norm and learning_rate, in order.
     """
     norms = {name: np.asarray(value).tolist() for name, value in jax.device_get(_norms(state)).items()}
     values = {
+        "first": steps[0],
+        "last": steps[1],
         "steps": [{**each, "batch": places_of(loader, each["step"])} for each in skipped],
         "statistics": {name: float(value) for name, value in jax.device_get(state.statistics)._asdict().items()},
         "norms": norms,

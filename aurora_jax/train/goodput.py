@@ -16,7 +16,7 @@ PyPI's `ml-goodput-measurement` gives such figures from Google Cloud Logging, wh
 
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,23 +111,19 @@ class Goodput:
         here = {STEPS: time.monotonic() - self._begun - sum(lost.values()), **lost}
         return {name: self._before[name] + here[name] for name in here}
 
-    def share(self) -> float:
-        """The one number: between 0 and 1."""
-        seconds = self.seconds()
-        return seconds[STEPS] / max(sum(seconds.values()), 1e-9)
-
     def write(self) -> None:
         """A sign of life, with what is known."""
         self._signed = time.monotonic()
         if not is_first():
             return
+        seconds = self.seconds()
         values = {
             "since": self._since,
             "last_sign": time.time(),
             "starts": self._starts,
             **({} if self._step is None else {"step": self._step, "step_seconds": self._step_seconds()}),
-            "goodput": self.share(),
-            "seconds": self.seconds(),
+            "goodput": share_of(seconds),
+            "seconds": seconds,
         }
         write_file(self._path, json.dumps(values, indent=1) + "\n")
 
@@ -141,7 +137,7 @@ class Goodput:
 
     def sentence(self) -> str:
         """For people."""
-        return described({"goodput": self.share(), "starts": self._starts, "seconds": self.seconds()})
+        return described({"starts": self._starts, "seconds": self.seconds()})
 
     def _step_seconds(self) -> float:
         if not self._done:
@@ -153,6 +149,11 @@ class Goodput:
             self._lost["compiling"] += duration_secs
 
 
+def share_of(seconds: Mapping[str, float]) -> float:
+    """The one number, between 0 and 1."""
+    return seconds[STEPS] / max(sum(seconds.values()), 1e-9)
+
+
 def described(values: dict[str, Any]) -> str:
     """What goodput.json says, in a sentence."""
     seconds = values["seconds"]
@@ -160,6 +161,6 @@ def described(values: dict[str, Any]) -> str:
     named = ", ".join(f"{cause.replace('_', ' ')} {spent:,.0f} s" for spent, cause in lost)
     starts = values["starts"]
     return (
-        f"goodput {values['goodput']:.1%}: {seconds[STEPS]:,.0f} s of steps in {sum(seconds.values()):,.0f} s since "
+        f"goodput {share_of(seconds):.1%}: {seconds[STEPS]:,.0f} s of steps in {sum(seconds.values()):,.0f} s since "
         f"the first of {starts} start{'s' if starts > 1 else ''}" + (f"; lost: {named}" if named else "")
     )

@@ -18,18 +18,21 @@ LEAST_SIGMA = 0.01
 
 
 class Statistics(NamedTuple):
-    """Rolling means and variances over accepted updates since the stage began; fp32 scalars, and an int32 count."""
+    """Rolling means and variances over accepted updates since the stage began; fp32 scalars, and int32 counts."""
 
     updates: jax.Array
     loss_mean: jax.Array
     loss_variance: jax.Array
     norm_mean: jax.Array
     norm_variance: jax.Array
+    skipped: jax.Array
+    """Updates in a row until now, int32: over starts too."""
 
 
 def no_statistics() -> Statistics:
     """Of no update yet."""
-    return Statistics(jnp.zeros((), jnp.int32), *(jnp.zeros((), jnp.float32) for _ in range(4)))
+    none, (loss_mean, loss_variance, norm_mean, norm_variance) = jnp.zeros((), jnp.int32), jnp.zeros(4)
+    return Statistics(none, loss_mean, loss_variance, norm_mean, norm_variance, skipped=jnp.zeros_like(none))
 
 
 def is_accepted(statistics: Statistics, loss: jax.Array, norm: jax.Array, spike_sigmas: float | None) -> jax.Array:
@@ -60,4 +63,5 @@ def updated(statistics: Statistics, loss: jax.Array, norm: jax.Array) -> Statist
         statistics.updates + 1,
         *rolled(loss, statistics.loss_mean, statistics.loss_variance),
         *rolled(norm, statistics.norm_mean, statistics.norm_variance),
+        skipped=jnp.zeros((), jnp.int32),
     )

@@ -181,7 +181,7 @@ def train(config: TrainConfig) -> TrainState:
                 with goodput.lost("evaluation"):
                     evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
-        skipped: list[dict[str, Any]] = []  # in a row
+        skipped: list[dict[str, Any]] = []  # in a row, in this start
 
         def record(step: int, stage: str, metrics: dict) -> None:
             values = _record(log, loader, step, stage, metrics)
@@ -194,10 +194,11 @@ def train(config: TrainConfig) -> TrainState:
                 f"step {step}: update skipped (loss {values['loss']}, gradient norm {values['gradient_norm']}); its "
                 "texts are in metrics.jsonl"
             )
-            if len(skipped) >= config.optimizer.most_skipped:
-                path = write_diagnosis(config.output, loader, skipped, state)
+            if (in_a_row := int(values["skipped_in_a_row"])) >= config.optimizer.most_skipped:
+                first = step - in_a_row + 1
+                path = write_diagnosis(config.output, loader, (first, step), skipped, state)
                 raise Diverged(
-                    f"The updates of steps {skipped[0]['step']} to {step} were all skipped: loss {values['loss']}, "
+                    f"The updates of steps {first} to {step} were all skipped: loss {values['loss']}, "
                     f"gradient norm {values['gradient_norm']}; the batches, norms and rates are in {path}. Lower the "
                     "learning rate, or give --rollback 1 (or more) to go on from a checkpoint before them without "
                     "these batches."
@@ -208,6 +209,9 @@ def train(config: TrainConfig) -> TrainState:
         for step, batch in goodput.waiting(batches):
             stage = loader.position(step)["stage"]
             if passed_over := any(first <= step <= last for first, last in left_out_steps):
+                if dispatched is not None:
+                    record(*dispatched)
+                    dispatched = None
                 state = program.pass_over(state)
                 log.left_out(step, stage)
                 goodput.step(step + 1, counted=False)
@@ -240,7 +244,7 @@ def train(config: TrainConfig) -> TrainState:
                 for windows in evaluations:
                     evaluate(done, stage, windows)
             if saves or evaluations:
-                log.goodput(done, stage, goodput.share(), goodput.seconds(), loader.position(step)["epochs"])
+                log.goodput(done, stage, goodput.seconds(), loader.position(step)["epochs"])
             if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break

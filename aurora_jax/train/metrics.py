@@ -20,6 +20,7 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
+from aurora_jax.train.goodput import share_of
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.wandb_run import WandbRun
@@ -99,11 +100,10 @@ class MetricsLog:
         self._begun, self._paused = time.monotonic(), 0.0
         self._times = deque([0.0])
 
-    def goodput(
-        self, step: int, stage: str, share: float, seconds: Mapping[str, float], epochs: Mapping[str, float]
-    ) -> None:
+    def goodput(self, step: int, stage: str, seconds: Mapping[str, float], epochs: Mapping[str, float]) -> None:
         """Records where the time has gone until now (`goodput.Goodput`), and how many epochs of each task have been
         read."""
+        share = share_of(seconds)
         row = {"step": step, "stage": stage, "goodput": share, "seconds": dict(seconds), "epochs": dict(epochs)}
         curves = {f"goodput/{name}": spent for name, spent in seconds.items()}
         self._write(row, {"goodput": share, **curves, **{f"epochs/{task}": read for task, read in epochs.items()}})

@@ -35,8 +35,8 @@ def roll_back(config: TrainConfig) -> list[list[int]]:
 
 
 def _roll_back(config: TrainConfig, found: Path) -> None:
-    skipped = [row["step"] for row in json.loads(found.read_text())["steps"]]
-    first, last = skipped[0], skipped[-1]
+    said = json.loads(found.read_text())
+    first, last = said["first"], said["last"]
     before = [step for step in run_folder.steps_in(config.output) if step <= first]
     sound = [step for step in before if format.is_checkpoint(run_folder.step_folder(config.output, step))]
     if len(sound) < config.rollback:

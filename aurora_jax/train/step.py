@@ -126,7 +126,7 @@ def make_train_step(
         stage_starts: steps at which other text may have another loss: what was usual before is forgotten there.
 
     Metrics (fp32 scalars unless noted): loss, gradient_norm, learning_rate, accepted, tokens, skipped
-    (updates so far), task_nll and task_tokens ([T]: sums over the batch).
+    (updates so far), skipped_in_a_row, task_nll and task_tokens ([T]: sums over the batch).
     """
     transform = adamw(optimizer)
 
@@ -135,7 +135,8 @@ def make_train_step(
         value, nll_BL, gradients = gradient(state.parameters, batch, dropout_key)
         norm = optax.tree.norm(gradients)
         begins = jnp.isin(state.step, jnp.asarray([*stage_starts, -1], jnp.int32))
-        statistics = jax.tree.map(lambda none, kept: jnp.where(begins, none, kept), no_statistics(), state.statistics)
+        none = no_statistics()._replace(skipped=state.statistics.skipped)
+        statistics = jax.tree.map(lambda none, kept: jnp.where(begins, none, kept), none, state.statistics)
         accept = is_accepted(statistics, value, norm, optimizer.spike_sigmas)
 
         direction, moments = transform.update(
@@ -144,7 +145,7 @@ def make_train_step(
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         parameters = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.parameters, direction)
         after = TrainState(parameters, moments, state.step, state.accepted + 1, updated(statistics, value, norm))
-        before = state._replace(statistics=statistics)
+        before = state._replace(statistics=statistics._replace(skipped=statistics.skipped + 1))
         state = jax.tree.map(lambda new, old: jnp.where(accept, new, old), after, before)
         state = state._replace(step=state.step + 1)
 
@@ -156,6 +157,7 @@ def make_train_step(
             "accepted": accept.astype(jnp.float32),
             "tokens": weights_B.sum(),
             "skipped": (state.step - state.accepted).astype(jnp.float32),
+            "skipped_in_a_row": state.statistics.skipped.astype(jnp.float32),
             "task_nll": jax.ops.segment_sum((nll_BL * batch.loss_weights_BL).sum(axis=1), batch.task_ids_B, tasks),
             "task_tokens": jax.ops.segment_sum(weights_B, batch.task_ids_B, tasks),
         }
