@@ -5,6 +5,8 @@
 
 BAD_INPUT = 2
 """What the user must mend: starting again would not help."""
+HUNG = 75
+"""A process in which nothing has happened for long (EX_TEMPFAIL of sysexits.h): to be started again."""
 DIVERGED = 5
 """A run whose updates were skipped in a row: starting again would end in the same way."""
 

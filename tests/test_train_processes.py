@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aurora_jax.checkpoints.run_folder import newest_step
-from aurora_jax.errors import InputError
+from aurora_jax.errors import HUNG, InputError
 from aurora_jax.train import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,25 +56,25 @@ def test_a_wrong_description_is_refused(environment, said):
         processes.join(environment)
 
 
-def start(config: Path, output: Path, number: int, port: int) -> subprocess.Popen:
+def start(config: Path, output: Path, number: int, port: int, *words: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "AURORA_HEARTBEAT_SECONDS": "10",
+        "AURORA_HEARTBEAT_SECONDS": "300" if words else "10",
         processes.ADDRESS: f"127.0.0.1:{port}",
         processes.COUNT: "2",
         processes.INDEX: str(number),
     }
-    command = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(output)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    command = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(output), *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE if words else None, text=True)
 
 
-def run(config: Path, output: Path, then=lambda workers: None) -> list[int]:
+def run(config: Path, output: Path, then=lambda workers: None, *words: str) -> list[int]:
     """Two processes; what is done to them when they are under way; their exit statuses."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    workers = [start(config, output, number, port) for number in range(2)]
+    workers = [start(config, output, number, port, *words) for number in range(2)]
     then(workers)
     return [worker.wait() for worker in workers]
 
@@ -131,3 +132,60 @@ def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mi
     assert losses(disturbed) == losses(tmp_path / "undisturbed")
     assert samples(disturbed) == samples(tmp_path / "undisturbed")
     assert [step for step, _ in samples(disturbed)] == [0, 60]
+
+
+HANGS = """
+import sys, time
+from aurora_jax.cli import main
+from aurora_jax.train.program import Program
+step, steps, calls = Program.step.func, {}, []
+def hanging(program):
+    compiled = steps.setdefault(program.tasks, step(program))
+    def call(state, batch):
+        calls.append(0)
+        while len(calls) == 4:
+            time.sleep(0.1)
+        return compiled(state, batch)
+    return call
+Program.step = property(hanging)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_step_that_never_ends_is_ended(mini_corpus, mini_tokenizer, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores"))
+    )
+    command = [sys.executable, "-c", HANGS, str(config), "--output", str(tmp_path / "run")]
+    command += ["--watchdog-minutes", "0.05"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == HUNG, done.stderr[-2000:]
+    assert re.search(r"error: step \d has not ended for \d+ s .*process 0 of 1 ends", done.stderr)
+    assert "in call" in done.stderr  # where its thread stands
+
+
+@pytest.mark.full
+def test_a_process_that_stands_still_is_named_and_the_run_goes_on(mini_corpus, mini_tokenizer, tmp_path):
+    config = tmp_path / "config.py"
+    text = CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores"))
+    config.write_text(text)
+    whole = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(tmp_path / "alone")]
+    subprocess.run(whole, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    output, said = tmp_path / "run", []
+
+    def stand_still(workers):
+        while len(losses(output)) < 5:
+            assert all(worker.poll() is None for worker in workers)
+            time.sleep(0.01)
+        workers[1].send_signal(signal.SIGSTOP)
+        said.append(workers[0].communicate()[1])
+        workers[1].kill()
+
+    statuses = run(config, output, stand_still, "--watchdog-minutes", "1")
+    assert statuses == [HUNG, -signal.SIGKILL], said
+    assert re.search(r"Silent: process 1 \(\d+ s ago", said[0]), said[0][-2000:]
+    assert run(config, output) == [0, 0]
+    assert [step for step, *_ in losses(output)] == [step for step, *_ in losses(tmp_path / "alone")]

@@ -176,6 +176,10 @@ class TrainConfig:
     is rolled back."""
     stop_after: int | None = None
     """Stop, with a checkpoint, after this many steps of the run: for budgets and for tests of resuming."""
+    watchdog_minutes: float = 15.0
+    """Minutes without a finished step after which a process ends with status 75, to be started again: of several
+    processes one that hangs would stop all others for ever. Compiling, evaluations and checkpoints may take four times
+    as long. 0 for never."""
     log_format: Literal["auto", "lines"] = "auto"
     """A live progress bar on a terminal, or a line every few seconds."""
     profile_steps: tuple[int, int] | None = None
@@ -208,6 +212,8 @@ class TrainConfig:
                 f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to "
                 f"{self.steps - 1}."
             )
+        if self.watchdog_minutes < 0:
+            raise InputError(f"watchdog_minutes is {self.watchdog_minutes}: give minutes, or 0 for none.")
         if self.rollback < 0:
             raise InputError(f"rollback is {self.rollback}: give how many checkpoints to go back, 1 or more.")
         names = [stage.name for stage in self.stages]

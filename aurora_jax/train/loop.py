@@ -42,6 +42,7 @@ from aurora_jax.train.state import TrainState
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
 from aurora_jax.train.wandb_run import import_wandb
+from aurora_jax.train.watchdog import Watchdog
 
 SAID_OF_SKIPPED = ("loss", "gradient_norm", "learning_rate")
 
@@ -151,6 +152,7 @@ def train(config: TrainConfig) -> TrainState:
         MetricsLog(config, throughput, first_step=first_step) as log,
         StepTrace(config.output / "profile", config.profile_steps) as step_trace,
         goodput,
+        Watchdog(config.output, config.watchdog_minutes * 60) as watchdog,
         stop_requested() as stops,
         jax.transfer_guard("disallow"),
     ):
@@ -178,7 +180,7 @@ def train(config: TrainConfig) -> TrainState:
             checkpoints.save_stage(state, ends[first_step])
         for windows in due(first_step):
             if not of_first((first_step, windows is None) in log.evaluated):
-                with goodput.lost("evaluation"):
+                with goodput.lost("evaluation"), watchdog.slow("the evaluation before the first step"):
                     evaluate(first_step, loader.position(first_step - 1)["stage"] if first_step else "start", windows)
 
         skipped: list[dict[str, Any]] = []  # in a row, in this start
@@ -186,6 +188,7 @@ def train(config: TrainConfig) -> TrainState:
         def record(step: int, stage: str, metrics: dict) -> None:
             values = _record(log, loader, step, stage, metrics)
             goodput.step(step + 1, counted=bool(values["accepted"]))
+            watchdog.feed(f"step {step + 1}")
             if values["accepted"]:
                 skipped.clear()
                 return
@@ -235,12 +238,12 @@ def train(config: TrainConfig) -> TrainState:
             if dispatched is not None and (saves or evaluations):
                 record(*dispatched)
                 dispatched = None
-            with goodput.lost("checkpoints"):
+            with goodput.lost("checkpoints"), watchdog.slow(f"the checkpoint of step {done}"):
                 if saves:
                     checkpoints.save(state, stage)
                 if done in ends:
                     checkpoints.save_stage(state, stage)
-            with goodput.lost("evaluation"):
+            with goodput.lost("evaluation"), watchdog.slow(f"the evaluation after step {done}"):
                 for windows in evaluations:
                     evaluate(done, stage, windows)
             if saves or evaluations:
@@ -251,7 +254,7 @@ def train(config: TrainConfig) -> TrainState:
 
         # -------------------------------------------------------------- The end
         if int(jax.device_get(state.step)) > first_step:
-            with goodput.lost("checkpoints"):
+            with goodput.lost("checkpoints"), watchdog.slow("the last checkpoint"):
                 checkpoints.finish(state, stage)
         log.console.print(goodput.sentence(), highlight=False)
     checkpoints.close()
