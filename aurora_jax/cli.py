@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from aurora_jax import environment
-from aurora_jax.errors import BAD_INPUT, DIVERGED, InputError
+from aurora_jax.errors import BAD_INPUT, CHIP_FAULT, DIVERGED, ChipFault, InputError
 
 HELP = """usage: aurora COMMAND ...
 
@@ -57,7 +57,7 @@ Trains what a config file describes. The same command again continues the run fr
 `aurora train CONFIG.py --help` lists every field, with its meaning and the config's value.
 
 Exit status: 0 when the run is done, 2 for input that you can mend, 5 when it has diverged (diagnosis.json says how;
---rollback goes on without the batches), 75 when nothing has happened for long, 143 when SIGTERM stopped it, with a checkpoint, before its end."""
+--rollback goes on without the batches), 6 when a chip miscalculates, 75 when nothing has happened for long, 143 when SIGTERM stopped it, with a checkpoint, before its end."""
 STOPPED = 143
 """A shell's status of SIGTERM: what supervises a run (launch_tpu.sh, Kubernetes, Slurm) must not take it for done."""
 
@@ -222,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except ChipFault as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CHIP_FAULT
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED

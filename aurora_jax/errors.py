@@ -5,10 +5,16 @@
 
 BAD_INPUT = 2
 """What the user must mend: starting again would not help."""
+CHIP_FAULT = 6
+"""A chip that miscalculates: a person should look before anything is started again."""
 HUNG = 75
 """A process in which nothing has happened for long (EX_TEMPFAIL of sysexits.h): to be started again."""
 DIVERGED = 5
 """A run whose updates were skipped in a row: starting again would end in the same way."""
+
+
+class ChipFault(RuntimeError):
+    """Two devices computed the same and had different results."""
 
 
 class InputError(ValueError):

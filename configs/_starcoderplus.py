@@ -59,7 +59,8 @@ def on_mesh(mesh: MeshConfig, compute: ComputeConfig, *, micro_batches: int = 1)
             quick_windows=rows,
             batch_size=rows,
         ),
-        checkpoint=CheckpointConfig(every=500),
+        checkpoint=CheckpointConfig(every=500, keep_every=10_000),
+        compare_devices_every=1_000,
     )
 
 

@@ -31,9 +31,9 @@ SETTLED = 600.0
 KEPT_LOGS = 30
 GLANCE = 1.0
 """Seconds for which a supervisor asks for the lock, which those who look at it hold for a moment."""
-BAD_INPUT, DIVERGED = 2, 5
-"""Exit statuses of `aurora` after which starting again would not help: what the user must mend, and a run whose loss
-has gone where it does not come back from."""
+BAD_INPUT, DIVERGED, CHIP_FAULT = 2, 5, 6
+"""Exit statuses of `aurora` after which starting again would not help: what the user must mend, a run whose loss has
+gone where it does not come back from, a chip that miscalculates."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -44,7 +44,7 @@ class Status:
         directory: of status and logs.
         command: look for this one's checkpoints; without it, for those of the command that was started last.
 
-    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2 or 5); stopped (by
+    `state`: running; waiting (between two starts); done (exit status 0); failed (exit status 2, 5 or 6); stopped (by
         `stop`); interrupted (SIGTERM
     from elsewhere, such as a shutdown); dead (read from outside: it says running, and nobody holds the lock);
     none (never started); other (asked for one command, and another one runs).
@@ -221,7 +221,7 @@ class Supervisor:
     def _state_after(self, code: int) -> str:
         if code == 0:
             return "done"
-        return self._told or ("failed" if code in (BAD_INPUT, DIVERGED) else "waiting")
+        return self._told or ("failed" if code in (BAD_INPUT, DIVERGED, CHIP_FAULT) else "waiting")
 
     def _newest_step(self) -> int | None:
         newest = progress.newest_checkpoint(self._output)

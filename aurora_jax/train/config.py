@@ -176,6 +176,10 @@ class TrainConfig:
     is rolled back."""
     stop_after: int | None = None
     """Stop, with a checkpoint, after this many steps of the run: for budgets and for tests of resuming."""
+    compare_devices_every: int = 0
+    """Steps between looks whether two devices, given the same rows, have the same result to the bit; one that
+    miscalculates ends the run with status 6. A look reads evaluation.batch_size rows twice. 0 for none; 1,000 in the
+    configs for pods."""
     watchdog_minutes: float = 15.0
     """Minutes without a finished step after which a process ends with status 75, to be started again: of several
     processes one that hangs would stop all others for ever. Compiling, evaluations and checkpoints may take four times

@@ -3,18 +3,20 @@
 import secrets
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aurora_jax.checkpoints import format as checkpoint_format
 from aurora_jax.checkpoints.arrays import restore_parameters
 from aurora_jax.checkpoints.metadata import CheckpointMetadata, require_same_architecture
 from aurora_jax.checkpoints.run_folder import remove_leftovers
 from aurora_jax.checkpoints.writing import require_plain
-from aurora_jax.data.batches.loader import DataStage, Loader, stage_over
+from aurora_jax.data.batches.loader import Batch, DataStage, Loader, stage_over
 from aurora_jax.data.batches.mixture import left_out
 from aurora_jax.data.batches.store import TokenStore, store_directory
 from aurora_jax.data.build.opening import open_stores
@@ -41,6 +43,7 @@ from aurora_jax.train.samples import Sampler
 from aurora_jax.train.state import TrainState
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
+from aurora_jax.train.twins import require_twins
 from aurora_jax.train.wandb_run import import_wandb
 from aurora_jax.train.watchdog import Watchdog
 
@@ -235,6 +238,10 @@ def train(config: TrainConfig) -> TrainState:
             saves = done in ends or done == last_step or stopping or done % config.checkpoint.every == 0
             saves = saves or checkpoints.due(done)
             evaluations = [] if stopping else due(done)
+            if config.compare_devices_every and done % config.compare_devices_every == 0:
+                with goodput.lost("evaluation"), watchdog.slow("the comparison of devices"):
+                    rows_of = partial(_some_rows, loader, step)
+                    require_twins(program.likelihood, state.parameters, rows_of, config.evaluation.batch_size, done)
             if dispatched is not None and (saves or evaluations):
                 record(*dispatched)
                 dispatched = None
@@ -259,6 +266,11 @@ def train(config: TrainConfig) -> TrainState:
         log.console.print(goodput.sentence(), highlight=False)
     checkpoints.close()
     return state
+
+
+def _some_rows(loader: Loader, step: int, numbers: np.ndarray) -> Batch:
+    """Of a step's batch, counted on where it has fewer."""
+    return loader.batch(step, numbers % loader.batch_size)
 
 
 def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, RunFiles, CheckpointMetadata]:
