@@ -10,7 +10,6 @@ B batch, L sequence, P parts into which data and fsdp divide the batch.
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.data.batches.loader import Batch
 from aurora_jax.errors import ChipFault
-from aurora_jax.model.likelihood import Likelihood
+from aurora_jax.model.likelihood import GRID, ROWS, Likelihood
 from aurora_jax.model.mesh import batch_parts, place, rows_of_this_process
-from aurora_jax.model.sharding import BATCH_AXES
+from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TENSOR_AXIS
 
 
 def require_twins(
@@ -62,16 +61,16 @@ def require_twins(
 
 
 def _differing(mesh: Mesh, parts: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """bool [P]: whose rows differ between a reading, and one that began a part later."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    """bool [P]: whose rows differ between a reading, and one that began a part later, on any device that has them."""
+    sharers = (SEQUENCE_AXIS, TENSOR_AXIS)
 
-    @partial(jax.jit, out_shardings=everywhere)
     def differing(first_BL: jax.Array, second_BL: jax.Array) -> jax.Array:
-        first_BL, second_BL = (jax.lax.bitcast_convert_type(nll_BL, jnp.uint32) for nll_BL in (first_BL, second_BL))
-        again_BL = jnp.roll(second_BL, first_BL.shape[0] // parts, axis=0)
-        return (first_BL != again_BL).reshape(parts, -1).any(axis=1)
+        again_BL = jax.lax.ppermute(second_BL, BATCH_AXES, [(part, (part + 1) % parts) for part in range(parts)])
+        first_BL, again_BL = (jax.lax.bitcast_convert_type(nll_BL, jnp.uint32) for nll_BL in (first_BL, again_BL))
+        return jax.lax.pmax((first_BL != again_BL).any().astype(jnp.int32), sharers)[None]
 
-    return differing
+    divided = jax.shard_map(differing, mesh=mesh, in_specs=(GRID, GRID), out_specs=ROWS, check_vma=False)
+    return jax.jit(divided, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _devices(mesh: Mesh, group: int) -> str:
