@@ -532,10 +532,10 @@ class TrainingRun:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl: one a step, one an evaluation.
+        """Rows of metrics.jsonl: one a step, one an evaluation, and some that say where the time went.
 
         Examples:
-            >>> run.metrics[-1].keys() >= {"step", "stage", "evaluation"}
+            >>> run.metrics[-1].keys() >= {"step", "stage", "goodput", "seconds", "epochs"}
             True
         """
         return read_metrics(self.output / "metrics.jsonl")

@@ -23,3 +23,7 @@ class InputError(ValueError):
     The message says what is wrong, where, and what to do. Command lines print it without a traceback and exit
     with status 2.
     """
+
+
+class Damaged(InputError):
+    """Something is not what was written, or not all of it is there."""

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from aurora_jax.checkpoints.metadata import SHA256, json_sha256
+from aurora_jax.storage.records import SHA256, json_sha256
 
 
 def resealed(values: dict) -> dict:

@@ -153,7 +153,7 @@ def test_texts_are_learnt_from_whole_and_measured_where_asked(tiny):
     texts = {"sw": ["Jina langu ni Aurora. " * 20] * 8, "et": ["Tere tulemast. " * 20] * 8}
     settings: dict[str, Any] = {"steps": 2, "peak": 1e-3, "batch_size": 4}
     alone = tiny.train(texts, output="runs/alone", **settings)
-    assert {task for row in alone.metrics for task in row["task_loss"]} == {"sample_sw", "sample_et"}
+    assert {task for row in alone.metrics for task in row.get("task_loss", ())} == {"sample_sw", "sample_et"}
     assert alone.changes == []
     with pytest.raises(InputError, match="held_out="):
         alone.curves("bits_per_byte")

@@ -14,9 +14,9 @@ from resealing import resealed
 
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.checkpoints.arrays import open_parameters, restore_parameters
-from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged, require_same_architecture
+from aurora_jax.checkpoints.metadata import CheckpointMetadata, require_same_architecture
 from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, write_checkpoint
-from aurora_jax.errors import InputError
+from aurora_jax.errors import Damaged, InputError
 from aurora_jax.model.config import ModelConfig, to_hf_config
 from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.model.sharding import flatten, nest

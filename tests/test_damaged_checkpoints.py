@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from aurora_jax.checkpoints.arrays import restore_parameters
-from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.checkpoints.run_folder import newest_step, steps_in
 from aurora_jax.cli import main
 from aurora_jax.data.batches.loader import DataStage
-from aurora_jax.errors import InputError
+from aurora_jax.errors import Damaged, InputError
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.mesh import MeshConfig, make_mesh
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start

@@ -1,6 +1,7 @@
 """The token store: what goes in comes out, and what is not complete is not a store."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +204,8 @@ def test_stores_without_chunks_of_zeros_still_open(tmp_path: Path, small: None) 
     learn = [False] * 69 + [True] + [False] * 41 + [True] + [True] * 48
     write_store(directory, documents, learn=learn)
     info = json.loads((directory / "store.json").read_text())
-    info.pop("format", None)
+    for name in ("format", "sha256"):
+        info.pop(name, None)
     (directory / "store.json").write_text(json.dumps(info))
     plain = {"tokens": [i for ids in documents for i in ids], "learn": learn}
     plain["ends"] = [place == len(ids) - 1 for ids in documents for place in range(len(ids))]
@@ -232,3 +234,34 @@ def test_stores_without_chunks_of_zeros_still_open(tmp_path: Path, small: None) 
         with pytest.raises(InputError, match=rf"the file {path.relative_to(directory)} is missing"):
             TokenStore.open(directory)
         path.write_bytes(content)
+
+
+def read_all(directory: Path) -> tuple:
+    store = TokenStore.open(directory)
+    size = len(store)
+    documents = [store.document(index).tolist() for index in range(store.info.documents)]
+    return store.info, store.read(0, size).tolist(), store.window_ends(np.array([0]), size).tolist(), documents
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.full)])
+def test_a_flipped_bit_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Of any file of a store, its description too: what is read is what was written, or it is refused."""
+    monkeypatch.setattr(store_module, "SHARD_ELEMENTS", 64)
+    monkeypatch.setattr(store_module, "CHUNK_ELEMENTS", 16)
+    rng = np.random.default_rng(0)
+    write_store(tmp_path / "sound", [rng.integers(50_000, size=size).tolist() for size in range(1, 25)])
+    expected, refused = read_all(tmp_path / "sound"), 0
+    files = sorted(file.relative_to(tmp_path / "sound") for file in (tmp_path / "sound").rglob("*") if file.is_file())
+    for number in range(count):
+        copy = tmp_path / f"copy{number}"  # another path: nothing of the one before is cached
+        shutil.copytree(tmp_path / "sound", copy)
+        file = copy / files[rng.integers(len(files))]
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        try:
+            assert read_all(copy) == expected, f"{file}, copy {number}"
+        except InputError:
+            refused += 1
+        shutil.rmtree(copy)
+    assert refused > count / 2

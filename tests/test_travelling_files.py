@@ -8,6 +8,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 import pytest
+from resealing import as_format_1, reseal
 from test_convert import assert_refused, make_model
 
 from aurora_jax.checkpoints import format as checkpoint
@@ -125,7 +126,8 @@ def test_links_are_followed_where_the_hub_puts_them_and_nowhere_else(tmp_path, h
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, hf, capsys, name):
     ours = tmp_path / "ours"
     assert main(["from-torch", str(hf), str(ours)]) == 0
-    next((ours / "tokenizer").glob("metadata")).write_text(json.dumps({name: "x"}))
+    (ours / "tokenizer" / "metadata").write_text(json.dumps({name: "x"}))
+    reseal(ours)
     assert_refused(ours, tmp_path / "back", "leads out of the folder; refusing", capsys, "to-torch")
 
 
@@ -133,7 +135,8 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, hf, capsys, nam
 def test_files_that_are_made_anew_are_not_overwritten(tmp_path, hf, capsys, name):
     ours = tmp_path / "ours"
     assert main(["from-torch", str(hf), str(ours)]) == 0
-    next((ours / "tokenizer").glob("metadata")).write_text(json.dumps({name: "x"}))
+    (ours / "tokenizer" / "metadata").write_text(json.dumps({name: "x"}))
+    reseal(ours)
     assert_refused(ours, tmp_path / "back", f"it carries a file {name}, which is made anew", capsys, "to-torch")
 
 
@@ -141,7 +144,8 @@ def test_damaged_files_are_named(tmp_path, hf, capsys):
     ours = tmp_path / "ours"
     assert main(["from-torch", str(hf), str(ours)]) == 0
     for value in ({"base64": "!"}, {"hex": "00"}, 7, "\ud83d"):
-        next((ours / "tokenizer").glob("metadata")).write_text(json.dumps({"a.txt": value}))
+        (ours / "tokenizer" / "metadata").write_text(json.dumps({"a.txt": value}))
+        reseal(ours)
         assert_refused(ours, tmp_path / "back", "the content of a.txt is damaged", capsys, "to-torch")
 
 
@@ -159,10 +163,11 @@ def test_a_checkpoint_of_before_is_read(tmp_path, hf):
     tokenizer.json."""
     ours = tmp_path / "ours"
     assert main(["from-torch", str(hf), str(ours)]) == 0
-    next((ours / "tokenizer").glob("metadata")).write_text(json.dumps({"vocab.json": "{}", "merges.txt": "ä\n"}))
     metadata = checkpoint.read_metadata(ours)
+    (ours / "tokenizer" / "metadata").write_text(json.dumps({"vocab.json": "{}", "merges.txt": "ä\n"}))
     old = dataclasses.replace(metadata, tokenizer_sha256=None).to_json()
-    next((ours / "metadata").glob("metadata")).write_text(json.dumps(old))
+    (ours / "metadata" / "metadata").write_text(json.dumps(old))
+    as_format_1(ours)
     assert checkpoint.read_files(ours) == {"vocab.json": b"{}", "merges.txt": "ä\n".encode()}
     assert main(["to-torch", str(ours), str(tmp_path / "back")]) == 0
 

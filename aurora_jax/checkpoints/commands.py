@@ -15,8 +15,8 @@ from rich.tree import Tree
 
 from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.checkpoints.arrays import prove_arrays
-from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged
-from aurora_jax.errors import InputError
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
+from aurora_jax.errors import Damaged, InputError
 
 
 def _checkpoints_of(path: Path) -> list[Path]:

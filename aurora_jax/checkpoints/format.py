@@ -24,15 +24,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from aurora_jax.checkpoints.metadata import (
-    FORMAT_VERSION,
-    CheckpointMetadata,
-    Damaged,
-    Location,
-    json_sha256,
-)
-from aurora_jax.errors import InputError
+from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata, Location
+from aurora_jax.errors import Damaged, InputError
 from aurora_jax.storage.carried_files import decode_files
+from aurora_jax.storage.records import json_sha256
 
 PARTIAL_SUFFIX = ".partial"
 """Of folders whose contents are still being written; see `convert/partial.py`."""

@@ -1,22 +1,17 @@
 """What a checkpoint says about itself."""
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
-from aurora_jax.errors import InputError
+from aurora_jax.errors import Damaged, InputError
 from aurora_jax.model.config import ModelConfig, from_hf_config
-from aurora_jax.storage.records import described
+from aurora_jax.storage.records import SHA256, described, with_digest, without_digest
 
 FORMAT_VERSION = 2
 UNPROVED = 1
 """The format of versions until 2026-11-25, without checksums: what it holds cannot be held to anything."""
-
-SHA256 = "sha256"
-"""Of the metadata's other entries, among them."""
 
 ARCHITECTURE = (
     "vocabulary_size",
@@ -36,15 +31,6 @@ ARCHITECTURE = (
 checkpoint and its use, and so may `max_positions` where positions are not learned."""
 
 Location: TypeAlias = str | os.PathLike[str]
-
-
-class Damaged(InputError):
-    """A checkpoint, or a part of it, is not what was written, or not all of it is there."""
-
-
-def json_sha256(value: Any) -> str:
-    """The digest of a JSON value, however it is spelled."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,8 +77,7 @@ class CheckpointMetadata:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary that `json.dumps` takes; the inverse of `from_json`. It carries its own digest."""
-        values = asdict(self)
-        return {**values, SHA256: json_sha256(values)}
+        return with_digest(asdict(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: Location = "metadata") -> "CheckpointMetadata":
@@ -103,13 +88,10 @@ class CheckpointMetadata:
                 or a source `config.json` which describes another model than the config.
             Damaged: it is not what was written.
         """
-        values = dict(values)
-        digest = values.pop(SHA256, None)
+        values, has_digest = without_digest(values, f"{where}: metadata")
         version = values.get("format_version")
-        if digest is None and version == FORMAT_VERSION:
+        if not has_digest and version == FORMAT_VERSION:
             raise Damaged(f"{where}: metadata has no {SHA256}: it is damaged.")
-        if digest is not None and digest != json_sha256(values):
-            raise Damaged(f"{where}: metadata is not what was written: its {SHA256} differs.")
         if version not in (UNPROVED, FORMAT_VERSION):
             raise InputError(
                 f"{where}: checkpoint format {version!r}; this version reads {UNPROVED} and {FORMAT_VERSION}."

@@ -20,19 +20,14 @@ from aurora_jax.checkpoints.format import (
     RUN,
     absolute,
 )
-from aurora_jax.checkpoints.metadata import (
-    FORMAT_VERSION,
-    CheckpointMetadata,
-    Contents,
-    Location,
-    json_sha256,
-)
+from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata, Contents, Location
 from aurora_jax.checkpoints.provenance import made_with
 from aurora_jax.errors import InputError
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.storage.carried_files import encode_files
+from aurora_jax.storage.records import json_sha256
 
 JSON_FILE = "metadata"
 """Orbax's name of the file of an item that is JSON."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import operator
 import re
 from collections.abc import Mapping
@@ -9,9 +11,35 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from aurora_jax.errors import InputError
+from aurora_jax.errors import Damaged, InputError
 
 Description = TypeVar("Description")
+
+
+SHA256 = "sha256"
+"""Of a description's other entries, among them."""
+
+
+def json_sha256(value: Any) -> str:
+    """The digest of a JSON value, however it is spelled."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries, with their own digest."""
+    return {**values, SHA256: json_sha256(values)}
+
+
+def without_digest(values: Mapping[str, Any], where: object) -> tuple[dict[str, Any], bool]:
+    """The entries without their digest, and whether they had one: versions until 2026-11-25 wrote none.
+
+    Raises:
+        Damaged: they are not what was written.
+    """
+    rest = {name: value for name, value in values.items() if name != SHA256}
+    if SHA256 in values and values[SHA256] != json_sha256(rest):
+        raise Damaged(f"{where} is not what was written: its {SHA256} differs")
+    return rest, SHA256 in values
 
 
 def described(content: bytes | Mapping[str, Any], kind: type[Description], where: object) -> Description:
@@ -35,6 +63,8 @@ def described(content: bytes | Mapping[str, Any], kind: type[Description], where
             value = functools.reduce(operator.getitem, found[2].split("."), values)
             said = f"{found[2]} is {value!r:.100}: {found[1]}"
         raise InputError(f"{where}: {said}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{where}: no JSON in UTF-8: {error}") from error
 
 
 def _unknown(values: Any, kind: Any) -> str | None:

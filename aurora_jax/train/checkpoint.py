@@ -16,10 +16,10 @@ from jax.experimental import multihost_utils
 
 from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.checkpoints.arrays import restore_arrays, stored_arrays
-from aurora_jax.checkpoints.metadata import CheckpointMetadata, Damaged, require_same_architecture
+from aurora_jax.checkpoints.metadata import CheckpointMetadata, require_same_architecture
 from aurora_jax.checkpoints.provenance import revision_fact
 from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, texts_of
-from aurora_jax.errors import InputError
+from aurora_jax.errors import Damaged, InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig

@@ -34,7 +34,7 @@ import tensorstore as ts
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.kvstore import context, kvstore_at
-from aurora_jax.storage.records import described
+from aurora_jax.storage.records import described, with_digest, without_digest
 
 ARRAYS = ("tokens", "ends", "offsets")
 TYPES = {"ends": np.dtype(bool), "learn": np.dtype(bool), "offsets": np.dtype(np.uint64)}
@@ -299,7 +299,7 @@ def write_range(directory: str | Path, name: str, start: int, values: np.ndarray
 
 def finish(directory: str | Path, info: "StoreInfo") -> None:
     """Declares a store complete, all of its arrays being written."""
-    kvstore_at(directory).write(b"store.json", json.dumps(asdict(info), indent=2).encode()).result()
+    kvstore_at(directory).write(b"store.json", json.dumps(with_digest(asdict(info)), indent=2).encode()).result()
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -333,7 +333,9 @@ def read_info(directory: str | Path) -> StoreInfo | None:
     if content.state == "missing":
         return None
     try:
-        return described(content.value, StoreInfo, f"{directory}: store.json is not a store's description")
+        where = f"{directory}: store.json is not a store's description"
+        values, _ = without_digest(described(content.value, dict, where), f"{directory}: store.json")
+        return described(values, StoreInfo, where)
     except InputError as error:
         raise InputError(f"{error}; delete the folder and build it again") from error
 
