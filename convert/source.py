@@ -5,7 +5,6 @@ A memory-mapped file counts as resident memory once it is read; `pread` into a b
 what keeps conversion flat.
 """
 
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ import numpy as np
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig, from_hf_config
+from aurora_jax.storage.records import object_in
 from convert.streaming import Scratch
 from convert.weight_map import IGNORED, PREFIX, TIED_HEAD, WRAPPERS, token_embedding
 
@@ -292,15 +292,9 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                     f"{file}: not a safetensors file, or truncated: its header claims {length} bytes, the "
                     f"file has {size}."
                 )
-            header = json.loads(opened.read(length))
+            header = object_in(opened.read(length), f"{file}: the safetensors header")
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}.") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: the safetensors header is not JSON: {error}.") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{file}: the safetensors header is not a JSON object.")
     header.pop("__metadata__", None)
     data = 8 + length
     tensors: dict[str, StoredTensor] = {}
@@ -329,7 +323,8 @@ def _header_entries(file: Path, header: dict[str, Any]) -> Iterator[tuple[str, i
     for name, entry in header.items():
         try:
             label, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            valid = all(type(number) is int and number >= 0 for number in (*shape, first, last)) and first <= last
+            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+            valid = whole and first <= last and isinstance(label, str)
         except (TypeError, KeyError, ValueError):
             valid = False
         if not valid:
@@ -396,13 +391,9 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
 
 def _read_json_object(file: Path, hint: str = "") -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{file}: missing file{f'; {hint}' if hint else ''}.") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}.") from error
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: a JSON object is expected.")
-    return values
+    return object_in(content, file)

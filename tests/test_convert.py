@@ -330,7 +330,7 @@ BAD_SINGLE = {
     "empty file": (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors.*truncated"),
     "trailing bytes": (lambda f: (f / "model.safetensors").open("ab").write(b"x"), "1 bytes follow"),
     "absurd header length": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "header claims"),
-    "header not JSON": (lambda f: _write_header(f / "model.safetensors", b"{nonsense"), "header is not JSON"),
+    "header not JSON": (lambda f: _write_header(f / "model.safetensors", b"{nonsense"), "header: not JSON"),
     "header a list": (lambda f: _write_header(f / "model.safetensors", b"[1]"), "not a JSON object"),
     "offsets outside": (lambda f: _write_header(f / "model.safetensors", _entry()), f"{WTE} ends at byte"),
     "offsets overlap": (

@@ -172,7 +172,10 @@ def absolute(path: Location) -> epath.Path:
 
 def _read_json(item: epath.Path) -> dict[str, Any]:
     with closing(ocp.JsonCheckpointHandler()) as handler, damage_named(item):
-        return handler.restore(item)
+        values = handler.restore(item)
+    if not isinstance(values, dict):
+        raise Damaged(f"{item}: the checkpoint is damaged: a JSON object is expected")
+    return values
 
 
 UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")

@@ -1,6 +1,5 @@
 """What a run's folder says of itself beside its figures: OUTPUT/run.json (`aurora_jax/train/facts.py`)."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage.records import object_in
 
 UNDETERMINED = "und"
 
@@ -43,8 +43,9 @@ def read_run_record(run_directory: Path) -> RunRecord:
     path = run_directory / "run.json"
     if not path.is_file():
         return RunRecord()
+    facts = object_in(path.read_bytes(), path)
     try:
-        return record_of(json.loads(path.read_text()))
+        return record_of(facts)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the facts of a run: {error!r}") from error
 

@@ -1,12 +1,11 @@
 """The tokens at which a completion ends."""
 
-import json
 from collections.abc import Mapping
 
 from aurora_jax.checkpoints.metadata import CheckpointMetadata, Location
 from aurora_jax.data.text.tokenizer import Tokenizer
-from aurora_jax.errors import InputError
 from aurora_jax.model.config import eos_token_id
+from aurora_jax.storage.records import object_in
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -25,12 +24,7 @@ def end_of_text_ids(
     """
     ids = metadata.config.eos_token_ids
     if GENERATION_CONFIG in files:
-        try:
-            values = json.loads(files[GENERATION_CONFIG])
-        except ValueError as error:
-            raise InputError(f"{where}: {GENERATION_CONFIG} is not JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{where}: {GENERATION_CONFIG} is not a JSON object.")
+        values = object_in(files[GENERATION_CONFIG], f"{where}: {GENERATION_CONFIG}")
         value = eos_token_id(values, f"{where}: {GENERATION_CONFIG}")
         ids = () if value is None else value if isinstance(value, tuple) else (value,)
     if metadata.data_fingerprints or not ids:

@@ -4,7 +4,7 @@ Hugging Face form both ways."""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from aurora_jax.errors import InputError
 
@@ -40,6 +40,10 @@ PADDING_HINT = (
     "vocabulary_divisible_by = N in the ModelConfig."
 )
 """What to do about a vocabulary that a mesh cannot divide."""
+
+NUMBERS: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+LARGEST = {"layers": 10_000}
+"""What is looped over before anything of that size has been seen."""
 
 BLOOM_LENGTH = 2_048
 """Tokens of the sequences that BLOOM was trained on; some published configs do not have them (`seq_length`)."""
@@ -93,6 +97,12 @@ class ModelConfig:
     probability nor gradient, and an export leaves them out."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(ModelConfig).items():
+            value = getattr(self, name)
+            if kind in NUMBERS and (type(value) not in NUMBERS[kind] or abs(value) > LARGEST.get(name, 2**31)):
+                raise InputError(
+                    f"ModelConfig.{name} is {value!r:.100}: {kind.__name__} of a model's size is expected."
+                )
         for name in (
             "vocabulary_size",
             "max_positions",

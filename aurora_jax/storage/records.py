@@ -1,5 +1,6 @@
 """The one door by which descriptions in JSON become dataclasses: every field of its annotated type, none unknown."""
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,26 @@ import msgspec
 from aurora_jax.errors import Damaged, InputError
 
 Description = TypeVar("Description")
+
+
+def object_in(content: bytes | str, where: object) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        where: names the file in messages.
+
+    Raises:
+        InputError: it is no UTF-8, no JSON, nested too deeply, or another value.
+    """
+    try:
+        values = json.loads(content.removeprefix(codecs.BOM_UTF8) if isinstance(content, bytes) else content)
+    except RecursionError:
+        raise InputError(f"{where}: not JSON: nested too deeply.") from None
+    except ValueError as error:  # no UTF-8, and numbers of more digits than Python reads, too
+        raise InputError(f"{where}: not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: not a JSON object.")
+    return values
 
 
 SHA256 = "sha256"
@@ -63,7 +84,7 @@ def described(content: bytes | Mapping[str, Any], kind: type[Description], where
             value = functools.reduce(operator.getitem, found[2].split("."), values)
             said = f"{found[2]} is {value!r:.100}: {found[1]}"
         raise InputError(f"{where}: {said}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (UnicodeError, RecursionError) as error:
         raise InputError(f"{where}: no JSON in UTF-8: {error}") from error
 
 

@@ -22,6 +22,7 @@ from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, t
 from aurora_jax.errors import Damaged, InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.records import object_in
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
 from aurora_jax.train.guard import no_statistics
@@ -118,7 +119,7 @@ def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
     if not kept_facts.is_file():
         raise InputError(f"{left} It does not say which run it was. {_away(output)}")
     try:
-        require_same_run(json.loads(kept_facts.read_text()), facts, kept_facts)
+        require_same_run(object_in(kept_facts.read_bytes(), kept_facts), facts, kept_facts)
     except InputError as error:
         raise InputError(f"{left} {error} {_away(output)}") from error
 
@@ -183,7 +184,8 @@ class RunCheckpoints:
         self._settle()
         try:
             if self._manager is None:
-                self._manager = ocp.CheckpointManager(self._output / run_folder.CHECKPOINTS, options=self._options)
+                with jax.transfer_guard("allow"):  # of several processes the first tells the others what is there
+                    self._manager = ocp.CheckpointManager(self._output / run_folder.CHECKPOINTS, options=self._options)
             begun = self._manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.records import object_in
 from aurora_jax.train.processes import is_first
 
 NAME = "goodput.json"
@@ -55,7 +57,12 @@ class Goodput:
     def __init__(self, output: Path):
         self._path = output / NAME
         now = time.time()
-        self._earlier: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._earlier: dict[str, Any] = {}
+        if self._path.exists():
+            try:
+                self._earlier = object_in(self._path.read_bytes(), self._path)
+            except InputError as error:
+                print(f"{error} The account of the time begins anew.", flush=True)
         self._since = self._earlier.get("since", now)
         self._before = dict.fromkeys((STEPS, *CAUSES), 0.0) | self._earlier.get("seconds", {})
         self._before["down"] += max(0.0, now - self._earlier.get("last_sign", now))

@@ -10,6 +10,7 @@ from pathlib import Path
 from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.records import object_in
 from aurora_jax.train import diagnosis
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import LEFT_OUT
@@ -35,8 +36,8 @@ def roll_back(config: TrainConfig) -> list[list[int]]:
 
 
 def _roll_back(config: TrainConfig, found: Path) -> None:
-    said = json.loads(found.read_text())
-    first, last = said["first"], said["last"]
+    said = object_in(found.read_bytes(), found)
+    first, last = int(said["first"]), int(said["last"])
     before = [step for step in run_folder.steps_in(config.output) if step <= first]
     sound = [step for step in before if format.is_checkpoint(run_folder.step_folder(config.output, step))]
     if len(sound) < config.rollback:

@@ -11,6 +11,7 @@ from typing import Any
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.records import object_in
 from aurora_jax.train.config import TrainConfig
 
 
@@ -31,7 +32,7 @@ class WandbRun:
     def __init__(self, config: TrainConfig, project: str):
         wandb = import_wandb()
         kept = config.output / "wandb.json"
-        identity = json.loads(kept.read_text())["id"] if kept.is_file() else secrets.token_hex(8)
+        identity = object_in(kept.read_bytes(), kept)["id"] if kept.is_file() else secrets.token_hex(8)
         write_file(kept, json.dumps({"project": project, "id": identity}) + "\n")
         self._run = wandb.init(
             project=project,

@@ -11,13 +11,13 @@ input.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from aurora_jax.errors import InputError
 from aurora_jax.languages import CODE
+from aurora_jax.storage.records import object_in
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def load_thresholds(path: Path | None) -> dict[str, Thresholds]:
     if path is None:
         return rows
     try:
-        changes = json.loads(path.read_text(encoding="utf-8"))
+        changes = object_in(path.read_bytes(), path)
         for language, fields in changes.items():
             unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(Thresholds)})
             if unknown:

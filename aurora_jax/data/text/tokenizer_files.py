@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from aurora_jax.data.batches.store import read_info
 from aurora_jax.errors import InputError
 from aurora_jax.storage.carried_files import decode_files
+from aurora_jax.storage.records import object_in
 
 Files: TypeAlias = dict[str, bytes]
 """Contents by name; a name in `additional_chat_templates/` has that folder before it."""
@@ -236,13 +237,7 @@ def _added_tokens(config: dict[str, Any], names: dict[str, Any], ids: dict[str, 
 
 
 def _json_of(files: Mapping[str, bytes], name: str, where: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise InputError(f"{where}/{name}: not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{where}/{name}: a JSON object is expected")
-    return values
+    return object_in(files.get(name, b"{}"), f"{where}/{name}")
 
 
 def require_tokenizer_of_stores(sha256: str, where: str | Path, directories: Mapping[str, str]) -> None:
