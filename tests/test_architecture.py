@@ -11,7 +11,7 @@ PAGE = ROOT / "docs" / "explanation" / "architecture.md"
 FILES = [file for room in ("aurora_jax", "convert") for file in sorted((ROOT / room).rglob("*.py"))]
 FULL = {
     "aurora_jax/launch": "one small command for any machine: its parts belong together, and none has 350 lines",
-    "aurora_jax/train": "the run, its state and its records; checkpoints, guard and goodput are to leave it",
+    "aurora_jax/train": "the run, its state and its records; what survives has a wing of its own",
     "aurora_jax/data/curation": "one Beam pipeline and its filters",
 }
 """Folders of more than twelve files, and why."""

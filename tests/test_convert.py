@@ -359,7 +359,7 @@ BAD_SINGLE = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: missing file"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: a JSON object"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
     "config without a size": (
         lambda f: rewrite_json(f / "config.json", lambda c: c.pop("n_layer")),
         "config.json.*n_layer",

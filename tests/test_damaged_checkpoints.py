@@ -234,6 +234,18 @@ def test_what_a_cut_off_save_left_is_removed_and_what_is_kept_stays(run, tmp_pat
     assert newest_step(config.output) == 8
 
 
+def test_a_save_that_outlasts_the_notice_of_a_preemption_is_said(tmp_path, capsys):
+    for grace in (1e-6, 1e6):
+        config = config_of(tmp_path / f"{grace}", checkpoint=CheckpointConfig(grace_seconds=grace, minutes=7))
+        checkpoints, state = checkpoints_of(config), program_of(config).random_state()
+        checkpoints.save(numbered(state, 1), "cap")
+        checkpoints.finish(numbered(state, 1), "cap")
+        for done in (1, 2):
+            assert not checkpoints.due(done)
+        checkpoints.close()
+        assert capsys.readouterr().out.count("costs up to 7 minutes between two checkpoints") == (grace < 1)
+
+
 def test_commands(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

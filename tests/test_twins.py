@@ -11,7 +11,7 @@ from aurora_jax.model.decoder import initial_parameters
 from aurora_jax.model.likelihood import Likelihood
 from aurora_jax.model.mesh import MeshConfig, make_mesh
 from aurora_jax.model.sharding import parameter_shardings
-from aurora_jax.train.twins import require_twins
+from aurora_jax.train.survival.twins import require_twins
 
 B, L, V = 16, 16, 64
 tokens = np.random.default_rng(0).integers(V, size=(B, L + 1)).astype(np.int32)

@@ -164,6 +164,8 @@ class RunCheckpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax fills pages with a save that fails; we say it
+        self._grace, self._saving_since = config.checkpoint.grace_seconds, 0.0
+        self._measured = False
         self._manager: ocp.CheckpointManager | None = None
         self._failures, self._failed = 0, False
         self._begun = time.monotonic()
@@ -182,6 +184,7 @@ class RunCheckpoints:
         texts = texts_of(self._files, self._run())
         self._due_at = time.monotonic() + self._interval if self._interval else float("inf")
         self._settle()
+        self._saving_since = time.monotonic()
         try:
             if self._manager is None:
                 with jax.transfer_guard("allow"):  # of several processes the first tells the others what is there
@@ -342,12 +345,28 @@ class RunCheckpoints:
                 self._failed, self._manager = True, None
 
     def _look(self) -> None:
-        """Has the save in the background failed?"""
-        if self._manager is not None:
-            try:
-                self._manager.check_for_errors()
-            except Exception as error:
-                self._say_failed(error)
+        """Has the save in the background failed? Of the first that has ended: is it quick enough?"""
+        if self._manager is None:
+            return
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._say_failed(error)
+            return
+        if not self._measured and not self._manager.is_saving_in_progress():
+            self._measured = True
+            self._say_if_slow(time.monotonic() - self._saving_since)
+
+    def _say_if_slow(self, seconds: float) -> None:
+        """A save that outlasts the notice of a preemption is lost: what is between two of them is what it costs."""
+        if seconds > self._grace and is_first():
+            bound = f"{self._interval / 60:g} minutes" if self._interval else "the steps"
+            print(
+                f"a checkpoint takes {seconds:.0f} s, and a preemption gives notice of {self._grace:.0f} s "
+                f"(--checkpoint.grace-seconds): one that is cut off costs up to {bound} between two checkpoints; "
+                "--checkpoint.minutes bounds that",
+                flush=True,
+            )
 
     def _say_failed(self, error: Exception) -> None:
         """Raises InputError when there is no point in trying again."""

@@ -132,6 +132,9 @@ class CheckpointConfig:
     minutes: float = 15.0
     """Minutes between checkpoints at most, whatever `every` says: what a machine that vanishes can cost; 0 to go by
     steps alone."""
+    grace_seconds: float = 30.0
+    """Notice of a preemption, in seconds (30 for spot TPUs, by Google Cloud's documentation): if the first checkpoint
+    takes longer, the run says what a preemption can then cost."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None

@@ -28,24 +28,24 @@ from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
-from aurora_jax.train.compiled import keep_compiled_programs
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.diagnosis import places_of, write_diagnosis
 from aurora_jax.train.facts import LEFT_OUT, run_facts
-from aurora_jax.train.goodput import Goodput
 from aurora_jax.train.judged import judged_on
 from aurora_jax.train.metrics import MetricsLog
 from aurora_jax.train.processes import is_first, of_first, require_shared, stop_requested, wait_for_all
 from aurora_jax.train.profile import StepTrace
 from aurora_jax.train.program import Program
-from aurora_jax.train.rollback import roll_back
 from aurora_jax.train.samples import Sampler
 from aurora_jax.train.state import TrainState
+from aurora_jax.train.survival.compiled import keep_compiled_programs
+from aurora_jax.train.survival.diagnosis import places_of, write_diagnosis
+from aurora_jax.train.survival.goodput import Goodput
+from aurora_jax.train.survival.rollback import roll_back
+from aurora_jax.train.survival.twins import require_twins
+from aurora_jax.train.survival.watchdog import Watchdog
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.travelling import RunFiles, files_of_run, with_end_of
-from aurora_jax.train.twins import require_twins
 from aurora_jax.train.wandb_run import import_wandb
-from aurora_jax.train.watchdog import Watchdog
 
 SAID_OF_SKIPPED = ("loss", "gradient_norm", "learning_rate")
 

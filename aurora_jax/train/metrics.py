@@ -20,8 +20,8 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.train.config import TrainConfig
-from aurora_jax.train.goodput import share_of
 from aurora_jax.train.processes import is_first
+from aurora_jax.train.survival.goodput import share_of
 from aurora_jax.train.throughput import Throughput
 from aurora_jax.train.wandb_run import WandbRun
 

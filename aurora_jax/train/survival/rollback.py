@@ -11,10 +11,10 @@ from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.storage.records import object_in
-from aurora_jax.train import diagnosis
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import LEFT_OUT
 from aurora_jax.train.processes import is_first, wait_for_all
+from aurora_jax.train.survival import diagnosis
 
 NEWER = "The run is rolled back to before a checkpoint"
 
