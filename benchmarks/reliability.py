@@ -130,8 +130,8 @@ def stepping(rounds: int) -> list[dict]:
     from aurora_jax.data.batches.loader import Batch
     from aurora_jax.model.config import ModelConfig
     from aurora_jax.model.mesh import make_mesh, place
-    from aurora_jax.train.goodput import Goodput
     from aurora_jax.train.program import Program
+    from aurora_jax.train.survival.goodput import Goodput
 
     config = load_config(ROOT / "configs" / "nano_aurora.py")
     model = ModelConfig(4_096, 256, 256, 4, 4, 768)
