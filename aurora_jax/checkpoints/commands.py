@@ -178,7 +178,7 @@ class LineageCommand:
             branch = branch.add(f"stage {stage.get('stage')}: steps {before + 1} to {step} of {stage.get('run', '?')}")
             before = step
         if said.step != before:
-            branch = branch.add(f"stage {said.stage}, not ended: steps {before + 1} to {said.step}")
+            branch = branch.add(f"stage {said.stage}: steps {before + 1} to {said.step}, where this was written")
         tree.add(f"tokenizer: {said.tokenizer_sha256 or 'none'}")
         data = tree.add("data, fingerprints of the stores" if said.data_fingerprints else "data: none")
         for task, fingerprint in sorted(said.data_fingerprints.items()):
