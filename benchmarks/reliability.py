@@ -125,13 +125,13 @@ def stepping(rounds: int) -> list[dict]:
     """Seconds of a step with guard and goodput, and of one without."""
     import jax
     import numpy as np
+    from aurora_jax.train.goodput import Goodput
 
     from aurora_jax.cli import load_config
     from aurora_jax.data.batches.loader import Batch
     from aurora_jax.model.config import ModelConfig
     from aurora_jax.model.mesh import make_mesh, place
     from aurora_jax.train.program import Program
-    from aurora_jax.train.survival.goodput import Goodput
 
     config = load_config(ROOT / "configs" / "nano_aurora.py")
     model = ModelConfig(4_096, 256, 256, 4, 4, 768)
@@ -177,7 +177,7 @@ def starting(rounds: int) -> list[dict]:
         raise SystemExit("the corpus of `make quickstart` is wanted: run that first")
     command = [sys.executable, "-m", "aurora_jax", "train", str(ROOT / "configs" / "nano_base.py")]
     command += ["--data.corpus", str(corpus / "corpus"), "--data.stores", str(corpus / "stores")]
-    command += ["--data.tokenizer", str(corpus / "tokenizer"), "--output", str(run), "--evaluation.tasks"]
+    command += ["--data.tokenizer", str(ROOT / "examples" / "nano"), "--output", str(run), "--evaluation.tasks"]
     environment = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
     seconds: dict[str, list[float]] = {"kept": [], "anew": []}
     try:

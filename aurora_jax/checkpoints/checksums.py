@@ -8,7 +8,9 @@ the cut into blocks and files matters, and each device sums what it holds.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from jax.experimental import multihost_utils
 WORDS = {2: np.uint16, 4: np.uint32}
 """Unsigned integers of as many bytes as an element."""
 MODULUS = 2**32
+PIECE_BYTES = 16 << 20
 
 
 class Checksum(NamedTuple):
@@ -86,19 +89,32 @@ def _on_hosts(arrays: Sequence[jax.Array]) -> np.ndarray:
 
     Of copies of a part, one is counted.
     """
-    own = [
-        sum_of(
-            of_part(jax.device_get(shard.data), [axis.start or 0 for axis in shard.index], array.shape)
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        )
-        for array in arrays
+    parts = [
+        (number, array.shape, [axis.start or 0 for axis in shard.index], jax.device_get(shard.data))
+        for number, array in enumerate(arrays)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
     ]
+    own = [Checksum()] * len(arrays)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pieces = [piece for part in parts for piece in _pieces(*part)]
+        for (number, *_), found in zip(pieces, pool.map(lambda piece: of_part(*piece[1:]), pieces), strict=True):
+            own[number] += found
     table = np.array(own, np.uint32)
     if jax.process_count() == 1:
         return table
     with jax.transfer_guard("allow"):
         return multihost_utils.process_allgather(table).sum(axis=0, dtype=np.uint32)
+
+
+def _pieces(
+    number: int, shape: tuple[int, ...], origin: list[int], values: np.ndarray
+) -> Iterator[tuple[int, np.ndarray, list[int], tuple[int, ...]]]:
+    """A part cut along its first dimension into pieces of PIECE_BYTES or a little more, for `of_part`."""
+    rows = max(1, len(values) * PIECE_BYTES // max(1, values.nbytes)) if values.ndim > 1 else 0
+    for start in range(0, len(values), rows) if rows else (0,):
+        piece = values[start : start + rows] if rows else values
+        yield number, piece, [origin[0] + start, *origin[1:]] if rows else origin, shape
 
 
 def on_devices(arrays: Sequence[jax.Array]) -> np.ndarray:

@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 
 FOLDER = "compiled"
+LEAST_SECONDS = 0.1
+"""Of compiling, for a program to be kept: a start has dozens of small ones."""
 MOST_BYTES = 4 << 30
 """The programs that were not used for longest go first."""
 
@@ -19,3 +21,4 @@ def keep_compiled_programs(output: Path) -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(output.absolute() / FOLDER))
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
