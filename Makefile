@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python benchmarks/flash_attention.py
 	$(BIN)/python -m aurora_jax data sample quickstart/corpus
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/reliability.py
 
 docs: setup
 	$(BIN)/mkdocs build --strict
