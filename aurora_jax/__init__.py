@@ -3,7 +3,14 @@
 `import aurora_jax as aurora` has the names of FACE and `sample_corpus`; JAX is imported at the first use.
 """
 
+import os
 from typing import Any
+
+# Buckets are read through gcsfs: TensorFlow's file system takes seconds to import, and is asked by whoever uses etils
+# first, Orbax too, once for the process.
+os.environ.setdefault("EPATH_USE_TF", "false")
+# It would ask for the kind of bucket at every call, where it may not know it.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 FACE = ("Model", "TrainingRun", "load")
 

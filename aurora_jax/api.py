@@ -50,6 +50,7 @@ from aurora_jax.generate.text import TextGenerator, TextSettings
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.sharding import parameter_count
 from aurora_jax.storage.carried_files import write_files
+from aurora_jax.storage.places import Place, is_remote, place_of
 from aurora_jax.train.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
 from aurora_jax.train.stages import LearningRate, Stage
 
@@ -123,11 +124,13 @@ def load(
         >>> model
         Model('examples/nano': 3,353,600 parameters, 4 layers, 4,096 tokens)
     """
-    path = Path(path)
+    path = place_of(path)
     if not (path / "config.json").is_file():
         if checkpoint is not None or dtype is not None:
             raise InputError(f"{path} is no Hugging Face folder: checkpoint= and dtype= are for one that is converted.")
         return Model(path)
+    if is_remote(path):
+        raise InputError(f"{path} is a Hugging Face folder in a bucket: copy it to a disk first.")
     from convert.from_torch import from_torch
 
     if checkpoint is not None:
@@ -156,8 +159,8 @@ class Model:
         config: the architecture.
     """
 
-    def __init__(self, path: Path, name: Path | None = None):
-        self.checkpoint = Path(checkpoint_format.resolve(path))
+    def __init__(self, path: Place, name: Place | None = None):
+        self.checkpoint = place_of(checkpoint_format.resolve(path))
         self.config: ModelConfig = checkpoint_format.read_metadata(self.checkpoint).config
         self._name = name or path
         self._generator: TextGenerator | None = None
@@ -331,7 +334,7 @@ class Model:
         missing = [name for name, value in (("steps", steps), ("peak", peak), ("output", output)) if value is None]
         if steps is None or peak is None or output is None:
             raise InputError(f"model.train needs {' and '.join(f'{name}=' for name in missing)}, or a TrainConfig.")
-        output = Path(output)
+        output = place_of(output)
         text = training_text(corpus, held_out, output)
         one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
         divided = one_cpu and batch_size % ROWS_IN_CACHE == 0
@@ -613,7 +616,7 @@ class TrainingRun:
 
     def report(
         self, path: str | Path | None = None, *, samples: str | Path | None = None, commands: Sequence[str] = ()
-    ) -> Path:
+    ) -> Place:
         """Writes a page, report.html: what was learnt, what was kept, with charts.
 
         Args:
@@ -631,7 +634,7 @@ class TrainingRun:
             >>> run.report().name
             'report.html'
         """
-        page = self.output / "report.html" if path is None else Path(path)
+        page = self.output / "report.html" if path is None else place_of(path)
         for sentence in write_report(
             self.output, page, samples=None if samples is None else Path(samples), commands=commands
         ):

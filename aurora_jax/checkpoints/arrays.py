@@ -18,11 +18,12 @@ from jax.experimental import multihost_utils
 from aurora_jax.checkpoints import checksums
 from aurora_jax.checkpoints.checksums import Checksum, paths_of
 from aurora_jax.checkpoints.format import PARAMETERS, damage_named, read_metadata, read_metadata_of, resolve
-from aurora_jax.checkpoints.metadata import Contents, Location
+from aurora_jax.checkpoints.metadata import Contents
 from aurora_jax.errors import Damaged, InputError
 from aurora_jax.model.config import PADDING_HINT
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
+from aurora_jax.storage.places import Location
 
 READERS = 4
 """Threads that read chunks."""

@@ -1,6 +1,6 @@
 """`aurora checkpoints`: what a run has kept, whether it is sound, what can go, and where it came from."""
 
-import shutil
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -17,24 +17,40 @@ from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.checkpoints.arrays import prove_arrays
 from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.errors import Damaged, InputError
+from aurora_jax.storage.places import (
+    Place,
+    absolute,
+    absolute_place,
+    files_below,
+    place_of,
+    refused_as,
+    remove,
+    status_of,
+)
 
 
-def _checkpoints_of(path: Path) -> list[Path]:
+def _checkpoints_of(path: Place) -> list[Place]:
     """A checkpoint itself; of a run, its steps in order and then its stages, whatever is in them. Raises InputError."""
     if not path.is_dir():
         raise InputError(f"{path}: no such folder.")
     if (path / format.METADATA).exists() or (path / format.PARAMETERS).exists():
-        return [path.absolute()]
+        return [absolute_place(path)]
     steps = [run_folder.step_folder(path, step) for step in run_folder.steps_in(path)]
-    stages = path.absolute() / run_folder.STAGES
+    stages = absolute_place(path) / run_folder.STAGES
     named = [entry for entry in stages.iterdir() if format.TEMPORARY not in entry.name] if stages.is_dir() else []
-    if not (found := steps + sorted(named, key=lambda entry: entry.stat().st_mtime)):
+    if not (found := steps + sorted(named, key=lambda entry: _written(entry))):
         raise InputError(f"{path}: neither a checkpoint nor a run with checkpoints/ or stages/.")
     return found
 
 
-def _bytes_on_disk(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _bytes_on_disk(folder: Place) -> int:
+    return sum(status_of(file)[0] for file in files_below(folder))
+
+
+def _written(checkpoint: Place) -> float:
+    """Seconds since 1970; 0 for one that was never finished."""
+    marker = checkpoint / format.COMMIT_MARKER
+    return status_of(marker)[1] if marker.exists() else 0.0
 
 
 def _gigabytes(count: int) -> str:
@@ -52,21 +68,21 @@ class ListCommand:
     def run(self) -> None:
         """Raises InputError if there is none."""
         table = Table("checkpoint", "step", "stage", "on disk", "written", "code", "state", title=str(self.folder))
-        for path in _checkpoints_of(self.folder):
+        for path in _checkpoints_of(place_of(self.folder)):
             problem = format.problem_of(path)
             try:
-                said = format.read_metadata_of(format.absolute(path))
+                said = format.read_metadata_of(absolute(path))
                 step, stage = str(said.step), said.stage or ""
                 code = said.made_with.get("revision", "")[:12] or f"jax {said.made_with.get('jax', 'unknown')}"
                 state = problem or ("complete" if said.contents else "complete; has no checksums")
             except InputError as error:
                 step, stage, code, state = "?", "", "", problem or str(error)
-            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(path)))
             name = f"{path.parent.name}/{path.name}"
             table.add_row(name, step, stage, _gigabytes(_bytes_on_disk(path)), written, code, state)
         # A pipe has no width: rich would cut at 80 columns.
         Console(width=None if sys.stdout.isatty() else 240).print(table)
-        aside = self.folder.absolute() / run_folder.SET_ASIDE
+        aside = absolute_place(place_of(self.folder)) / run_folder.SET_ASIDE
         for path in sorted(aside.iterdir()) if aside.is_dir() else ():
             Console().print(f"set aside: {path} ({_gigabytes(_bytes_on_disk(path))})", soft_wrap=True, highlight=False)
 
@@ -82,7 +98,7 @@ class VerifyCommand:
     def run(self) -> None:
         """Raises InputError if anything is damaged, or could not be proved."""
         console, bad = Console(), []
-        for path in _checkpoints_of(self.folder):
+        for path in _checkpoints_of(place_of(self.folder)):
             try:
                 said = proved(path)
             except Damaged as error:
@@ -97,10 +113,10 @@ class VerifyCommand:
             size = _gigabytes(sum(said.contents.bytes.values()))
             console.print(f"{path}: sound, {arrays} arrays, {size}", soft_wrap=True, highlight=False)
         if bad:
-            raise InputError(f"{len(bad)} of {len(_checkpoints_of(self.folder))} checkpoints are not sound.")
+            raise InputError(f"{len(bad)} of {len(_checkpoints_of(place_of(self.folder)))} checkpoints are not sound.")
 
 
-def proved(path: Path) -> CheckpointMetadata:
+def proved(path: Place) -> CheckpointMetadata:
     """Reads all of a checkpoint, with a progress bar on standard error; its metadata.
 
     Raises:
@@ -108,7 +124,7 @@ def proved(path: Path) -> CheckpointMetadata:
     """
     if problem := format.problem_of(path):
         raise Damaged(problem)
-    directory = format.absolute(path)
+    directory = absolute(path)
     metadata = format.read_metadata_of(directory)
     if metadata.contents is None:
         return metadata
@@ -138,23 +154,24 @@ class PruneCommand:
         """Raises InputError if there is nothing to keep."""
         if self.keep < 1:
             raise InputError(f"--keep {self.keep}: at least one checkpoint stays; to remove a run, remove its folder.")
-        steps = run_folder.steps_in(self.folder)
-        sound = [step for step in steps if format.problem_of(run_folder.step_folder(self.folder, step)) is None]
+        folder = place_of(self.folder)
+        steps = run_folder.steps_in(folder)
+        sound = [step for step in steps if format.problem_of(run_folder.step_folder(folder, step)) is None]
         if not sound:
             raise InputError(f"{self.folder}: no complete checkpoint, so that none would be left: nothing is removed.")
         oldest_kept = sound[-self.keep :][0]
-        go = [run_folder.step_folder(self.folder, step) for step in steps if step < oldest_kept]
-        aside = self.folder.absolute() / run_folder.SET_ASIDE
+        go = [run_folder.step_folder(folder, step) for step in steps if step < oldest_kept]
+        aside = absolute_place(folder) / run_folder.SET_ASIDE
         if self.set_aside and aside.is_dir():
             go += sorted(aside.iterdir())
         for path in go:
             size = _gigabytes(_bytes_on_disk(path))
             if self.yes:
-                shutil.rmtree(path)
+                remove(path)
             print(f"{'removed' if self.yes else 'would remove'} {path} ({size})")
         print(f"{len(go)} go, {len(steps) - sum(path.parent != aside for path in go)} steps stay" + self._hint(go))
 
-    def _hint(self, go: list[Path]) -> str:
+    def _hint(self, go: list[Place]) -> str:
         return "; --yes does it" if go and not self.yes else ""
 
 
@@ -196,9 +213,27 @@ def _first_weights(source: dict[str, Any] | None) -> str:
     return str(source.get("path", source))
 
 
+@dataclass(frozen=True)
+class NewestCommand:
+    """Prints the newest complete checkpoint of a run as JSON, for programs: its step (null if there is none) and the
+    revision of the code that wrote it (null if it does not say)."""
+
+    folder: tyro.conf.Positional[Path]
+    """A run."""
+
+    def run(self) -> None:
+        """Raises InputError if the folder cannot be read."""
+        folder = place_of(self.folder)
+        with refused_as(f"{folder} cannot be read"):
+            step = run_folder.newest_step(folder)
+        said = format.read_metadata_of(absolute(run_folder.step_folder(folder, step))) if step is not None else None
+        print(json.dumps({"step": step, "revision": said.made_with.get("revision") if said else None}))
+
+
 COMMANDS: dict[str, Any] = {
     "ls": ListCommand,
     "verify": VerifyCommand,
     "prune": PruneCommand,
     "lineage": LineageCommand,
+    "newest": NewestCommand,
 }

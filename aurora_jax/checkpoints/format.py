@@ -12,21 +12,21 @@ Whatever is read is compared with the metadata's checksums: what differs raises 
 the item. A checkpoint of format 1, of versions until 2026-11-25, has none; it is read, and that is said.
 """
 
-import os
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata, Location
+from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata
 from aurora_jax.errors import Damaged, InputError
 from aurora_jax.storage.carried_files import decode_files
+from aurora_jax.storage.places import Location, Place, absolute
 from aurora_jax.storage.records import json_sha256
 
 PARTIAL_SUFFIX = ".partial"
@@ -34,8 +34,11 @@ PARTIAL_SUFFIX = ".partial"
 
 PARAMETERS, OPTIMIZER, FILES, METADATA, RUN = "params", "optimizer", "tokenizer", "metadata", "run"
 COMMIT_MARKER = "_CHECKPOINT_METADATA"
-"""Orbax writes it last."""
+"""Orbax writes it first, and the time of the commit into it last."""
 
+COMMIT_MARK_IN_BUCKET = "commit_success.txt"
+"""Orbax writes it beside the marker where folders cannot be renamed, and takes no checkpoint for one without it."""
+COMMITTED = "commit_timestamp_nsecs"
 TEMPORARY = "orbax-checkpoint-tmp"
 """In the names of folders that Orbax has not finished."""
 
@@ -54,11 +57,25 @@ def missing_items(directory: epath.Path) -> list[str]:
     needed = [COMMIT_MARKER, METADATA, PARAMETERS]
     if (missing := [name for name in needed if not (directory / name).exists()]) or not directory.is_dir():
         return missing
+    if not is_committed(directory):
+        return [COMMIT_MARKER]
     try:
         contents = read_metadata_of(directory).contents
     except InputError:  # said when it is read
         return []
     return sorted(name for name in (contents.items if contents else ()) if not (directory / name).exists())
+
+
+def is_committed(directory: Place) -> bool:
+    """Whether a folder's writer came to its end, whatever has become of it since. On a file system nothing else has a
+    checkpoint's name; in a bucket, where folders cannot be renamed, what a save that was cut off has left has."""
+    try:
+        said = json.loads((directory / COMMIT_MARKER).read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:  # damaged: that was written
+        return True
+    return not isinstance(said, dict) or said.get(COMMITTED, "") is not None
 
 
 def resolve(path: Location) -> epath.Path:
@@ -162,12 +179,6 @@ def _read_proved_json(directory: epath.Path, item: str) -> dict[str, Any] | None
     if contents and contents.sha256.get(item) != json_sha256(values):
         raise Damaged(f"{directory / item}: the checkpoint is damaged: it is not what was written")
     return values
-
-
-def absolute(path: Location) -> epath.Path:
-    """Orbax takes absolute paths only; a URL such as gs://... is one."""
-    location = epath.Path(path)
-    return location if "://" in os.fspath(path) else epath.Path(Path(location).absolute())
 
 
 def _read_json(item: epath.Path) -> dict[str, Any]:

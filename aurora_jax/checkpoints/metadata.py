@@ -1,12 +1,12 @@
 """What a checkpoint says about itself."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from aurora_jax.errors import Damaged, InputError
 from aurora_jax.model.config import ModelConfig, from_hf_config
+from aurora_jax.storage.places import Location
 from aurora_jax.storage.records import SHA256, described, with_digest, without_digest
 
 FORMAT_VERSION = 2
@@ -29,8 +29,6 @@ ARCHITECTURE = (
 )
 """Fields of ModelConfig that the weights depend on; the others (dropout, token ids, ...) may differ between a
 checkpoint and its use, and so may `max_positions` where positions are not learned."""
-
-Location: TypeAlias = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Checkpoints are written: whole or not at all, with what proves them."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,15 +19,15 @@ from aurora_jax.checkpoints.format import (
     METADATA,
     PARAMETERS,
     RUN,
-    absolute,
 )
-from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata, Contents, Location
+from aurora_jax.checkpoints.metadata import FORMAT_VERSION, CheckpointMetadata, Contents
 from aurora_jax.checkpoints.provenance import made_with
 from aurora_jax.errors import InputError
 from aurora_jax.model.decoder import check_parameters
 from aurora_jax.model.sharding import TABLE, flatten, nest
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.storage.carried_files import encode_files
+from aurora_jax.storage.places import Location, absolute, is_remote
 from aurora_jax.storage.records import json_sha256
 
 JSON_FILE = "metadata"
@@ -154,7 +155,10 @@ def write_checkpoint(
             destination.parent.glob(f"{destination.name}.orbax-checkpoint-tmp*") if destination.parent.is_dir() else ()
         ):
             temporary.rmtree(missing_ok=True)
-        if isinstance(error, OSError):
+        if is_remote(destination):  # Orbax writes to the very place
+            with contextlib.suppress(Exception):  # the error that is known already
+                destination.rmtree(missing_ok=True)
+        if isinstance(error, OSError) or (is_remote(destination) and isinstance(error, Exception)):
             raise InputError(f"{destination} cannot be written: {error}.") from error
         raise
 

@@ -1,13 +1,13 @@
 """Reading a run's metrics.jsonl (which `aurora_jax/train/metrics.py` writes)."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from aurora_jax.errors import InputError
-from aurora_jax.storage import json_lines
+from aurora_jax.storage import line_log
+from aurora_jax.storage.places import Place
 
 
 @dataclass
@@ -68,16 +68,16 @@ KINDS: dict[str, type[_Row]] = {
 """What a row has at least, by the key that tells its kind. It may have more."""
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Place) -> list[dict]:
     """Rows of a metrics.jsonl; a last line that a dying process left unfinished is ignored.
 
     Raises:
         InputError: there is no such file, a line before the last is not a JSON object, or a row is none of a run's:
             its number and what is wrong are named.
     """
-    if not path.is_file():
+    if not line_log.is_there(path):
         raise InputError(f"{path}: no such file; give the folder of a training run (its --output).")
-    rows = json_lines.read_log(path)
+    rows = line_log.read_log(path)
     for number, row in enumerate(rows, start=1):
         kind = next((kind for key, kind in KINDS.items() if key in row), _Row)
         try:

@@ -24,6 +24,7 @@ from aurora_jax.evaluate.metrics_file import read_metrics
 from aurora_jax.evaluate.run_record import RunRecord, read_run_record
 from aurora_jax.languages import CODE, in_order, name_of
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place, absolute_place, place_of
 
 UNKNOWN_RUN = RunRecord()
 
@@ -99,8 +100,9 @@ class ReportCommand:
 
     def run(self) -> None:
         """Raises InputError if the folder is not that of a run."""
-        output = self.output or self.run_directory / "report.html"
-        for sentence in write_report(self.run_directory, output, samples=self.samples):
+        run = place_of(self.run_directory)
+        output = run / "report.html" if self.output is None else place_of(self.output)
+        for sentence in write_report(run, output, samples=self.samples):
             print(sentence)
         print(f"wrote {output}")
 
@@ -191,7 +193,7 @@ def check_expectations(
 
 
 def write_report(
-    run_directory: Path, output: Path, *, samples: Path | None = None, commands: Sequence[str] = ()
+    run_directory: Place, output: Place, *, samples: Path | None = None, commands: Sequence[str] = ()
 ) -> list[str]:
     """Writes the page, and its charts as PNG files beside it.
 
@@ -215,7 +217,7 @@ def write_report(
     record = read_run_record(run_directory)
     changes = before_after(rows, record)
     boundaries = stage_ends(steps)
-    name = run_directory.resolve().name
+    name = absolute_place(run_directory).name
     parts = [f"<h1>{html.escape(name)}: what was learnt, what was kept</h1>"]
     charts: dict[str, Figure] = {}
     if changes:
@@ -262,7 +264,9 @@ def write_report(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     for chart, figure in charts.items():
-        figure.savefig(output.parent / f"{chart}.png", dpi=150)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        write_file(output.parent / f"{chart}.png", picture.getvalue())
     title = html.escape(f"{name}: what was learnt, what was kept")
     write_file(
         output,

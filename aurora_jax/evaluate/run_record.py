@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage.places import Place
 from aurora_jax.storage.records import object_in
 
 UNDETERMINED = "und"
@@ -38,7 +38,7 @@ class RunRecord:
         return {task: tag if several[tag] == 1 else f"{tag}/{task}" for task, tag in languages.items()}
 
 
-def read_run_record(run_directory: Path) -> RunRecord:
+def read_run_record(run_directory: Place) -> RunRecord:
     """Of a run's folder. Raises InputError if its run.json is malformed."""
     path = run_directory / "run.json"
     if not path.is_file():

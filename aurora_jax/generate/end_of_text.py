@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from aurora_jax.checkpoints.metadata import CheckpointMetadata, Location
+from aurora_jax.checkpoints.metadata import CheckpointMetadata
 from aurora_jax.data.text.tokenizer import Tokenizer
 from aurora_jax.model.config import eos_token_id
+from aurora_jax.storage.places import Location
 from aurora_jax.storage.records import object_in
 
 GENERATION_CONFIG = "generation_config.json"

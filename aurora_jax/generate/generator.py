@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.checkpoints import format as checkpoint
 from aurora_jax.checkpoints.arrays import restore_parameters
-from aurora_jax.checkpoints.metadata import Location
 from aurora_jax.errors import InputError
 from aurora_jax.generate import decoding
 from aurora_jax.generate.decoding import DecodingState
@@ -26,6 +25,7 @@ from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.decoder import structure_of
 from aurora_jax.model.division import Division
 from aurora_jax.model.sharding import TENSOR_AXIS, dimensions, nest, parameter_shapes, rows_of
+from aurora_jax.storage.places import Location
 
 ROWS_AXIS = "fsdp"
 """Mesh axis over which the rows of a batch are divided; weights are whole along it."""

@@ -6,12 +6,15 @@ the run's own environment has; a test compares.
 
 import json
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ITEMS = ("params", "metadata", "_CHECKPOINT_METADATA")
 """What a complete checkpoint has."""
+LONGEST_LOOK = 300.0
+"""Seconds for a look into a bucket."""
 FACTS = "run/metadata"
 """JSON, within a checkpoint: the facts of its run, `revision` among them."""
 
@@ -45,11 +48,22 @@ def output_of(command: Sequence[str]) -> str | None:
     return found or None
 
 
-def newest_checkpoint(output: str | None) -> Newest | None:
+def newest_of(command: Sequence[str]) -> Newest | None:
+    """The newest checkpoint of the run that a command, its interpreter first, trains."""
+    return newest_checkpoint(output_of(command), command[0] if command else None)
+
+
+def newest_checkpoint(output: str | None, python: str | None = None) -> Newest | None:
     """The newest checkpoint in OUTPUT/checkpoints; None if that cannot be known: no folder was named, or it
-    cannot be read."""
+    cannot be read.
+
+    Args:
+        python: the run's interpreter, which has the libraries that read buckets.
+    """
     if output is None:
         return None
+    if output.startswith("gs://"):
+        return _newest_in_bucket(output, python) if python else None
     folder = Path(output) / "checkpoints"
     try:
         if not folder.is_dir():
@@ -64,6 +78,16 @@ def newest_checkpoint(output: str | None) -> Newest | None:
     except (OSError, ValueError):
         return None
     return Newest(int(newest.name), revision)
+
+
+def _newest_in_bucket(output: str, python: str) -> Newest | None:
+    command = [python, "-m", "aurora_jax", "checkpoints", "newest", output]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_LOOK, check=True).stdout
+        found = json.loads(said)
+        return Newest(found["step"], found["revision"])
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        return None
 
 
 def revision_at(code: Path) -> str | None:

@@ -61,7 +61,7 @@ class Status:
             self.values["state"] = self.state if self.alive else "dead"
         if command and self.values.get("command", command) != command:
             self.values["state"] = "other" if self.alive else "none"
-        self._output = progress.output_of(command or self.values.get("command", []))
+        self._command = command or self.values.get("command", [])
 
     @property
     def state(self) -> str:
@@ -83,7 +83,7 @@ class Status:
         if self.state != "none":
             words.append(f"since {self.values['since']}, start {self.values['attempt']}")
             words.append(f"code {self.values.get('revision', 'unknown')[:12]}")
-        newest = progress.newest_checkpoint(self._output)
+        newest = progress.newest_of(self._command)
         words.append(str(newest) if newest else "")
         if self.state != "none":
             if newest and (count := fruitless_starts(self.values, newest.step)):
@@ -155,7 +155,6 @@ class Supervisor:
     def __init__(self, directory: Path, command: list[str], first_pause: float, grace: float):
         self._directory, self._command = directory, command
         self._first_pause, self._grace = first_pause, grace
-        self._output = progress.output_of(command)
         self._checkpoint: int | None = None
         self._fruitless = 0
         self._told: str | None = None
@@ -224,7 +223,7 @@ class Supervisor:
         return self._told or ("failed" if code in (BAD_INPUT, DIVERGED, CHIP_FAULT) else "waiting")
 
     def _newest_step(self) -> int | None:
-        newest = progress.newest_checkpoint(self._output)
+        newest = progress.newest_of(self._command)
         return None if newest is None else newest.step
 
     def _status(self, state: str, attempt: int, code: int | None) -> None:

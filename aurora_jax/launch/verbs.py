@@ -213,17 +213,14 @@ def _require_train_command(options: Options) -> None:
         raise Stop(f"{options.verb}: give a config, such as configs/nano_aurora.py; options come before it")
     deployment.require_config(config, options.commit)
     output = output_of(options.train) or ""
-    if output.startswith(("gs:", "s3:")):
-        raise Stop(
-            f"--output {output}: a run writes through the file system: `setup --bucket B` mounts gs://B on the hosts, "
-            "then --output /mnt/B/..."
-        )
-    if not output.startswith("/"):
+    if output.startswith("s3:"):
+        raise Stop(f"--output {output}: a run does not write to s3://; give --output gs://B/... or a folder")
+    if not output.startswith(("/", "gs://")):
         if options.verb == "watch" and not options.hosts:
             raise Stop(
                 f"watch: --output must outlive the TPU VMs, and '{output or 'the default of the config'}' is "
                 "on their disks: "
-                "give --bucket B and --output /mnt/B/..."
+                "give --output gs://B/... (or --bucket B and --output /mnt/B/...)"
             )
         say(
             "note: --output is relative, on each host's own disk, which goes with the VM; a run over several "

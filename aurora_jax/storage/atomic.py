@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aurora_jax.storage.places import Place, is_remote
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a local file, whose folder is there; one of that name is replaced. A crash leaves the old or the new."""
+
+def write_file(path: Place, content: str | bytes) -> None:
+    """Writes a file, whose folder is there; one of that name is replaced. A crash leaves the old or the new."""
+    if is_remote(path):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with unfinished.open("xb") as file:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,9 @@ from aurora_jax.checkpoints.provenance import revision_fact
 from aurora_jax.checkpoints.writing import save_args, save_checkpoint, sealed, texts_of
 from aurora_jax.errors import Damaged, InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage import line_log
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place, absolute, absolute_place
 from aurora_jax.storage.records import object_in
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import require_same_run
@@ -44,7 +45,7 @@ class Start:
     """Where a run's first state comes from."""
 
     kind: Literal["resume", "checkpoint", "random"]
-    path: Path | None = None
+    path: Place | None = None
 
 
 def choose_start(config: TrainConfig) -> Start:
@@ -62,7 +63,7 @@ def choose_start(config: TrainConfig) -> Start:
     """
     if (newest := _chosen_step(config.output)) is not None:
         return Start("resume", run_folder.step_folder(config.output, newest))
-    stages = config.output.absolute() / "stages"
+    stages = absolute_place(config.output) / "stages"
     kept = sorted(entry for entry in stages.iterdir() if format.is_checkpoint(entry)) if stages.is_dir() else []
     if kept:
         names = ", ".join(f"{entry.name} (step {format.read_metadata(entry).step})" for entry in kept)
@@ -73,11 +74,11 @@ def choose_start(config: TrainConfig) -> Start:
             "takes a stage's weights."
         )
     if config.initial_checkpoint is not None:
-        return Start("checkpoint", Path(format.resolve(config.initial_checkpoint)))
+        return Start("checkpoint", format.resolve(config.initial_checkpoint))
     return Start("random")
 
 
-def _chosen_step(output: Path) -> int | None:
+def _chosen_step(output: Place) -> int | None:
     """The checkpoint that all processes go on from, chosen by the first: two hosts may see a folder differently."""
     newest = run_folder.newest_sound_step(output) if is_first() else None
     step = of_first(0 if newest is None else newest + 1) - 1
@@ -94,11 +95,11 @@ def _chosen_step(output: Path) -> int | None:
     return step
 
 
-def _away(output: Path) -> str:
+def _away(output: Place) -> str:
     return f"Give another --output, or move the earlier run away: mv {output} {output}.earlier"
 
 
-def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
+def require_no_earlier_run(output: Place, facts: Mapping[str, Any]) -> None:
     """Of a run that begins: is its folder free of what another run has left there?
 
     A run that died before its first checkpoint begins again in its folder: its metrics go, as those of steps that are
@@ -108,7 +109,7 @@ def require_no_earlier_run(output: Path, facts: Mapping[str, Any]) -> None:
         InputError: metrics.jsonl has steps of a run with other facts.
     """
     metrics = output / "metrics.jsonl"
-    steps = sum("loss" in row for row in read_metrics(metrics)) if metrics.exists() else 0
+    steps = sum("loss" in row for row in read_metrics(metrics)) if line_log.is_there(metrics) else 0
     if not steps:
         return
     left = (
@@ -145,7 +146,7 @@ class RunCheckpoints:
         facts: Mapping[str, Any],
         run: str,
     ):
-        self._output = config.output.absolute()
+        self._output = absolute_place(config.output)
         self._ends = config.ends
         self._metadata = metadata
         self._files = dict(files)
@@ -231,7 +232,7 @@ class RunCheckpoints:
         self._looked, self._next_look = (done, now), done + max(1, ahead)
         return ahead == 0 or bool(everyone[:, 0].any())
 
-    def save_stage(self, state: TrainState, stage: str) -> Path:
+    def save_stage(self, state: TrainState, stage: str) -> Place:
         """Keeps the weights at a stage's end as OUTPUT/stages/NAME, with the lineage up to it; this run's own that are
         there stay.
 
@@ -294,16 +295,16 @@ class RunCheckpoints:
                 self._require_own_stage(self._output / run_folder.STAGES / stage, end)
         for note in notes if is_first() else ():
             print(note, flush=True)
-        parameters = restore_arrays(format.absolute(where), format.PARAMETERS, like.parameters)
+        parameters = restore_arrays(absolute(where), format.PARAMETERS, like.parameters)
         wanted = _without_parameters(like)
         if not any(name.startswith("statistics.") for name in stored_arrays(where, format.OPTIMIZER)):
             # Versions until 2026-11-25 kept an average of the norm alone.
             average = wanted.pop("statistics").norm_mean
-            rest = restore_arrays(format.absolute(where), format.OPTIMIZER, {**wanted, "norm_average": average})
+            rest = restore_arrays(absolute(where), format.OPTIMIZER, {**wanted, "norm_average": average})
             del rest["norm_average"]
             none = jax.jit(no_statistics, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like.statistics))
             return TrainState(parameters, **rest, statistics=none())
-        return TrainState(parameters, **restore_arrays(format.absolute(where), format.OPTIMIZER, wanted))
+        return TrainState(parameters, **restore_arrays(absolute(where), format.OPTIMIZER, wanted))
 
     def describe(self) -> None:
         """Writes OUTPUT/run.json, the facts for people, and for a start that finds no checkpoint."""
@@ -386,7 +387,7 @@ class RunCheckpoints:
         self._due_at = time.monotonic() + pause
         print(f"a checkpoint could not be written: {error}; {there}; next try in {pause:.0f} s", flush=True)
 
-    def _require_own_stage(self, path: Path, step: int) -> None:
+    def _require_own_stage(self, path: Place, step: int) -> None:
         """Was it written by this run, at this step? One of a version that did not name its run is compared by what it
         says of its data, its first weights and the stages before it.
 

@@ -8,6 +8,7 @@ from typing import Literal
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.model.mesh import MeshConfig
+from aurora_jax.storage.places import place_of
 from aurora_jax.train.stages import Stage
 
 
@@ -207,13 +208,9 @@ class TrainConfig:
                 "Give either `model` (random initial weights) or `initial_checkpoint` (converted or trained "
                 "weights), not both."
             )
-        for name, path in (("output", self.output), ("initial_checkpoint", self.initial_checkpoint)):
-            if path is not None and str(path).startswith(("gs:/", "s3:/")):
-                raise InputError(
-                    f"{name} {path}: a run reads and writes through the file system. Mount the bucket "
-                    "(gcsfuse; on TPU hosts "
-                    f"`launch_tpu.sh setup --bucket BUCKET`) and give the folder, /mnt/BUCKET/..."
-                )
+        object.__setattr__(self, "output", place_of(self.output))
+        if self.initial_checkpoint is not None:
+            object.__setattr__(self, "initial_checkpoint", place_of(self.initial_checkpoint))
         if self.profile_steps is not None and not 0 <= self.profile_steps[0] <= self.profile_steps[1] < self.steps:
             raise InputError(
                 f"profile_steps {self.profile_steps}: give the first and the last of the run's steps 0 to "

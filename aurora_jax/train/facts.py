@@ -17,7 +17,6 @@ layout      micro-batches, mesh and attention: others give the same updates up t
 import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from aurora_jax.data.batches.loader import DataStage, window_count
 from aurora_jax.data.batches.mixture import NAMED
 from aurora_jax.data.batches.store import TokenStore
 from aurora_jax.errors import InputError
+from aurora_jax.storage.places import Place, absolute_place
 from aurora_jax.train.config import TrainConfig
 
 FREE = {"micro_batches", "moments_dtype", "most_skipped"}
@@ -89,19 +89,24 @@ def _described(stores: Mapping[str, TokenStore], sequence_length: int) -> dict[s
     }
 
 
-def _initial(path: Path | None) -> dict[str, Any]:
+def _initial(path: Place | None) -> dict[str, Any]:
     """The path alone, where there is no checkpoint (any more): a run that resumes does not read it."""
     if path is None:
         return {"path": None}
     try:
         metadata = format.read_metadata(path)
     except InputError:
-        return {"path": str(path.absolute())}
-    return {"path": str(path.absolute()), "source": metadata.source, "step": metadata.step, "lineage": metadata.lineage}
+        return {"path": str(absolute_place(path))}
+    return {
+        "path": str(absolute_place(path)),
+        "source": metadata.source,
+        "step": metadata.step,
+        "lineage": metadata.lineage,
+    }
 
 
 def require_same_run(
-    saved: Mapping[str, Any], ours: Mapping[str, Any], where: Path | str, step: int | None = None
+    saved: Mapping[str, Any], ours: Mapping[str, Any], where: Place | str, step: int | None = None
 ) -> list[str]:
     """Compares a run's facts with those of an earlier start of it.
 
@@ -181,7 +186,7 @@ _OTHER_TEXT = (
 
 
 def _require_same_stages(
-    saved: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], where: Path | str, step: int | None
+    saved: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], where: Place | str, step: int | None
 ) -> list[str]:
     """The tasks of the stages that have begun. Raises InputError if one of these differs."""
     begins = np.cumsum([0, *(stage["steps"] for stage in saved[:-1])])
@@ -210,7 +215,7 @@ def _rates_hint(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"{'; '.join(hints) or 'restore the mixture'}, or start a new run"
 
 
-def _require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where: Path | str) -> None:
+def _require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where: Place | str) -> None:
     """A folder may have moved; what has another path is compared by what it says about itself, if it can still be
     read."""
     if before["path"] == now["path"] or (before["path"] and now["path"] and {**before, "path": now["path"]} == now):
@@ -223,7 +228,7 @@ def _require_same_start(before: Mapping[str, Any], now: Mapping[str, Any], where
 
 
 def _require_equal(
-    name: str, before: Mapping[str, Any], now: Mapping[str, Any], where: Path | str, hint: str = ""
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], where: Place | str, hint: str = ""
 ) -> None:
     differing = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     if not differing:

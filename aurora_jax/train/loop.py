@@ -4,7 +4,6 @@ import secrets
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from aurora_jax.generate.end_of_text import end_of_text_ids
 from aurora_jax.model.config import ModelConfig
 from aurora_jax.model.mesh import make_mesh, place, rows_of_this_process
 from aurora_jax.model.sharding import parameter_shardings
+from aurora_jax.storage.places import Place, absolute_place, require_writable
 from aurora_jax.train.checkpoint import RunCheckpoints, choose_start, require_no_earlier_run
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import LEFT_OUT, run_facts
@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> TrainState:
     if config.wandb_project:
         import_wandb()
     require_plain(config.output)
-    config.output.mkdir(parents=True, exist_ok=True)
+    require_writable(config.output)
     require_shared(config.output)
     keep_compiled_programs(config.output)
     goodput = Goodput(config.output)
@@ -126,7 +126,7 @@ def train(config: TrainConfig) -> TrainState:
     wait_for_all("folder found to be this run's")
     if is_first():
         if removed := remove_leftovers(config.output):
-            names = ", ".join(str(path.relative_to(config.output.absolute())) for path in removed[:3])
+            names = ", ".join(str(path.relative_to(absolute_place(config.output))) for path in removed[:3])
             print(f"removed {len(removed)} leftovers of saves that were cut off: {names}", flush=True)
         checkpoints.describe()
     wait_for_all("leftovers removed")
@@ -247,6 +247,7 @@ def train(config: TrainConfig) -> TrainState:
                 dispatched = None
             with goodput.lost("checkpoints"), watchdog.slow(f"the checkpoint of step {done}"):
                 if saves:
+                    log.flush()
                     checkpoints.save(state, stage)
                 if done in ends:
                     checkpoints.save_stage(state, stage)
@@ -273,7 +274,7 @@ def _some_rows(loader: Loader, step: int, numbers: np.ndarray) -> Batch:
     return loader.batch(step, numbers % loader.batch_size)
 
 
-def _describe_start(config: TrainConfig, path: Path | None) -> tuple[ModelConfig, RunFiles, CheckpointMetadata]:
+def _describe_start(config: TrainConfig, path: Place | None) -> tuple[ModelConfig, RunFiles, CheckpointMetadata]:
     """Model, files and metadata that the run's checkpoints will carry."""
     if path is None:
         assert config.model is not None  # TrainConfig checks it

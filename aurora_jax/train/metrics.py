@@ -1,5 +1,7 @@
 """What a run tells people: a progress bar, metrics.jsonl, TensorBoard and, on request, Weights & Biases."""
 
+import contextlib
+import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,8 +19,9 @@ from aurora_jax.data.look.show_page import harmless
 from aurora_jax.evaluate.bits_per_byte import EvaluationSettings
 from aurora_jax.evaluate.evaluations import change_since_start, described, start_of
 from aurora_jax.evaluate.metrics_file import read_metrics
-from aurora_jax.storage import json_lines
-from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage import line_log
+from aurora_jax.storage.line_log import LineLog
+from aurora_jax.storage.places import Place, is_remote
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.survival.goodput import share_of
@@ -53,9 +56,8 @@ class MetricsLog:
         kept = drop_from(self._path, first_step) if self._first else []
         self._evaluations = [row for row in kept if "evaluation" in row]
         self.evaluated = {(row["step"], row["complete"]) for row in self._evaluations}
-        self._file = self._path.open("ab") if self._first else None
-        self._events = _EventFiles(str(output / "tensorboard"), first_step) if self._first else None
-        self._tensorboard = Writer(self._events) if self._events else None
+        self._file = LineLog(self._path) if self._first else None
+        self._events = _EventFiles(output / "tensorboard", first_step) if self._first else None
         for row in kept:
             if row["step"] == first_step:  # it is done, and forgotten with the steps that are to be done again
                 self._draw(_curves_of(row), first_step)
@@ -89,9 +91,9 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._file and self._tensorboard:
+        if self._file and self._events:
             self._file.close()
-            self._tensorboard.close()
+            self._events.close()
         if self._wandb:
             self._wandb.close()
 
@@ -107,6 +109,16 @@ class MetricsLog:
         row = {"step": step, "stage": stage, "goodput": share, "seconds": dict(seconds), "epochs": dict(epochs)}
         curves = {f"goodput/{name}": spent for name, spent in seconds.items()}
         self._write(row, {"goodput": share, **curves, **{f"epochs/{task}": read for task, read in epochs.items()}})
+
+    def flush(self) -> None:
+        """Returns when all that was recorded is stored: what a checkpoint has behind it is in the log.
+
+        Raises:
+            InputError: the storage refuses it.
+        """
+        if self._file and self._events:
+            self._file.flush()
+            self._events.flush()
 
     def left_out(self, step: int, stage: str) -> None:
         """Records a step whose batch was left out by --rollback."""
@@ -214,32 +226,73 @@ class MetricsLog:
 
     def _write(self, row: Mapping, scalars: Mapping[str, float]) -> None:
         if self._file:
-            self._file.write(json_lines.line_of(row))
-            self._file.flush()
+            self._file.append(row)
         self._draw(scalars, row["step"])
         if self._wandb and scalars:
             self._wandb.log(scalars, row["step"])
 
     def _draw(self, scalars: Mapping[str, float], step: int) -> None:
-        if self._tensorboard:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._events:
+            self._events.add_scalars(scalars, step)
 
 
-class _EventFiles(DirectoryOutput):
+class _EventFiles:
     """TensorBoard's files, which begin by saying that what an earlier process wrote at this step or later does not
-    count."""
+    count. For a bucket they are written on the local disk, and each flush ends one and sends it off."""
 
-    def __init__(self, path: str, first_step: int):
-        super().__init__(path)
-        self._ev_writer.add_event(
-            Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
-        )
+    def __init__(self, folder: Place, first_step: int):
+        self._folder = folder
+        self._scratch = tempfile.TemporaryDirectory(prefix="aurora-tensorboard-") if is_remote(folder) else None
+        self._output: _Events | None = None
+        start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._events().add_event(start)
+
+    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Points of curves by name."""
+        for name, value in scalars.items():
+            self._events().writer.add_scalar(name, value, step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
         """A text as it is: TensorBoard reads Markdown, in which indented lines are left alone."""
         as_it_is = "\n".join(f"    {line}" for line in text.splitlines())
-        self._ev_writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, as_it_is)))
+        self._events().add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, as_it_is)))
+
+    def flush(self) -> None:
+        """To a bucket; files on a disk are written as they come. What a bucket refuses goes with the next flush: these
+        are copies of what metrics.jsonl has."""
+        if self._scratch is not None:
+            if self._output is not None:
+                self._output.writer.close()
+                self._output = None
+            for file in sorted(Path(self._scratch.name).iterdir()):
+                with contextlib.suppress(Exception):
+                    (self._folder / file.name).write_bytes(file.read_bytes())
+                    file.unlink()
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self.flush()
+        if self._output is not None:
+            self._output.writer.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _events(self) -> "_Events":
+        if self._output is None:
+            self._output = _Events(self._scratch.name if self._scratch else str(self._folder))
+        return self._output
+
+
+class _Events(DirectoryOutput):
+    """One file of events."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.writer = Writer(self)
+
+    def add_event(self, event: Event) -> None:
+        """Any event, as it is."""
+        self._ev_writer.add_event(event)
 
 
 def _curves_of(row: Mapping) -> dict[str, float]:
@@ -255,14 +308,14 @@ def _curves_of(row: Mapping) -> dict[str, float]:
     return {f"{read}/{task}": score["bits_per_byte"] for task, score in row["evaluation"].items()}
 
 
-def drop_from(path: Path, first_step: int) -> list[dict]:
+def drop_from(path: Place, first_step: int) -> list[dict]:
     """Keeps the rows of the steps before `first_step`, and the evaluations up to it with their samples; returns them.
     A run from step 0 starts a new file."""
-    if not path.exists():
+    if not line_log.is_there(path):
         return []
     rows = read_metrics(path) if first_step else []
     evaluated = {row["step"] for row in rows if row.get("complete")}
     kept = [row for row in rows if row["step"] + ("loss" in row or "left_out" in row) <= first_step]
     kept = [row for row in kept if "samples" not in row or row["step"] in evaluated]
-    write_file(path, b"".join(map(json_lines.line_of, kept)))
+    line_log.rewrite(path, kept)
     return kept

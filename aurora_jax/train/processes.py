@@ -6,13 +6,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from aurora_jax.errors import InputError
+from aurora_jax.storage.places import Place, is_remote
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 DISTRIBUTED, HEARTBEAT = "AURORA_DISTRIBUTED", "AURORA_HEARTBEAT_SECONDS"
@@ -75,7 +75,7 @@ def of_first(value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def require_shared(output: Path) -> None:
+def require_shared(output: Place) -> None:
     """Do all processes see the same folder? With a folder a host, each would write a part of every
     checkpoint, and none a whole one.
 
@@ -86,11 +86,12 @@ def require_shared(output: Path) -> None:
         return
     mark = output / f".shared-{of_first(secrets.randbits(31))}"
     if is_first():
-        mark.touch()
+        mark.write_bytes(b"")
     wait_for_all("mark written")
     end = time.monotonic() + VISIBLE_SECONDS
     while not (seen := mark.exists()) and time.monotonic() < end:
-        os.scandir(output).close()  # NFS looks again
+        if not is_remote(output):
+            os.scandir(output).close()  # NFS looks again
         time.sleep(0.5)
     blind = np.flatnonzero(~np.ravel(multihost_utils.process_allgather(np.array([seen]))))
     if is_first():
@@ -99,8 +100,7 @@ def require_shared(output: Path) -> None:
         raise InputError(
             f"--output {output} is not storage that all hosts share: processes {', '.join(map(str, blind))} "
             f"of {jax.process_count()} do "
-            "not see what process 0 writes there. Use a network file system, or a bucket mounted on every host "
-            "(`launch_tpu.sh setup --bucket B`, then --output /mnt/B/...)."
+            "not see what process 0 writes there. Use a network file system or a bucket (--output gs://B/...)."
         )
 
 

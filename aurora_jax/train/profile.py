@@ -1,9 +1,13 @@
 """XProf traces of some steps of a run."""
 
+import contextlib
+import tempfile
 from pathlib import Path
 from types import TracebackType
 
 import jax
+
+from aurora_jax.storage.places import Place, is_remote
 
 
 class StepTrace:
@@ -13,9 +17,10 @@ class StepTrace:
     Every process writes a file of its own. A run that ends before `last` keeps what it has traced.
     """
 
-    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+    def __init__(self, folder: Place, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
         self._running = False
+        self._scratch = tempfile.TemporaryDirectory(prefix="aurora-profile-") if steps and is_remote(folder) else None
 
     def before(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """Begins to trace if it is time; returns the mark under which XProf shows the step."""
@@ -23,7 +28,9 @@ class StepTrace:
             options = jax.profiler.ProfileOptions()
             # Python's own calls would slow the host down and fill the trace; JAX's annotations are in it all the same.
             options.python_tracer_level = 0
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            jax.profiler.start_trace(
+                self._scratch.name if self._scratch else str(self._folder), profiler_options=options
+            )
             self._running = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
@@ -45,3 +52,9 @@ class StepTrace:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._running, self._steps = False, None
+        if self._scratch is not None:
+            traced = Path(self._scratch.name)
+            with contextlib.suppress(Exception):  # a trace is not worth a run
+                for file in traced.rglob("*"):
+                    if file.is_file():
+                        (self._folder / file.relative_to(traced)).write_bytes(file.read_bytes())

@@ -3,12 +3,12 @@ that it starts from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from aurora_jax.data.text.tokenizer import Tokenizer, tokenizer_of
 from aurora_jax.data.text.tokenizer_files import Files, is_tokenizer_file, read_tokenizer_files, tokenizer_sha256
 from aurora_jax.errors import InputError
 from aurora_jax.model.config import ModelConfig
+from aurora_jax.storage.places import Place
 from aurora_jax.train.config import DataConfig
 
 
@@ -19,13 +19,13 @@ class RunFiles:
     contents: Files
     tokenizer: Tokenizer
     """What some of them are, and what the run's stores are made with."""
-    tokenizer_from: Path
+    tokenizer_from: Place
     """Where that was read."""
     replaced: bool = False
     """Whether it took the place of the checkpoint's own."""
 
 
-def files_of_run(data: DataConfig, checkpoint: Path | None, carried: Mapping[str, bytes]) -> RunFiles:
+def files_of_run(data: DataConfig, checkpoint: Place | None, carried: Mapping[str, bytes]) -> RunFiles:
     """Compares the tokenizer of the data with that of the checkpoint.
 
     Args:
@@ -67,7 +67,7 @@ def files_of_run(data: DataConfig, checkpoint: Path | None, carried: Mapping[str
     return RunFiles({**stays, **given}, tokenizer, data.tokenizer, replaced)
 
 
-def with_end_of(tokenizer: Tokenizer, model: ModelConfig, where: str | Path, *, new: bool) -> ModelConfig:
+def with_end_of(tokenizer: Tokenizer, model: ModelConfig, where: str | Place, *, new: bool) -> ModelConfig:
     """The model with the end-of-text token with which the stores close their documents.
 
     Args:

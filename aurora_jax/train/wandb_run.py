@@ -2,15 +2,17 @@
 
 import importlib
 import json
+import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import is_remote
 from aurora_jax.storage.records import object_in
 from aurora_jax.train.config import TrainConfig
 
@@ -39,7 +41,7 @@ class WandbRun:
             name=config.output.name,
             id=identity,
             resume="allow",
-            dir=str(config.output),
+            dir=tempfile.mkdtemp(prefix="aurora-wandb-") if is_remote(config.output) else str(config.output),
             config=_plain(asdict(config)),
         )
 
@@ -57,4 +59,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -9,7 +9,6 @@ norms       of parameters and of Adam's moments by dotted path; of stacked ones,
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from aurora_jax.checkpoints.checksums import paths_of
 from aurora_jax.data.batches.loader import Loader
 from aurora_jax.model.sharding import TABLE
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place
 from aurora_jax.train.processes import is_first
 from aurora_jax.train.state import TrainState
 
@@ -33,8 +33,8 @@ def places_of(loader: Loader, step: int) -> list[dict[str, Any]]:
 
 
 def write_diagnosis(
-    output: Path, loader: Loader, steps: tuple[int, int], skipped: Sequence[dict[str, Any]], state: TrainState
-) -> Path:
+    output: Place, loader: Loader, steps: tuple[int, int], skipped: Sequence[dict[str, Any]], state: TrainState
+) -> Place:
     """Writes the file; a collective over the processes, of which the first writes.
 
     Args:

@@ -18,13 +18,13 @@ import json
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place
 from aurora_jax.storage.records import object_in
 from aurora_jax.train.processes import is_first
 
@@ -54,7 +54,7 @@ class Goodput:
         output: the run's folder. The first process writes there; the others only count.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Place):
         self._path = output / NAME
         now = time.time()
         self._earlier: dict[str, Any] = {}
@@ -132,7 +132,10 @@ class Goodput:
             "goodput": share_of(seconds),
             "seconds": seconds,
         }
-        write_file(self._path, json.dumps(values, indent=1) + "\n")
+        try:
+            write_file(self._path, json.dumps(values, indent=1) + "\n")
+        except Exception as error:  # an account is not worth a run; whatever the storage raises
+            print(f"{self._path} could not be written: {error}", flush=True)
 
     def __enter__(self) -> "Goodput":
         return self

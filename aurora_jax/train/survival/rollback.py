@@ -5,11 +5,11 @@ learning rate that it always had. OUTPUT/left_out.json lists them; so do the fac
 """
 
 import json
-from pathlib import Path
 
 from aurora_jax.checkpoints import format, run_folder
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place
 from aurora_jax.storage.records import object_in
 from aurora_jax.train.config import TrainConfig
 from aurora_jax.train.facts import LEFT_OUT
@@ -35,7 +35,7 @@ def roll_back(config: TrainConfig) -> list[list[int]]:
     return _left_out(config.output)
 
 
-def _roll_back(config: TrainConfig, found: Path) -> None:
+def _roll_back(config: TrainConfig, found: Place) -> None:
     said = object_in(found.read_bytes(), found)
     first, last = int(said["first"]), int(said["last"])
     before = [step for step in run_folder.steps_in(config.output) if step <= first]
@@ -55,7 +55,8 @@ def _roll_back(config: TrainConfig, found: Path) -> None:
     for stage in sorted(stages.iterdir()) if stages.is_dir() else ():
         if format.is_checkpoint(stage) and format.read_metadata(stage).step > target:
             run_folder.move_aside(config.output, stage, NEWER)
-    found.rename(found.with_name(f"diagnosis-{first}-{last}.json"))
+    write_file(found.with_name(f"diagnosis-{first}-{last}.json"), found.read_bytes())
+    found.unlink()
     print(
         f"rolled back to step {target}; the batches of the steps {first} to {last} are left out; what was newer is in "
         f"{config.output / run_folder.SET_ASIDE}",
@@ -63,6 +64,6 @@ def _roll_back(config: TrainConfig, found: Path) -> None:
     )
 
 
-def _left_out(output: Path) -> list[list[int]]:
+def _left_out(output: Place) -> list[list[int]]:
     path = output / f"{LEFT_OUT}.json"
     return json.loads(path.read_text()) if path.exists() else []

@@ -14,17 +14,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 
 from aurora_jax.errors import HUNG
 from aurora_jax.storage.atomic import write_file
+from aurora_jax.storage.places import Place, is_remote
 
 SIGNS = "processes"
 """Folder in OUTPUT where each process of several leaves a sign of life."""
-SIGN_TICKS = 10
-"""Ticks between two signs; a process without one for three times as long is named."""
+SIGN_TICKS, SIGN_TICKS_REMOTE = 10, 60
+"""Ticks between two signs, on a file system and in a bucket, where each is paid for; a
+process without one for three times as long is named."""
 SLOW = 4.0
 """By how much longer a phase may take in which no step ends: compiling, evaluations, checkpoints."""
 
@@ -38,8 +39,9 @@ class Watchdog:
         tick: seconds.
     """
 
-    def __init__(self, output: Path, seconds: float, tick: float = 1.0):
+    def __init__(self, output: Place, seconds: float, tick: float = 1.0):
         self._signs, self._seconds, self._tick = output / SIGNS, seconds, tick
+        self._sign_ticks = SIGN_TICKS_REMOTE if is_remote(output) else SIGN_TICKS
         self._waited, self._limit, self._doing = 0.0, SLOW * seconds, "the first step"
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -71,8 +73,8 @@ class Watchdog:
     def _watch(self) -> None:
         ticks = 0
         while not self._ended.wait(self._tick):
-            if ticks % SIGN_TICKS == 0 and jax.process_count() > 1:
-                with contextlib.suppress(OSError):  # a sign that cannot be left is one that is missed
+            if ticks % self._sign_ticks == 0 and jax.process_count() > 1:
+                with contextlib.suppress(Exception):  # a sign that cannot be left is one that is missed
                     self._leave_sign()
             ticks += 1
             self._waited += self._tick
@@ -104,10 +106,10 @@ class Watchdog:
         for index in range(jax.process_count()):
             try:
                 sign = json.loads((self._signs / f"{index}.json").read_text())
-            except (OSError, ValueError):
+            except Exception:  # whatever the storage raises
                 silent.append(f"process {index} (no sign of it)")
                 continue
             age = time.time() - sign["time"]
-            if age > 3 * SIGN_TICKS * self._tick:
+            if age > 3 * self._sign_ticks * self._tick:
                 silent.append(f"process {index} ({age:.0f} s ago it was at {sign['doing']})")
         return f" Silent: {', '.join(silent)}." if silent else " All processes give signs of life."
