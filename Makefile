@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python -m aurora_jax data sample quickstart/corpus
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/gradient_reduction.py
 
 docs: setup
 	$(BIN)/mkdocs build --strict

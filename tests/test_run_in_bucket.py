@@ -21,6 +21,7 @@ from aurora_jax.checkpoints.run_folder import newest_step, steps_in
 from aurora_jax.cli import main
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.launch.progress import newest_of
 from aurora_jax.model.config import ComputeConfig, ModelConfig
 from aurora_jax.storage import line_log, places
 from aurora_jax.storage.line_log import LineLog
@@ -29,6 +30,7 @@ from aurora_jax.train import checkpoint as checkpoint_of_run
 from aurora_jax.train.config import CheckpointConfig, DataConfig, EvaluationConfig, TrainConfig
 from aurora_jax.train.loop import train
 from aurora_jax.train.stages import LearningRate, Stage
+from convert.__main__ import main as convert
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = (
@@ -90,6 +92,12 @@ def test_a_run_in_a_bucket_is_the_one_in_a_folder(bucket, base, undisturbed, cap
         assert main(["checkpoints", command, str(output)]) == 0
     assert main(["checkpoints", "newest", str(output)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 8
+    written = Path(base.output.parent / "torch")
+    assert convert(["to-torch", str(output / "stages" / "cap"), str(written)]) == 0
+    assert convert(["verify", str(written), str(undisturbed / "stages" / "cap")]) == 0
+    assert main(["generate", str(output), "Kaikki", "--max-new-tokens", "2"]) == 0
+    step = ["python", "-m", "aurora_jax", "train", "config.py", "--output", str(output)]
+    assert newest_of([sys.executable, *step[1:]]).step == 8
     assert main(["report", str(output), "--output", str(base.output.parent / "report.html")]) == 0
 
 

@@ -7,13 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
+from bucket import bucket_in
 
 from aurora_jax.checkpoints.run_folder import newest_step
 from aurora_jax.errors import HUNG, InputError
+from aurora_jax.evaluate.metrics_file import read_metrics
+from aurora_jax.storage.places import place_of
 from aurora_jax.train import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,25 +62,30 @@ def test_a_wrong_description_is_refused(environment, said):
         processes.join(environment)
 
 
-def start(config: Path, output: Path, number: int, port: int, *words: str) -> subprocess.Popen:
+def start(
+    config: Path, output: Path, number: int, port: int, *words: str, count: int = 2, devices: int = 1
+) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "AURORA_HEARTBEAT_SECONDS": "300" if words else "10",
         processes.ADDRESS: f"127.0.0.1:{port}",
-        processes.COUNT: "2",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        processes.COUNT: str(count),
         processes.INDEX: str(number),
     }
     command = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(output), *words]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE if words else None, text=True)
 
 
-def run(config: Path, output: Path, then=lambda workers: None, *words: str) -> list[int]:
-    """Two processes; what is done to them when they are under way; their exit statuses."""
+def run(
+    config: Path, output: Path, then=lambda workers: None, *words: str, count: int = 2, devices: int = 1
+) -> list[int]:
+    """Processes; what is done to them when they are under way; their exit statuses."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    workers = [start(config, output, number, port, *words) for number in range(2)]
+    workers = [start(config, output, number, port, *words, count=count, devices=devices) for number in range(count)]
     then(workers)
     return [worker.wait() for worker in workers]
 
@@ -132,6 +143,75 @@ def test_all_stop_together_and_end_when_one_dies_and_the_losses_stay_the_same(mi
     assert losses(disturbed) == losses(tmp_path / "undisturbed")
     assert samples(disturbed) == samples(tmp_path / "undisturbed")
     assert [step for step, _ in samples(disturbed)] == [0, 60]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("place", ["a folder", "a bucket"])
+def test_fewer_processes_and_fewer_devices_go_on_with_the_same_batches(mini_corpus, mini_tokenizer, tmp_path, place):
+    """8 devices of 4 processes, then 4 of 2, then 1: losses of one device that was never stopped, to 1e-6."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores"))
+    )
+    alone = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(tmp_path / "alone")]
+    subprocess.run(alone, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True)
+    with bucket_in(tmp_path / "objects") if place == "a bucket" else nullcontext():
+        output = "gs://bucket/run" if place == "a bucket" else str(tmp_path / "run")
+        whole = ("--evaluation.batch-size", "8")  # which 8 devices can divide
+        assert run(config, output, drain, *whole, "--stop-after", "20", count=4, devices=2) == [0] * 4
+        assert run(config, output, drain, *whole, "--stop-after", "40", count=2, devices=2) == [0] * 2
+        assert run(config, output, drain, *whole, count=1) == [0]
+        rows = [row for row in read_metrics(place_of(output) / "metrics.jsonl") if "loss" in row]
+    expected = losses(tmp_path / "alone")
+    assert [row["step"] for row in rows] == [step for step, *_ in expected]
+    np.testing.assert_allclose([row["loss"] for row in rows], [loss for _, loss, _ in expected], rtol=1e-6)
+
+
+def drain(workers) -> None:
+    """Reads what they say, which would otherwise stop them."""
+    for worker in workers:
+        threading.Thread(target=worker.communicate, daemon=True).start()
+
+
+SLOW = """
+import os, sys, time
+from aurora_jax.cli import main
+from aurora_jax.data.batches.loader import Loader
+batch = Loader.batch
+def slow(self, *arguments):
+    time.sleep(0.3 * int(os.environ["JAX_PROCESS_ID"]))
+    return batch(self, *arguments)
+Loader.batch = slow
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.full
+def test_a_slow_host_is_named(mini_corpus, mini_tokenizer, tmp_path):
+    """Process 1 takes 0.3 s for a batch, in some threads at a time."""
+    config, output = tmp_path / "config.py", tmp_path / "run"
+    config.write_text(
+        CONFIG.format(corpus=str(mini_corpus), tokenizer=str(mini_tokenizer), stores=str(tmp_path / "stores"))
+    )
+    alone = [sys.executable, "-m", "aurora_jax", "train", str(config), "--output", str(tmp_path / "alone")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*alone, "--stop-after", "1"], cwd=ROOT, env=environment, check=True)  # builds the stores
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        environment |= {processes.ADDRESS: f"127.0.0.1:{free.getsockname()[1]}", processes.COUNT: "2"}
+    command = [sys.executable, "-c", SLOW, str(config), "--output", str(output), "--stop-after", "40"]
+    workers = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**environment, processes.INDEX: str(number)}, stdout=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    said = [worker.communicate()[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    sentence = " ".join(said[0].split())
+    assert re.search(r"process 1 keeps the others waiting: 0\.[0-3]\d+ s of its own a step", sentence), said[0]
+    hosts = [row["host_seconds"] for row in read_metrics(output / "metrics.jsonl") if "goodput" in row]
+    assert all(slow > 0.2 and quick < 0.1 for quick, slow in hosts[-1:])
 
 
 HANGS = """

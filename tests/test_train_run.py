@@ -1,5 +1,6 @@
 """Whole runs: what a stop, a kill or another setting does to them. Undisturbed runs are the reference, bit for bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -756,6 +757,61 @@ def test_a_save_that_fails_is_said_and_tried_again(base, undisturbed, tmp_path):
     assert len(losses(run)) > 4
     assert start(path).wait() == 0
     assert losses(run) == losses(undisturbed[0])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("free", [0, 20_000, 60_000, 120_000])
+def test_a_file_system_of_a_few_megabytes_fills_up(base, undisturbed, small_disk, tmp_path, monkeypatch, free):
+    """While the run is at work, with so many bytes left: it ends in words, and goes on when there is room."""
+    monkeypatch.setattr(checkpoint_of_run, "FIRST_PAUSE", 0.05)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    config = replace(base, output=small_disk / "run", checkpoint=CheckpointConfig(every=2))
+    train(replace(config, stop_after=4))
+    ballast = small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(ballast, max(0, ballast.stat().st_size - free))
+    with pytest.raises(InputError, match=r"could not be written|cannot be written"):
+        train(config)
+    assert newest_step(config.output) >= 4
+    ballast.unlink()
+    state = train(config)
+    assert_same_state(state, undisturbed[1])
+    assert losses(config.output) == losses(undisturbed[0])
+
+
+@pytest.mark.parametrize("output", ["/proc/run", "a file/run"])
+def test_an_output_that_cannot_be_written_is_one_sentence(base, tmp_path, output, capsys):
+    (tmp_path / "a file").touch()
+    with pytest.raises(InputError, match="run cannot be written: "):
+        train(replace(base, output=tmp_path / output))
+
+
+def test_a_store_that_loses_a_file_is_named_and_the_run_goes_on_when_it_is_back(base, undisturbed, tmp_path):
+    stores = tmp_path / "stores"
+    shutil.copytree(base.data.stores, stores)
+    config = replace(base, output=tmp_path / "run", data=replace(base.data, stores=str(stores)))
+    train(replace(config, stop_after=5))
+    lost = max((file for file in stores.glob("*/train/**/*") if file.is_file()), key=lambda file: file.stat().st_size)
+    lost.rename(tmp_path / "lost")
+    with pytest.raises(InputError, match=re.escape(str(lost.relative_to(stores).parts[0]))):
+        train(config)
+    (tmp_path / "lost").rename(lost)
+    assert_same_state(train(config), undisturbed[1])
+    assert losses(config.output) == losses(undisturbed[0])
 
 
 def test_all_hosts_go_on_from_what_the_first_one_sees(undisturbed, base, monkeypatch):

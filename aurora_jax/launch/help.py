@@ -49,7 +49,8 @@ Copies the code at a commit (committed files only) to every host and makes a vir
 constraints.txt there. What a host has already is kept: the environment until a pin changes.
 
   --commit C       what to run (HEAD)
-  --bucket B       mount gs://B on every host as /mnt/B (gcsfuse), for --output, --initial-checkpoint and tokenizers
+  --bucket B       mount gs://B on every host as /mnt/B (gcsfuse), for tokenizers and sources; --output and
+                   --initial-checkpoint take gs:// as it is
   --extras E       of pyproject.toml: tpu brings libtpu; none for machines without TPUs (tpu; with --hosts: none)
   --python PATH    interpreter on the hosts, 3.11 to 3.13; without it the newest there, else one that uv installs
   --venv PATH      use this environment of the hosts and install nothing""",

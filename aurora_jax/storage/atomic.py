@@ -7,18 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aurora_jax.storage.places import Place, is_remote
+from aurora_jax.storage.places import Place, is_remote, refused_as
 
 
 def write_file(path: Place, content: str | bytes) -> None:
-    """Writes a file, whose folder is there; one of that name is replaced. A crash leaves the old or the new."""
-    if is_remote(path):
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return
+    """Writes a file, whose folder is there; one of that name is replaced. A crash leaves the old or the new.
+
+    Raises:
+        InputError: the storage refuses it.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with refused_as(f"{path} cannot be written"):
+        if is_remote(path):
+            path.write_bytes(data)
+        else:
+            _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         with unfinished.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)

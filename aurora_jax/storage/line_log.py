@@ -5,6 +5,7 @@ end to end they are the file that there would be. Only the last one is written a
 line costs does not grow with the log.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from aurora_jax.errors import InputError
 from aurora_jax.storage import json_lines
 from aurora_jax.storage.atomic import write_file
-from aurora_jax.storage.places import Place, is_remote
+from aurora_jax.storage.places import Place, is_remote, refused_as
 
 SEGMENT_BYTES = 256 << 10
 """A segment that is longer is the last one no more."""
@@ -86,11 +87,13 @@ class LineLog:
         self._segment, self._written, self._next = b"", 0, time.monotonic() + SECONDS
 
     def append(self, row: Any) -> None:
-        """A file has the line when this returns; a bucket has it some time later."""
+        """A file has the line when this returns; a bucket has it some time later. Raises InputError if a file system
+        refuses it."""
         line = json_lines.line_of(row)
         if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
+            with refused_as(f"{self._path} cannot be written"):
+                self._file.write(line)
+                self._file.flush()
             return
         self._segment += line
         if time.monotonic() >= self._next or len(self._segment) >= SEGMENT_BYTES:
@@ -123,7 +126,8 @@ class LineLog:
         """Raises InputError as `flush`."""
         self.flush()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that was refused, which has been said
+                self._file.close()
 
     def _put(self) -> None:
         if self._file is not None or len(self._segment) == self._written:

@@ -39,7 +39,7 @@ from aurora_jax.train.samples import Sampler
 from aurora_jax.train.state import TrainState
 from aurora_jax.train.survival.compiled import keep_compiled_programs
 from aurora_jax.train.survival.diagnosis import places_of, write_diagnosis
-from aurora_jax.train.survival.goodput import Goodput
+from aurora_jax.train.survival.goodput import Goodput, slow_host
 from aurora_jax.train.survival.rollback import roll_back
 from aurora_jax.train.survival.twins import require_twins
 from aurora_jax.train.survival.watchdog import Watchdog
@@ -189,7 +189,9 @@ def train(config: TrainConfig) -> TrainState:
         skipped: list[dict[str, Any]] = []  # in a row, in this start
 
         def record(step: int, stage: str, metrics: dict) -> None:
-            values = _record(log, loader, step, stage, metrics)
+            with goodput.on_devices():
+                values = jax.device_get(metrics)
+            values = _record(log, loader, step, stage, values)
             goodput.step(step + 1, counted=bool(values["accepted"]))
             watchdog.feed(f"step {step + 1}")
             if values["accepted"]:
@@ -255,7 +257,10 @@ def train(config: TrainConfig) -> TrainState:
                 for windows in evaluations:
                     evaluate(done, stage, windows)
             if saves or evaluations:
-                log.goodput(done, stage, goodput.seconds(), loader.position(step)["epochs"])
+                hosts = goodput.host_seconds()
+                log.goodput(done, stage, goodput.seconds(), loader.position(step)["epochs"], hosts)
+                if sentence := slow_host(hosts, goodput.step_seconds()):
+                    log.console.print(sentence, highlight=False)
             if stopping:
                 log.console.print(f"stopped after step {done}; the same command continues from there", highlight=False)
                 break
@@ -329,8 +334,7 @@ def _check_vocabulary(model: ModelConfig, stores: dict[str, TokenStore]) -> None
             )
 
 
-def _record(log: MetricsLog, loader: Loader, step: int, stage: str, metrics: dict) -> dict[str, float]:
-    values = jax.device_get(metrics)
+def _record(log: MetricsLog, loader: Loader, step: int, stage: str, values: dict) -> dict[str, float]:
     tasks = loader.tasks
     nll, tokens = values.pop("task_nll"), values.pop("task_tokens")
     task_loss = {task: float(nll[i] / tokens[i]) for i, task in enumerate(tasks) if tokens[i] > 0}

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,11 +102,19 @@ class MetricsLog:
         self._begun, self._paused = time.monotonic(), 0.0
         self._times = deque([0.0])
 
-    def goodput(self, step: int, stage: str, seconds: Mapping[str, float], epochs: Mapping[str, float]) -> None:
-        """Records where the time has gone until now (`goodput.Goodput`), and how many epochs of each task have been
-        read."""
+    def goodput(
+        self,
+        step: int,
+        stage: str,
+        seconds: Mapping[str, float],
+        epochs: Mapping[str, float],
+        host_seconds: Sequence[float] = (),
+    ) -> None:
+        """Records where the time has gone until now and what each host takes of a step (`goodput.Goodput`), and how
+        many epochs of each task have been read."""
         share = share_of(seconds)
         row = {"step": step, "stage": stage, "goodput": share, "seconds": dict(seconds), "epochs": dict(epochs)}
+        row |= {"host_seconds": list(host_seconds)} if host_seconds else {}
         curves = {f"goodput/{name}": spent for name, spent in seconds.items()}
         self._write(row, {"goodput": share, **curves, **{f"epochs/{task}": read for task, read in epochs.items()}})
 
@@ -238,42 +246,46 @@ class MetricsLog:
 
 class _EventFiles:
     """TensorBoard's files, which begin by saying that what an earlier process wrote at this step or later does not
-    count. For a bucket they are written on the local disk, and each flush ends one and sends it off."""
+    count. For a bucket they are written on the local disk, and each flush ends one and sends it off.
+
+    They are copies of what metrics.jsonl has: a storage that refuses them is said, once, and ends no run.
+    """
 
     def __init__(self, folder: Place, first_step: int):
-        self._folder = folder
+        self._folder, self._refused = folder, False
         self._scratch = tempfile.TemporaryDirectory(prefix="aurora-tensorboard-") if is_remote(folder) else None
         self._output: _Events | None = None
-        start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self._events().add_event(start)
+        with self._unless_refused():
+            start = Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START))
+            self._events().add_event(start)
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Points of curves by name."""
-        for name, value in scalars.items():
-            self._events().writer.add_scalar(name, value, step)
+        with self._unless_refused():
+            for name, value in scalars.items():
+                self._events().writer.add_scalar(name, value, step)
 
     def add_text(self, name: str, text: str, step: int) -> None:
         """A text as it is: TensorBoard reads Markdown, in which indented lines are left alone."""
         as_it_is = "\n".join(f"    {line}" for line in text.splitlines())
-        self._events().add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, as_it_is)))
+        with self._unless_refused():
+            self._events().add_event(Event(wall_time=time.time(), step=step, summary=text_pb(name, as_it_is)))
 
     def flush(self) -> None:
-        """To a bucket; files on a disk are written as they come. What a bucket refuses goes with the next flush: these
-        are copies of what metrics.jsonl has."""
-        if self._scratch is not None:
-            if self._output is not None:
-                self._output.writer.close()
-                self._output = None
+        """To a bucket; files on a disk are written as they come."""
+        if self._scratch is None:
+            return
+        with self._unless_refused():
+            self._end_file()
             for file in sorted(Path(self._scratch.name).iterdir()):
-                with contextlib.suppress(Exception):
-                    (self._folder / file.name).write_bytes(file.read_bytes())
-                    file.unlink()
+                (self._folder / file.name).write_bytes(file.read_bytes())
+                file.unlink()
 
     def close(self) -> None:
         """Writes the rest."""
         self.flush()
-        if self._output is not None:
-            self._output.writer.close()
+        with self._unless_refused():
+            self._end_file()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -281,6 +293,20 @@ class _EventFiles:
         if self._output is None:
             self._output = _Events(self._scratch.name if self._scratch else str(self._folder))
         return self._output
+
+    def _end_file(self) -> None:
+        if self._output is not None and not self._refused:
+            output, self._output = self._output, None
+            output.writer.close()
+
+    @contextlib.contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorFlow's, Google's and the system's have no class in common
+            if not self._refused:
+                print(f"{self._folder} could not be written: {error}; metrics.jsonl has the same", flush=True)
+            self._refused = True
 
 
 class _Events(DirectoryOutput):

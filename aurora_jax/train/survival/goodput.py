@@ -16,11 +16,13 @@ PyPI's `ml-goodput-measurement` gives such figures from Google Cloud Logging, wh
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from aurora_jax.errors import InputError
 from aurora_jax.storage.atomic import write_file
@@ -70,6 +72,8 @@ class Goodput:
         self._begun = time.monotonic()
         self._lost = dict.fromkeys(CAUSES, 0.0)
         self._in_steps, self._done, self._skipped = False, 0, 0
+        self._on_devices = 0.0
+        self._counted = (0, 0.0)  # steps, and seconds of this host, when host_seconds was last asked
         self._step: int | None = self._earlier.get("step")
         self._signed = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
@@ -103,6 +107,31 @@ class Goodput:
                     return
                 yield item
 
+    @contextmanager
+    def on_devices(self) -> Iterator[None]:
+        """The time of the block is spent waiting for devices."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._on_devices += time.monotonic() - begun
+
+    def host_seconds(self) -> list[float]:
+        """Of each process, the seconds a step, since this was last asked, in which it did not wait for devices: its
+        batch was not there yet, or its own work took so long. A host that is slow keeps all others waiting, who then
+        wait for devices. A collective; empty if no step was done."""
+        lost = sum(seconds for cause, seconds in self._lost.items() if cause != "waiting_for_data")
+        own = time.monotonic() - self._begun - lost - self._on_devices
+        steps, since = self._done - self._counted[0], own - self._counted[1]
+        self._counted = (self._done, own)
+        if steps == 0:
+            return []
+        mine = np.array([max(0.0, since) / steps], np.float32)
+        if jax.process_count() == 1:
+            return mine.tolist()
+        with jax.transfer_guard("allow"):
+            return np.ravel(multihost_utils.process_allgather(mine)).tolist()
+
     def step(self, done: int, *, counted: bool) -> None:
         """A step is done, `done` in all; whether its update was made."""
         self._done, self._step = self._done + 1, done
@@ -112,7 +141,7 @@ class Goodput:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of steps that counted, and of each cause, over all starts until now."""
-        lost = {**self._lost, "skipped_steps": self._skipped * self._step_seconds()}
+        lost = {**self._lost, "skipped_steps": self._skipped * self.step_seconds()}
         if not self._in_steps:
             lost["start_up"] = time.monotonic() - self._begun - lost["compiling"]
         here = {STEPS: time.monotonic() - self._begun - sum(lost.values()), **lost}
@@ -128,7 +157,7 @@ class Goodput:
             "since": self._since,
             "last_sign": time.time(),
             "starts": self._starts,
-            **({} if self._step is None else {"step": self._step, "step_seconds": self._step_seconds()}),
+            **({} if self._step is None else {"step": self._step, "step_seconds": self.step_seconds()}),
             "goodput": share_of(seconds),
             "seconds": seconds,
         }
@@ -149,7 +178,8 @@ class Goodput:
         """For people."""
         return described({"starts": self._starts, "seconds": self.seconds()})
 
-    def _step_seconds(self) -> float:
+    def step_seconds(self) -> float:
+        """Of this start, or of the one before while no step is done."""
         if not self._done:
             return self._earlier.get("step_seconds", 0.0)
         return max(0.0, time.monotonic() - self._begun - sum(self._lost.values())) / self._done
@@ -162,6 +192,21 @@ class Goodput:
 def share_of(seconds: Mapping[str, float]) -> float:
     """The one number, between 0 and 1."""
     return seconds[STEPS] / max(sum(seconds.values()), 1e-9)
+
+
+def slow_host(host_seconds: Sequence[float], step_seconds: float) -> str | None:
+    """Who keeps the others waiting, in a sentence: a process that takes more than a tenth of a step, and twice as much
+    as most of the others."""
+    if len(host_seconds) < 2:
+        return None
+    slowest = int(np.argmax(host_seconds))
+    usual = float(np.median(np.delete(host_seconds, slowest)))
+    if host_seconds[slowest] < max(0.1 * step_seconds, 2 * usual):
+        return None
+    return (
+        f"process {slowest} keeps the others waiting: {host_seconds[slowest]:.3f} s of its own a step, where others "
+        f"have {usual:.3f} s, and a step takes {step_seconds:.3f} s"
+    )
 
 
 def described(values: dict[str, Any]) -> str:
