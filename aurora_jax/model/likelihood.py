@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aurora_jax.errors import InputError
 from aurora_jax.model.attention import require_implementation
 from aurora_jax.model.config import ComputeConfig, ModelConfig
-from aurora_jax.model.decoder import merge, structure_of
+from aurora_jax.model.decoder import Decoder, merge, structure_of
 from aurora_jax.model.division import WHOLE, Division
-from aurora_jax.model.loss import cross_entropy
+from aurora_jax.model.loss import cross_entropy, nll_and_prediction
 from aurora_jax.model.mesh import batch_parts
 from aurora_jax.model.sharding import BATCH_AXES, SEQUENCE_AXIS, TABLE, flatten, nest, require_divisible
 
@@ -56,12 +56,7 @@ def make_loss(
         dropout_key: jax.Array | None,
         gathered_layers: dict | None = None,
     ):
-        if division.fsdp:
-            # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
-            outside = {name: tree for name, tree in parameters.items() if name != "layers"}
-            gathered = division.gather(outside, dtype=product_dtype)
-            parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
-        decoder = merge(structure, parameters)
+        decoder = _decoder(structure, parameters, division, product_dtype)
         hidden_BLD = decoder(
             batch.tokens_BL,
             dropout_key=dropout_key,
@@ -83,7 +78,26 @@ def make_loss(
     return loss
 
 
-def on_mesh(local: Callable, mesh: Mesh, out_specs: Callable[[dict], Any]) -> Callable:
+def _decoder(structure: nnx.GraphDef, parameters: dict, division: Division, product_dtype: jnp.dtype) -> Decoder:
+    """With what stands outside the layers whole on each device."""
+    if division.fsdp:
+        # Gathered rounded, then fp32 again: a common token's gradient is a sum of many.
+        outside = {name: tree for name, tree in parameters.items() if name != "layers"}
+        gathered = division.gather(outside, dtype=product_dtype)
+        parameters = {**parameters, **jax.tree.map(lambda array: array.astype(jnp.float32), gathered)}
+    return merge(structure, parameters)
+
+
+def _places(array: jax.Array) -> PartitionSpec:
+    return GRID if array.ndim == 2 else ROWS
+
+
+def on_mesh(
+    local: Callable,
+    mesh: Mesh,
+    out_specs: Callable[[dict], Any],
+    batch_specs: Callable[[Any], Any] = lambda batch: jax.tree.map(_places, batch),
+) -> Callable:
     """`divided(parameters, batch, *others)` of global arrays: `local` of each device's part of them, in one
     `shard_map`.
 
@@ -91,12 +105,12 @@ def on_mesh(local: Callable, mesh: Mesh, out_specs: Callable[[dict], Any]) -> Ca
         local: gets parameters as the sharding table divides them, its rows and places of the batch, and all
             of the others.
         out_specs: where the results lie, given where the parameters do.
+        batch_specs: where the batch lies: arrays [B, L] by rows and places, others by rows.
     """
 
     def divided(parameters: dict, batch: Any, *others: Any):
         parameters_spec = nest({path: TABLE[path].partition for path in flatten(parameters)})
-        batch_spec = jax.tree.map(lambda array: GRID if array.ndim == 2 else ROWS, batch)
-        specs = (parameters_spec, batch_spec, *(PartitionSpec() for _ in others))
+        specs = (parameters_spec, batch_specs(batch), *(PartitionSpec() for _ in others))
         shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs(parameters_spec), check_vma=False)
         return shard(parameters, batch, *others)
 
@@ -112,6 +126,29 @@ class BatchNll(NamedTuple):
     """Their weighted sum."""
     weight: jax.Array
     """The sum of the weights: the number of tokens that are asked for."""
+
+
+class Questions(NamedTuple):
+    """Which tokens of some texts are asked for, and how likely others would be in their place.
+
+    Attributes:
+        tokens_BL: int32; what stands right of a text is seen by none of it.
+        places_BC: int32, below L: the token behind this place is asked for. Several may ask for one place.
+        targets_BC: int32, the tokens.
+    """
+
+    tokens_BL: Any
+    places_BC: Any
+    targets_BC: Any
+
+
+class Answers(NamedTuple):
+    """To `Questions`."""
+
+    nll_BC: jax.Array
+    """Of each target, in nats, fp32."""
+    predicted_BC: jax.Array
+    """The token that is most likely in its place, int32."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +176,21 @@ class Likelihood:
     def __call__(self, parameters: dict, batch: Any) -> BatchNll:
         """Of parameters and a batch that lie on the mesh (`mesh.place`)."""
         return self.program(parameters, batch)
+
+    def answers(self, parameters: dict, questions: Questions) -> Answers:
+        """Of single places: the head is multiplied with nothing else. Parameters lie on the mesh, and questions by
+        `put_questions`."""
+        return _answering(self)(parameters, questions)
+
+    def put_questions(self, questions: Questions) -> Questions:
+        """From arrays that every process has whole."""
+        specs = _of_questions(questions)
+        return jax.tree.map(lambda array, spec: _put(array, NamedSharding(self.mesh, spec)), questions, specs)
+
+    @property
+    def answering(self) -> jax.stages.Wrapped:
+        """What `answers` runs, to be lowered where nothing is to run."""
+        return _answering(self)
 
     def check(self, **sizes: int) -> None:
         """Can batches of this shape be read?
@@ -192,3 +244,46 @@ def _program(likelihood: Likelihood) -> jax.stages.Wrapped:
         else local
     )
     return jax.jit(function, compiler_options=dict(likelihood.compute.compiler_options))
+
+
+@lru_cache(maxsize=8)
+def _answering(likelihood: Likelihood) -> jax.stages.Wrapped:
+    division = Division.of(likelihood.mesh)
+    compute = replace(likelihood.compute, separate_activation=True)
+    structure = structure_of(likelihood.model.with_dropout(0.0), compute, division)
+    dtype = jnp.dtype(compute.compute_dtype)
+
+    def local(parameters: dict, questions: Questions) -> Answers:
+        decoder = _decoder(structure, parameters, division, dtype)
+        hidden_BLD = decoder(questions.tokens_BL)
+        (B, L, D), C = hidden_BLD.shape, questions.places_BC.shape[1]
+        places_BC = questions.places_BC - division.place(L)
+        is_here_BC = (places_BC >= 0) & (places_BC < L)
+        hidden_BCD = jnp.take_along_axis(hidden_BLD, jnp.clip(places_BC, 0, L - 1)[..., None], axis=1)
+        nll_U, predicted_U = nll_and_prediction(
+            hidden_BCD.reshape(B * C, D),
+            decoder.token_embedding.embedding[...],
+            questions.targets_BC.reshape(B * C),
+            dtype=dtype,
+            vocabulary_axis=division.tensor,
+            vocabulary_size=likelihood.model.vocabulary_size,
+        )
+        found = Answers(nll_U.reshape(B, C), predicted_U.reshape(B, C))
+        if division.sequence is None:
+            return found
+        return jax.tree.map(lambda each: jax.lax.psum(jnp.where(is_here_BC, each, 0), division.sequence), found)
+
+    function = (
+        on_mesh(local, likelihood.mesh, lambda _: Answers._make((ROWS, ROWS)), _of_questions)
+        if likelihood.mesh.size > 1
+        else local
+    )
+    return jax.jit(function, compiler_options=dict(compute.compiler_options))
+
+
+def _of_questions(questions: Questions) -> Questions:
+    return Questions(GRID, ROWS, ROWS)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

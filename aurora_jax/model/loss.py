@@ -63,6 +63,34 @@ def cross_entropy(
     return loss, jax.lax.stop_gradient(nll_SU.reshape(-1)[:tokens].reshape(B, L))
 
 
+def nll_and_prediction(
+    hidden_UD: jax.Array,
+    embedding_VD: jax.Array,
+    targets_U: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    vocabulary_axis: str | None = None,
+    vocabulary_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What follows some hidden states: the negative log-likelihood of each target, fp32 [U], in nats, and the token
+    that is most likely there, int32 [U] (of several that are, the lowest). Chunk by chunk; arguments as those of
+    `cross_entropy`."""
+    embedding_VD = embedding_VD.astype(dtype)
+
+    def one(hidden_and_target: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_D, target = hidden_and_target
+        hidden_1D, target_1 = hidden_D.astype(dtype)[None], target[None]
+        logits_1V, _, _, nll_1 = _chunk_nll(hidden_1D, embedding_VD, target_1, vocabulary_axis, vocabulary_size)
+        largest, token = logits_1V[0].max(), logits_1V[0].argmax().astype(jnp.int32)
+        if vocabulary_axis is not None:
+            token += jax.lax.axis_index(vocabulary_axis) * logits_1V.shape[1]
+            is_largest = jax.lax.pmax(largest, vocabulary_axis) == largest
+            token = jax.lax.pmin(jnp.where(is_largest, token, jnp.iinfo(jnp.int32).max), vocabulary_axis)
+        return nll_1[0], token
+
+    return jax.lax.map(one, (hidden_UD, targets_U), batch_size=CHUNK_TOKENS)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _chunked_loss(
     hidden_SUD, embedding_VD, targets_SU, weights_SU, total_weight, dtype, z_loss, vocabulary_axis, vocabulary_size

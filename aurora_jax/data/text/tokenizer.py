@@ -89,6 +89,11 @@ class Tokenizer(ABC):
     def special_name(self, i: int) -> str | None:
         """The name of the special token with this id; None for ordinary tokens."""
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of all special tokens, where the tokenizer can list them."""
+        return ()
+
     @abstractmethod
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for behind others, which need not be whole characters. Raises
@@ -311,6 +316,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if name not in self._special_ids:
             raise self._no_special_token(name)
         return self._special_ids[name]
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        return tuple(self._special_ids)
 
     def special_name(self, i: int) -> str | None:
         return next((name for name, special in self._special_ids.items() if special == i), None)
