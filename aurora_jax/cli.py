@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,23 @@ def _show_of_config(path: Path, arguments: Sequence[str]) -> None:
 def _eval(arguments: Sequence[str]) -> None:
     from aurora_jax.evaluate.eval_command import EvalCommand
 
-    tyro.cli(EvalCommand, args=list(arguments), prog="aurora eval").run()
+    tyro.cli(EvalCommand, args=list(arguments), prog="aurora eval").run(_as_checkpoint)
+
+
+@contextmanager
+def _as_checkpoint(path: Path) -> Iterator[Path]:
+    """Itself, or what a PyTorch folder of Hugging Face's is converted to."""
+    from aurora_jax.checkpoints.format import is_checkpoint
+
+    if is_checkpoint(path) or not (path / "config.json").is_file():
+        yield path
+        return
+    from convert.from_torch import from_torch
+
+    with tempfile.TemporaryDirectory(prefix="aurora-eval-") as folder:
+        converted = Path(folder, path.resolve().name)
+        from_torch(path, converted)
+        yield converted
 
 
 def _generate(arguments: Sequence[str]) -> None:

@@ -19,11 +19,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from aurora_jax.cli import main
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.harness import rows as rows_module
 from aurora_jax.evaluate.harness.model import HarnessModel
 from aurora_jax.evaluate.harness.rows import SHAPES, batches_of, lengths_of, rows_of
 from aurora_jax.evaluate.harness.run import TASKS, run_tasks, table_of
+from aurora_jax.model.attention import EVERYONES
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.mesh import MeshConfig
 from convert.from_torch import from_torch
@@ -172,24 +174,36 @@ def test_a_continuation_longer_than_the_model_is_refused(both):
         ours.loglikelihood(instances("loglikelihood", [("a", " b" * 2 * ours.max_length)]), disable_tqdm=True)
 
 
-def test_rows_are_shared_and_shapes_are_few():
-    """Every token that is asked for stands once in some row, where it stands in its own request's tokens."""
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_rows_are_shared_and_shapes_are_few(share, parts):
+    """Every token that is asked for is asked for once, behind the tokens of its own request: of what its place sees."""
     generator = random.Random(0)
     requests = []
     for _ in range(300):
         context = [generator.randrange(4) for _ in range(generator.randrange(1, 90))]
-        requests += [(context, [generator.randrange(4) for _ in range(generator.randrange(1, 4))]) for _ in range(3)]
+        requests += [(context, [generator.randrange(4) for _ in range(generator.randrange(1, 9))]) for _ in range(3)]
     longest, seen, shapes = 64, {}, set()
-    for rows, questions in batches_of(rows_of(requests, longest), 512, 2):
-        shapes.add((questions.tokens_BL.shape, questions.places_BC.shape))
-        assert questions.tokens_BL.shape[0] % 2 == 0
-        for number, row in enumerate(rows):
-            for column, (request, place, token) in enumerate(row.asked):
-                assert questions.places_BC[number, column] == place
-                assert questions.targets_BC[number, column] == token
-                seen.setdefault(request, []).append((questions.tokens_BL[number, : place + 1].tolist(), token))
+    rows = rows_of(requests, longest, share)
+    for batch in batches_of(rows, 512, parts, share):
+        questions = batch.questions
+        (B, L), (U,) = questions.tokens_BL.shape, questions.places_U.shape
+        shapes.add((B, L, U))
+        for index, request, token in batch.asked:
+            assert questions.targets_U[index] == token
+            row, place = divmod(int(questions.places_U[index]), L)
+            row += index // (U // parts) * (B // parts)
+            tokens = questions.tokens_BL[row, : place + 1]
+            if share:
+                segments = questions.segment_ids_BL[row, : place + 1]
+                visible = (segments == EVERYONES) | (segments == segments[-1])
+                assert questions.positions_BL[row, : place + 1][visible].tolist() == list(range(visible.sum()))
+                tokens = tokens[visible]
+            seen.setdefault(request, []).append((tokens.tolist(), token))
     assert len(shapes) <= SHAPES
-    assert len(rows_of(requests, longest)) < 0.7 * len(requests)
+    assert (
+        sum(len(row.tokens) for row in rows) < 0.9 * sum(len(row.tokens) for row in rows_of(requests[::3], longest)) * 3
+    )
     for number, (context, continuation) in enumerate(requests):
         tokens = [*context, *continuation][-(longest + 1) :]
         first = len(tokens) - len(continuation)
@@ -222,6 +236,7 @@ def test_lengths_waste_as_little_as_can_be(seed, monkeypatch):
 ON_EIGHT = """
 import json
 from aurora_jax.evaluate.harness.model import HarnessModel
+from aurora_jax.model.attention import EVERYONES
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.mesh import MeshConfig
 fp32 = ComputeConfig("float32", "float32", unroll_layers=True)
@@ -356,7 +371,7 @@ def test_what_was_answered_is_not_asked_again(models, own_tasks, tmp_path, monke
         .replace('doc_to_target: "{{text}}"', 'doc_to_target: 0\ndoc_to_choice: ["{{text[12:]}}", "{{text[13:]}}"]')
         .replace("bits_per_byte", "acc")
     )
-    given = {"include_path": own_tasks, "resume": tmp_path / "answers.db", "batch_tokens": 64}
+    given = {"include_path": own_tasks, "answers": tmp_path / "answers", "batch_tokens": 64}
     whole = run(checkpoint, ["own_choice"], include_path=own_tasks, batch_tokens=64)
     monkeypatch.setattr(HarnessModel, "_loaded", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -385,3 +400,25 @@ def test_what_cannot_be_run_is_said_in_a_sentence(models, tmp_path):
     (tmp_path / "xcopa_vi_validation.jsonl").write_text('{"premise": 3}\n{')
     with pytest.raises(InputError, match="not the records that the task reads"):
         run(checkpoint, ["aurora_xcopa_vi"], task_data=tmp_path)
+
+
+def test_the_command_compares_models_and_converts_what_is_not_ours(models, tmp_path, capsys):
+    """A checkpoint and the PyTorch folder that it was made of: one table, and no difference."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no evaluation data at {SHARED}; set AURORA_SHARED")
+    source, checkpoint = models["GPTBigCode"]
+    command = ["eval", str(checkpoint), str(source), "--harness", "aurora_xcopa_vi", "--task-data", str(SHARED)]
+    command += ["--limit", "20", "--output"]
+    assert main([*command, str(tmp_path / "table.json")]) == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["base"] == str(checkpoint)
+    assert set(table["models"]) == {str(checkpoint), str(source)}
+    against = table["models"][str(source)]["scores"]["aurora_xcopa_vi"]["against_base"]
+    assert (against["difference"]["value"], against["gained"], against["lost"]) == (0, 0, 0)
+    assert "detectable" in capsys.readouterr().out
+    assert main([command[0], command[1], *command[3:], str(tmp_path / "one.html")]) == 0
+    assert "aurora_xcopa_vi" in (tmp_path / "one.html").read_text()
+    assert main(["eval", str(checkpoint), str(checkpoint), "--harness", "aurora_xcopa_vi"]) == 2
+    assert "A model is named twice" in capsys.readouterr().err
+    assert main(["eval", str(checkpoint), str(source), "--corpus", "corpus"]) == 2
+    assert "Several models are compared by --harness" in capsys.readouterr().err

@@ -17,6 +17,8 @@ from aurora_jax.kernels.flash_attention.ops import LARGEST_HEAD
 
 IMPLEMENTATIONS = ("xla", "flash", "flash_interpreted")
 QUERY_BLOCK = 128
+EVERYONES = -1
+"""Segment of keys that later queries of every segment see."""
 
 
 def attention(
@@ -35,7 +37,8 @@ def attention(
     """Causal softmax(q k^T / sqrt(C) + ALiBi) v, with the softmax in fp32.
 
     Operands of the two products are rounded to `product_dtype`. A query attends to keys at its own place and
-    before, and, where segment ids (0 and above) are given, only to keys of its own segment.
+    before, and, where segment ids (0 and above) are given, only to keys of its own segment. `xla` alone knows
+    EVERYONES.
 
     Args:
         alibi_slopes_H: slope x (key place - query place) is added to the scores of each query head (Press et
@@ -233,7 +236,9 @@ def _visible(queries: slice, keys: slice, segment_ids_ZM, group: int):
         place_R = jnp.repeat(jnp.arange(queries.start, queries.stop), group)
         visible_ZRM = (place_R[:, None] >= jnp.arange(keys.start, keys.stop)[None, :])[None]
     if segment_ids_ZM is not None:
-        same_ZRM = jnp.repeat(segment_ids_ZM[:, queries], group, axis=1)[:, :, None] == segment_ids_ZM[:, None, keys]
+        keys_Z1M = segment_ids_ZM[:, None, keys]
+        same_ZRM = jnp.repeat(segment_ids_ZM[:, queries], group, axis=1)[:, :, None] == keys_Z1M
+        same_ZRM |= keys_Z1M == EVERYONES
         visible_ZRM = same_ZRM if visible_ZRM is None else visible_ZRM & same_ZRM
     return visible_ZRM
 

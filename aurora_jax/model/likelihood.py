@@ -133,21 +133,27 @@ class Questions(NamedTuple):
 
     Attributes:
         tokens_BL: int32; what stands right of a text is seen by none of it.
-        places_BC: int32, below L: the token behind this place is asked for. Several may ask for one place.
-        targets_BC: int32, the tokens.
+        places_U: int32, row x L + place: the token behind this place is asked for. Several may ask for one place. On a
+            mesh an equal number for each part of the rows (`mesh.batch_parts`), whose rows are counted from 0.
+        targets_U: int32, the tokens.
+        positions_BL: int32, of each token in its text, and
+        segment_ids_BL: int32, the text that it is of, where a row has several that begin alike: `attention.EVERYONES`
+            for their beginning, which stands there once. None where a row is one text.
     """
 
     tokens_BL: Any
-    places_BC: Any
-    targets_BC: Any
+    places_U: Any
+    targets_U: Any
+    positions_BL: Any = None
+    segment_ids_BL: Any = None
 
 
 class Answers(NamedTuple):
     """To `Questions`."""
 
-    nll_BC: jax.Array
+    nll_U: jax.Array
     """Of each target, in nats, fp32."""
-    predicted_BC: jax.Array
+    predicted_U: jax.Array
     """The token that is most likely in its place, int32."""
 
 
@@ -186,6 +192,12 @@ class Likelihood:
         """From arrays that every process has whole."""
         specs = _of_questions(questions)
         return jax.tree.map(lambda array, spec: _put(array, NamedSharding(self.mesh, spec)), questions, specs)
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether one row of `Questions` may hold several texts that begin alike. ALiBi counts along the row, and the
+        kernels for TPU know one text or another."""
+        return self.model.positions == "learned" and self.compute.attention == "xla"
 
     @property
     def answering(self) -> jax.stages.Wrapped:
@@ -252,26 +264,29 @@ def _answering(likelihood: Likelihood) -> jax.stages.Wrapped:
     compute = replace(likelihood.compute, separate_activation=True)
     structure = structure_of(likelihood.model.with_dropout(0.0), compute, division)
     dtype = jnp.dtype(compute.compute_dtype)
+    places = likelihood.mesh.shape[SEQUENCE_AXIS]
 
     def local(parameters: dict, questions: Questions) -> Answers:
         decoder = _decoder(structure, parameters, division, dtype)
-        hidden_BLD = decoder(questions.tokens_BL)
-        (B, L, D), C = hidden_BLD.shape, questions.places_BC.shape[1]
-        places_BC = questions.places_BC - division.place(L)
-        is_here_BC = (places_BC >= 0) & (places_BC < L)
-        hidden_BCD = jnp.take_along_axis(hidden_BLD, jnp.clip(places_BC, 0, L - 1)[..., None], axis=1)
+        hidden_BLD = decoder(
+            questions.tokens_BL, positions_BL=questions.positions_BL, segment_ids_BL=questions.segment_ids_BL
+        )
+        L = hidden_BLD.shape[1]
+        row_U, place_U = jnp.divmod(questions.places_U, L * places)
+        place_U -= division.place(L)
+        is_here_U = (place_U >= 0) & (place_U < L)
         nll_U, predicted_U = nll_and_prediction(
-            hidden_BCD.reshape(B * C, D),
+            hidden_BLD[row_U, jnp.clip(place_U, 0, L - 1)],
             decoder.token_embedding.embedding[...],
-            questions.targets_BC.reshape(B * C),
+            questions.targets_U,
             dtype=dtype,
             vocabulary_axis=division.tensor,
             vocabulary_size=likelihood.model.vocabulary_size,
         )
-        found = Answers(nll_U.reshape(B, C), predicted_U.reshape(B, C))
+        found = Answers(nll_U, predicted_U)
         if division.sequence is None:
             return found
-        return jax.tree.map(lambda each: jax.lax.psum(jnp.where(is_here_BC, each, 0), division.sequence), found)
+        return jax.tree.map(lambda each: jax.lax.psum(jnp.where(is_here_U, each, 0), division.sequence), found)
 
     function = (
         on_mesh(local, likelihood.mesh, lambda _: Answers._make((ROWS, ROWS)), _of_questions)
@@ -282,7 +297,8 @@ def _answering(likelihood: Likelihood) -> jax.stages.Wrapped:
 
 
 def _of_questions(questions: Questions) -> Questions:
-    return Questions(GRID, ROWS, ROWS)
+    texts = None if questions.positions_BL is None else GRID
+    return Questions(GRID, ROWS, ROWS, texts, texts)
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:

@@ -89,11 +89,6 @@ class Tokenizer(ABC):
     def special_name(self, i: int) -> str | None:
         """The name of the special token with this id; None for ordinary tokens."""
 
-    @property
-    def special_names(self) -> tuple[str, ...]:
-        """Names of all special tokens, where the tokenizer can list them."""
-        return ()
-
     @abstractmethod
     def token_bytes(self, i: int) -> bytes:
         """The bytes that a token stands for behind others, which need not be whole characters. Raises
@@ -319,6 +314,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def special_names(self) -> tuple[str, ...]:
+        """Of all special tokens."""
         return tuple(self._special_ids)
 
     def special_name(self, i: int) -> str | None:

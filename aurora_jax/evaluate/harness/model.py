@@ -9,6 +9,7 @@ requests share rows where one's tokens begin the other's.
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from aurora_jax.model.likelihood import Likelihood
 from aurora_jax.model.mesh import MeshConfig, batch_parts, make_mesh
 from aurora_jax.model.sharding import parameter_shardings
 from aurora_jax.storage.places import Location
+from aurora_jax.storage.records import json_sha256
 
 LONGEST = 2_048
 """Tokens that are read of a model without learned positions, as in the harness."""
@@ -73,10 +75,10 @@ class HarnessModel(TemplateLM):
         self._tokenizer = tokenizer_of(files, self.checkpoint)
         self._compute, self._batch_tokens = compute, batch_tokens
         self._likelihood = Likelihood(self.metadata.config, compute, make_mesh(mesh), isolate_documents=False)
-        self._multiple = batch_parts(self._likelihood.mesh)
+        self._parts = batch_parts(self._likelihood.mesh)
         longest = self.metadata.config.longest_sequence
         self.max_length = int(min(max_length or LONGEST, longest) if longest == float("inf") else max_length or longest)
-        self._likelihood.check(rows=self._multiple, max_length=self.max_length)
+        self._likelihood.check(rows=self._parts, max_length=self.max_length)
         self._prefix = prefix_token(files, self._tokenizer)
         self._parameters: dict | None = None
         self._generator: TextGenerator | None = None
@@ -129,17 +131,18 @@ class HarnessModel(TemplateLM):
         left = np.array([len(continuation) for _, continuation in pairs])
         nll, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         with self._progress("log-likelihoods", len(pairs), disable_tqdm) as advance:
-            for rows, questions in batches_of(rows_of(pairs, self.max_length), self._batch_tokens, self._multiple):
-                answers = self._likelihood.answers(self._loaded(), self._likelihood.put_questions(questions))
-                nll_BC, predicted_BC = jax.device_get(answers)
-                for row, nll_C, predicted_C in zip(rows, nll_BC, predicted_BC, strict=False):
-                    for (request, _, token), its_nll, predicted in zip(row.asked, nll_C, predicted_C, strict=False):
-                        nll[request] += its_nll
-                        greedy[request] &= predicted == token
-                        left[request] -= 1
-                        if not left[request]:
-                            advance(1)
-                            self._keep("loglikelihood", requests[request][0], (-nll[request], bool(greedy[request])))
+            share = self._likelihood.shares_beginnings
+            rows_to_read = rows_of(pairs, self.max_length, share)
+            for batch in batches_of(rows_to_read, self._batch_tokens, self._parts, share):
+                answers = self._likelihood.answers(self._loaded(), self._likelihood.put_questions(batch.questions))
+                nll_U, predicted_U = jax.device_get(answers)
+                for index, request, token in batch.asked:
+                    nll[request] += nll_U[index]
+                    greedy[request] &= predicted_U[index] == token
+                    left[request] -= 1
+                    if not left[request]:
+                        advance(1)
+                        self._keep("loglikelihood", requests[request][0], (-nll[request], bool(greedy[request])))
         return [(-float(of_one), bool(is_greedy)) for of_one, is_greedy in zip(nll, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -184,6 +187,18 @@ class HarnessModel(TemplateLM):
                     self._keep("generate_until", requests[number].args, done[number])
         return [done[number] for number in range(len(requests))]
 
+    def identity(self) -> str:
+        """What answers follow from: the weights, the tokenizer, the precision and the length.
+
+        Raises:
+            InputError: the checkpoint has no checksums.
+        """
+        if self.metadata.contents is None:
+            raise InputError(f"{self.checkpoint} has no checksums: whose answers were kept could not be known.")
+        facts = {"checksums": self.metadata.contents.checksums, "files": self.metadata.contents.sha256}
+        settings = {"compute": asdict(self._compute), "max_length": self.max_length}
+        return json_sha256(json.loads(json.dumps({**facts, **settings}, default=str)))[:32]
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model."""
         return {
@@ -214,7 +229,8 @@ class HarnessModel(TemplateLM):
 
     def _without_special(self, text: str) -> str:
         """As `transformers` decodes a completion: names of special tokens are left out."""
-        for name in self._tokenizer.special_names:
+        names = self._tokenizer.special_names if isinstance(self._tokenizer, HuggingFaceTokenizer) else ()
+        for name in names:
             text = text.replace(name, "")
         return text
 

@@ -38,7 +38,7 @@ def run_tasks(
     batch_tokens: int,
     compute: ComputeConfig,
     mesh: MeshConfig,
-    resume: Path | None = None,
+    answers: Path | None = None,
 ) -> dict[str, Any]:
     """The harness's results of one model, samples included.
 
@@ -49,10 +49,12 @@ def run_tasks(
         limit: documents a task.
         shots: examples before each document, in place of what the tasks say.
         batch_tokens: tokens that are read at once.
-        resume: file that keeps answers as they come; those that are in it are not asked again.
+        answers: folder that keeps answers as they come; those that are there are not asked again, of the very same
+            weights, precision and length.
 
     Raises:
-        InputError: there is no such task, its data cannot be read, or the checkpoint is not one.
+        InputError: there is no such task, its data cannot be read, the checkpoint is not one, or it has no checksums by
+            which answers could be known as its own.
     """
     require_harness()
     # Its bootstrap forks, after JAX has started threads.
@@ -80,7 +82,7 @@ def run_tasks(
             num_fewshot=shots,
             limit=limit,
             task_manager=manager,
-            use_cache=None if resume is None else str(resume),
+            use_cache=None if answers is None else str(answers / model.identity()),
             bootstrap_iters=1_000,
             log_samples=True,
             metadata=metadata,
