@@ -303,7 +303,7 @@ LOCAL = [
 ]
 
 
-@pytest.mark.parametrize("family", ["GPTBigCode", "BLOOM"])
+@pytest.mark.parametrize("family", ["GPTBigCode", pytest.param("BLOOM", marks=pytest.mark.full)])
 def test_every_local_task_has_the_harness_own_figures(models, own_tasks, family, monkeypatch):
     if not SHARED.is_dir():
         pytest.skip(f"no evaluation data at {SHARED}; set AURORA_SHARED")
