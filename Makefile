@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/gradient_reduction.py
+	$(BIN)/python benchmarks/evaluate_tpu.py
 
 docs: setup
 	$(BIN)/mkdocs build --strict

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from aurora_jax.cli import main
 from aurora_jax.errors import InputError
 from aurora_jax.evaluate.harness import rows as rows_module
+from aurora_jax.evaluate.harness import suites
 from aurora_jax.evaluate.harness.model import HarnessModel
 from aurora_jax.evaluate.harness.rows import SHAPES, batches_of, lengths_of, rows_of
 from aurora_jax.evaluate.harness.run import TASKS, run_tasks, table_of
@@ -387,6 +388,19 @@ def test_what_was_answered_is_not_asked_again(models, own_tasks, tmp_path, monke
     found = run(checkpoint, ["own_choice"], **given)
     assert 0 < sum(asked) < 12
     assert found["results"]["own_choice"]["acc,none"] == whole["results"]["own_choice"]["acc,none"]
+
+
+def test_suites_are_tasks_of_the_harness_with_their_shots(models, monkeypatch):
+    known = set(TaskManager().all_tasks)
+    assert [task for suite in suites.SUITES.values() for task in suite if task not in known] == []
+    if not SHARED.is_dir():
+        pytest.skip(f"no evaluation data at {SHARED}; set AURORA_SHARED")
+    monkeypatch.setitem(suites.SUITES, "local", {"aurora_xcopa_vi": 2, "aurora_winograd_en": 0})
+    _, checkpoint = models["GPTBigCode"]
+    assert run(checkpoint, ["suite_local"], limit=3)["n-shot"] == {"aurora_xcopa_vi": 2, "aurora_winograd_en": 0}
+    assert run(checkpoint, ["suite_local"], limit=3, shots=1)["n-shot"]["aurora_xcopa_vi"] == 1
+    with pytest.raises(InputError, match="There is no suite 'suite_sv'; there are suite_en, suite_ja"):
+        run(checkpoint, ["suite_sv"])
 
 
 def test_what_cannot_be_run_is_said_in_a_sentence(models, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from aurora_jax.errors import InputError
+from aurora_jax.evaluate.harness.suites import PREFIX, SUITES
 from aurora_jax.evaluate.intervals import compare, detectable_difference, mean_interval
 from aurora_jax.model.config import ComputeConfig
 from aurora_jax.model.mesh import MeshConfig
@@ -43,7 +44,7 @@ def run_tasks(
     """The harness's results of one model, samples included.
 
     Args:
-        tasks: names of tasks, groups or tags.
+        tasks: names of tasks, groups or tags; `suite_` and a language for one of `SUITES`.
         include_path: folder with task files of the user's own.
         task_data: folder with the data of `tasks/`.
         limit: documents a task.
@@ -69,16 +70,17 @@ def run_tasks(
         raise InputError(f"--include-path {include_path}: no such folder.")
     folders = [str(TASKS), *([str(include_path)] if include_path else [])]
     metadata = {"data": str(task_data)} if task_data else {}
+    asked = _shots_of(tasks)
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if any(task not in manager.all_tasks for task in tasks):  # its own are thousands of files, which takes long
+    if any(task not in manager.all_tasks for task in asked):  # its own are thousands of files, which takes long
         manager = TaskManager(include_path=folders, metadata=metadata)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+    if unknown := [task for task in asked if task not in manager.all_tasks]:
         raise InputError(_unknown(unknown[0], manager.all_tasks))
     model = HarnessModel(checkpoint, batch_tokens=batch_tokens, compute=compute, mesh=mesh)
     try:
         results = simple_evaluate(
             model,
-            tasks=list(tasks),
+            tasks=[each for name, count in asked.items() for each in _loaded(manager, name, count)],
             num_fewshot=shots,
             limit=limit,
             task_manager=manager,
@@ -100,6 +102,30 @@ def run_tasks(
     results["config"]["model_args"] = model.get_model_info()
     results["aurora"] = {"merged_continuations": model.merged, "scores": scores_of(results)}
     return dict(results)
+
+
+def _loaded(manager: Any, name: str, shots: int | None) -> list[Any]:
+    """A task by its name, or, where a suite says with how many examples, itself."""
+    if shots is None:
+        return [name]
+    tasks = list(manager.load([name])["tasks"].values())
+    for task in tasks:
+        task.set_config(key="num_fewshot", value=shots)
+    return tasks
+
+
+def _shots_of(names: Sequence[str]) -> dict[str, int | None]:
+    """Tasks, those of suites among them, and how many examples a suite gives each; None for what the task says. Raises
+    InputError for a suite that is not there."""
+    asked: dict[str, int | None] = {}
+    for name in names:
+        if not name.startswith(PREFIX):
+            asked[name] = None
+        elif (suite := SUITES.get(name.removeprefix(PREFIX))) is not None:
+            asked |= suite
+        else:
+            raise InputError(f"There is no suite {name!r}; there are {', '.join(PREFIX + each for each in SUITES)}.")
+    return asked
 
 
 def _root(error: BaseException) -> str:
