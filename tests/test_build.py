@@ -19,6 +19,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+from bucket import bucket_in
 from conftest import SENTENCES
 from rich.console import Console
 
@@ -161,7 +162,8 @@ def test_the_pipeline_translates_for_dataflow(source: Path, mini_tokenizer: Path
     root = beam.Pipeline(options=options)
     pipeline(root, jobs)
     proto = root.to_runner_api(default_environment=beam.transforms.environments.DockerEnvironment("image"))
-    again = beam.Pipeline.from_runner_api(proto, DataflowRunner(), options)
+    with bucket_in(tmp_path / "objects"):  # whose policy it looks at
+        again = beam.Pipeline.from_runner_api(proto, DataflowRunner(), options)
     names = {transform.full_label for transform in again.transforms_stack[0].parts}
     assert {"tokenize", "plan shards", "write shards", "complete"} <= names
 

@@ -36,9 +36,6 @@ class EvalCommand:
 
     checkpoint: tyro.conf.Positional[Path]
     """A converted checkpoint, a stage of a run (RUN/stages/NAME), or a run (its newest step)."""
-    others: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """With --harness: further models, which are compared with the first. Any of them may be a PyTorch folder of Hugging
-    Face's, which is converted first, into a folder that goes at the end."""
     corpus: str = "corpus"
     """Folder of the sources, as for `aurora data build`; not needed where the stores are."""
     stores: str = "stores"
@@ -77,6 +74,9 @@ class EvalCommand:
     compute: ComputeConfig = FP32
     json: Path | None = None
     """Write the scores and how they were measured there too."""
+    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """With --harness: further models, which are compared with the first. Any of them may be a PyTorch folder of Hugging
+    Face's, which is converted first, into a folder that goes at the end."""
 
     def run(self, as_checkpoint: AsCheckpoint = nullcontext) -> None:
         """Runs it.
