@@ -436,3 +436,7 @@ def test_the_command_compares_models_and_converts_what_is_not_ours(models, tmp_p
     assert "A model is named twice" in capsys.readouterr().err
     assert main(["eval", str(checkpoint), str(source), "--corpus", "corpus"]) == 2
     assert "Several models are compared by --harness" in capsys.readouterr().err
+    assert main(["eval", str(checkpoint), "--limit", "5"]) == 2
+    assert "--limit only go with --harness" in capsys.readouterr().err
+    assert main(["eval", str(checkpoint), "--json", "a.json", "--harness", "aurora_xcopa_vi"]) == 2
+    assert "--json do not go with --harness" in capsys.readouterr().err

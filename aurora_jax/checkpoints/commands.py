@@ -77,7 +77,8 @@ class ListCommand:
                 state = problem or ("complete" if said.contents else "complete; has no checksums")
             except InputError as error:
                 step, stage, code, state = "?", "", "", problem or str(error)
-            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(path)))
+            at = _written(path)
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else "never finished"
             name = f"{path.parent.name}/{path.name}"
             table.add_row(name, step, stage, _gigabytes(_bytes_on_disk(path)), written, code, state)
         # A pipe has no width: rich would cut at 80 columns.

@@ -58,7 +58,7 @@ def missing_items(directory: epath.Path) -> list[str]:
     if (missing := [name for name in needed if not (directory / name).exists()]) or not directory.is_dir():
         return missing
     if not is_committed(directory):
-        return [COMMIT_MARKER]
+        return [f"a time of commit in {COMMIT_MARKER}"]
     try:
         contents = read_metadata_of(directory).contents
     except InputError:  # said when it is read

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from aurora_jax.model.mesh import MeshConfig
 from aurora_jax.storage.atomic import write_file
 from aurora_jax.storage.places import Location
 
+HARNESS_ALONE = ("include_path", "task_data", "limit", "shots", "answers", "output")
+HELD_OUT_ALONE = ("modules", "tasks", "sequence_length", "attend_across_documents", "json")
+"""Options of the one kind of evaluation that say nothing to the other."""
 AsCheckpoint = Callable[[Path], AbstractContextManager[Location]]
 
 
@@ -87,6 +90,11 @@ class EvalCommand:
         Raises:
             InputError: as `evaluate_checkpoint` and `run_tasks`.
         """
+        without = HELD_OUT_ALONE if self.harness else HARNESS_ALONE
+        defaults = {each.name: each.default for each in fields(self)}
+        if given := [name for name in without if getattr(self, name) != defaults[name]]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{flags} {'do not go with' if self.harness else 'only go with'} --harness.")
         if self.harness:
             self._run_harness(as_checkpoint)
             return

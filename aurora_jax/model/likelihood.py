@@ -186,6 +186,10 @@ class Likelihood:
     def answers(self, parameters: dict, questions: Questions) -> Answers:
         """Of single places: the head is multiplied with nothing else. Parameters lie on the mesh, and questions by
         `put_questions`."""
+        if questions.segment_ids_BL is not None and not self.shares_beginnings:
+            raise ValueError(
+                "This model, or its attention, cannot read several texts that share a beginning in one row."
+            )
         return _answering(self)(parameters, questions)
 
     def put_questions(self, questions: Questions) -> Questions:

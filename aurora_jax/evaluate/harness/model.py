@@ -66,7 +66,6 @@ class HarnessModel(TemplateLM):
         batch_tokens: int,
         compute: ComputeConfig,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
-        max_length: int | None = None,
     ):
         super().__init__()
         self.checkpoint = resolve(checkpoint)
@@ -77,7 +76,7 @@ class HarnessModel(TemplateLM):
         self._likelihood = Likelihood(self.metadata.config, compute, make_mesh(mesh), isolate_documents=False)
         self._parts = batch_parts(self._likelihood.mesh)
         longest = self.metadata.config.longest_sequence
-        self.max_length = int(min(max_length or LONGEST, longest) if longest == float("inf") else max_length or longest)
+        self.max_length = LONGEST if longest == float("inf") else int(longest)
         self._likelihood.check(rows=self._parts, max_length=self.max_length)
         self._prefix = prefix_token(files, self._tokenizer)
         self._parameters: dict | None = None

@@ -91,7 +91,7 @@ def run_tasks(
         )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"{', '.join(tasks)}: {_root(error)}. Tasks whose data or metrics come from the network need one; those of "
             f"{TASKS.relative_to(TASKS.parents[3])} read local files (--task-data), and --include-path takes your own."
