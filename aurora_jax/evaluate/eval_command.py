@@ -54,7 +54,7 @@ class EvalCommand:
     attend_across_documents: bool | None = None
     """Whether documents of a window see each other, in place of what the run does."""
     harness: tuple[str, ...] = ()
-    """Tasks, groups or tags of the harness (`pip install 'aurora-jax[eval]'`); those of local files are called
+    """Tasks, groups or tags of the harness (`pip install -e '.[eval]'`); those of local files are called
     aurora_..., and --task-data says where the files are. suite_en, suite_ja, suite_hi and suite_vi are those of
     Aurora-M's evaluation with its number of examples."""
     include_path: Path | None = None

@@ -19,7 +19,7 @@ from aurora_jax.model.mesh import MeshConfig
 from aurora_jax.storage.places import Location
 
 TASKS = Path(__file__).parent / "tasks"
-MISSING = "the harness is not installed: pip install 'aurora-jax[eval]' (lm-eval 0.4.13)"
+MISSING = "the harness is not installed: pip install -e '.[eval]' (lm-eval 0.4.13)"
 
 
 def require_harness() -> None:
